@@ -1,0 +1,46 @@
+# Two commands for newcomers: `make demo` and `make test`. Each sets up what it needs, once.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+STAMPS := $(VENV)/.installed
+
+.PHONY: demo test lint format types bench clean
+
+demo: $(STAMPS)-torch
+	$(BIN)/python examples/demo.py --output out/demo.mp4
+
+test: $(STAMPS)-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMPS)-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMPS)-dev
+	$(BIN)/basedpyright
+
+format: $(STAMPS)-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMPS)-dev
+	$(BIN)/python -m benchmarks
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per extra: a second run, or a run of the other command, installs nothing again.
+$(STAMPS)-torch: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) -e '.[torch]'
+	touch $@
+
+$(STAMPS)-dev: $(STAMPS)-torch
+	$(PIP) -e '.[torch,validation,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,1 @@
+"""SkyReels-V2 video diffusion in JAX / Flax NNX."""

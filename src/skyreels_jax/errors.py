@@ -1,0 +1,25 @@
+"""The exceptions this package raises on purpose.
+
+Everything else that escapes is a bug. The command line turns each into one line on standard error
+and the exit code below.
+"""
+
+from typing import ClassVar
+
+
+class SkyReelsError(Exception):
+    """Base of all errors raised on purpose; ``exit_code`` is what the command line returns."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class RequestError(SkyReelsError, ValueError):
+    """A setting, prompt, image or path is illegal: says what was given, the rule, legal values."""
+
+
+class WeightsError(SkyReelsError):
+    """A checkpoint folder or file is incomplete, inconsistent, corrupt or not to be trusted."""
+
+
+class UnsupportedError(SkyReelsError, NotImplementedError):
+    """A named part (an attention path, a layout, a device) cannot serve the request; says why."""

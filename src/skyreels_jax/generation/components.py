@@ -1,0 +1,53 @@
+"""What generation needs besides the transformer, as interfaces.
+
+The all-JAX modules and the PyTorch ones of the hybrid pipeline both satisfy these, so there is one
+generation code path; arrays cross as NumPy.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from skyreels_jax.shapes import HostLatents, Pixels
+
+
+@dataclass(frozen=True)
+class ImageCondition:
+    """A conditioning image, before and after it was brought to the video's size.
+
+    ``source`` is the image as given (RGB); ``pixels`` is at video resolution in [-1, 1].
+    """
+
+    source: UInt8[np.ndarray, "source_height source_width 3"]
+    pixels: Float[np.ndarray, "3 height width"]
+
+
+class TextEncoder(Protocol):
+    """Prompts to padded text states."""
+
+    def encode(self, prompts: Sequence[str]) -> Float[np.ndarray, "B S text_dim"]:
+        """Clean, tokenize to 512 and encode; rows past a prompt's end are exactly zero."""
+        ...
+
+
+class ImageEncoder(Protocol):
+    """An image to CLIP's penultimate features."""
+
+    def encode(self, image: ImageCondition) -> Float[np.ndarray, "S image_dim"]:
+        """Features of all tokens (class token first) of the last block but one."""
+        ...
+
+
+class VideoCodec(Protocol):
+    """Pixels to normalised latents and back."""
+
+    def encode(self, pixels: Pixels) -> HostLatents:
+        """Posterior mean of ``4k + 1`` frames in [-1, 1], normalised: ``(mu - mean) / std``."""
+        ...
+
+    def decode_chunks(self, latents: HostLatents) -> Iterator[Pixels]:
+        """Frames in [-1, 1], in order, in pieces of any length; ``4F - 3`` frames in all."""
+        ...

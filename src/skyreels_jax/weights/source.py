@@ -1,0 +1,38 @@
+"""Where tensors are read from: one small interface over safetensors files and ``.pth`` archives."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of a tensor. ``dtype`` may be one of ml_dtypes (bfloat16)."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: str
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data as stored."""
+        return self.size * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """A read-only collection of named tensors whose data stay on disk until asked for."""
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name, from the headers alone."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """The data of one tensor as a read-only, memory-mapped view where the file allows it."""
+        ...

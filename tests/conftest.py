@@ -1,0 +1,10 @@
+"""Strictness for tests: shapes and dtypes of every annotated function are checked at run time."""
+
+import jax
+from jaxtyping import install_import_hook
+
+# Before anything of the package is imported: annotations become run-time checks.
+install_import_hook("skyreels_jax", "beartype.beartype")
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
