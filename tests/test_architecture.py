@@ -1,0 +1,135 @@
+"""Who may import whom: the diagram in docs/architecture.md as a table, held against the code."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src"
+PACKAGE = "skyreels_jax"
+
+# Room -> the rooms it may import. A room is a folder or a single module of the package.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "shapes": set(),
+    "ops": {"shapes", "errors"},
+    "models": {"ops", "shapes", "errors"},
+    "diffusion": {"shapes", "errors"},
+    "media": {"shapes", "errors"},
+    "prompts": {"errors"},
+    "hub": {"errors"},
+    "weights": {"models", "shapes", "errors"},
+    "checkpoints": {"hub", "weights", "models", "errors"},
+    "generation": {
+        *{"models", "diffusion", "weights", "checkpoints", "media", "prompts", "ops"},
+        *{"shapes", "errors"},
+    },
+    "reference": {"checkpoints", "weights", "models", "generation", "prompts", "shapes", "errors"},
+    "hybrid": {
+        *{"generation", "reference", "weights", "models", "checkpoints", "media"},
+        *{"shapes", "errors"},
+    },
+    "pipeline": {
+        *{"generation", "hybrid", "weights", "models", "checkpoints", "media"},
+        *{"shapes", "errors"},
+    },
+    "cli": {
+        *{"pipeline", "hybrid", "generation", "weights", "models", "checkpoints", "hub"},
+        *{"media", "prompts", "errors"},
+    },
+    "__init__": {"pipeline", "errors", "generation", "checkpoints", "media", "models"},
+}
+# Imported nowhere at module level, and only under reference/ at all.
+TORCH_SIDE = {"torch", "diffusers", "transformers", "accelerate"}
+OPTIONAL = {"matplotlib", "skimage", "gradio", "optax", "orbax", "grain", "tensorboardX"}
+
+
+def room_of(file: Path) -> str:
+    parts = file.relative_to(SOURCE / PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imports_of(tree: ast.AST) -> Iterator[str]:
+    """Every dotted name imported anywhere in ``tree``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            yield module
+            if module == PACKAGE:  # `from skyreels_jax import errors`
+                yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def at_module_level(tree: ast.Module) -> ast.Module:
+    """The tree without the bodies of its functions."""
+    statements = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom) and not inside_function(tree, node)
+    ]
+    return ast.Module(body=list(statements), type_ignores=[])
+
+
+def inside_function(tree: ast.AST, wanted: ast.AST) -> bool:
+    return any(
+        wanted in ast.walk(function)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+
+
+def violations(file: Path, source: str) -> list[str]:
+    """What ``source``, standing at ``file``, imports against the table."""
+    tree = ast.parse(source)
+    room = room_of(file)
+    found = []
+    for name in imports_of(tree):
+        top, *rest = name.split(".")
+        if top == PACKAGE and rest and rest[0] != room and rest[0] not in ALLOWED[room]:
+            found.append(f"{room} may not import {name}")
+        if top in TORCH_SIDE and room != "reference":
+            found.append(f"{name}: only reference/ may import the PyTorch side")
+    for name in imports_of(at_module_level(tree)):
+        if name.split(".")[0] in TORCH_SIDE | OPTIONAL:
+            found.append(f"{name} at module level, though the core installs without it")
+    return found
+
+
+FILES = sorted((SOURCE / PACKAGE).rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SOURCE)))
+def test_imports_follow_the_table(file: Path):
+    assert room_of(file) in ALLOWED, f"{room_of(file)} is not in the table"
+    assert violations(file, file.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("ops/x.py", "from skyreels_jax.models import transformer"),
+        ("models/x.py", "import torch"),
+        ("reference/x.py", "import torch"),
+        ("diffusion/x.py", "from skyreels_jax import models"),
+        ("generation/x.py", "def f():\n    import diffusers"),
+        ("weights/x.py", "from skyreels_jax.checkpoints import Checkpoint"),
+    ],
+)
+def test_a_forbidden_import_is_caught(place: str, line: str):
+    assert violations(SOURCE / PACKAGE / place, line) != []
+
+
+def test_a_torch_import_inside_a_function_of_reference_is_allowed():
+    file = SOURCE / PACKAGE / "reference" / "x.py"
+    assert violations(file, "def f():\n    import torch") == []
+
+
+def test_the_described_import_paths_hold_no_code():
+    for file in (SOURCE / "jax_implementation").rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            is_all = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+            assert is_docstring or is_all or isinstance(node, ast.ImportFrom), f"{file}: {node}"
