@@ -1,0 +1,1 @@
+"""From a request to a video; knows the components only as protocols."""

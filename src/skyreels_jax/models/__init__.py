@@ -1,0 +1,1 @@
+"""NNX modules, each beside the frozen config it takes."""

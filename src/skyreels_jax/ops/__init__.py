@@ -1,0 +1,1 @@
+"""Pure functions of arrays: attention, masks, rotary positions, norms, convolutions."""

@@ -1,0 +1,1 @@
+"""The PyTorch side: components of the hybrid pipeline, and witnesses for proofs."""
