@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class TensorInfo:
         return self.size * self.dtype.itemsize
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """A read-only collection of named tensors whose data stay on disk until asked for."""
 
