@@ -1,0 +1,68 @@
+"""Rotary positions on three axes: frames, rows and columns share the features of a head."""
+
+from functools import cache
+from typing import Final, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float
+
+THETA: Final = 10_000.0
+
+
+class RopeTable(NamedTuple):
+    """Cosine and sine of every token's angles, one column per pair of features."""
+
+    cos: Float[Array, "L half"]
+    sin: Float[Array, "L half"]
+
+
+@cache
+def rope_params(length: int, dim: int, theta: float = THETA) -> Complex[np.ndarray, "length half"]:
+    """Unit rotations ``exp(i * position * theta^(-2j / dim))`` of one axis, in complex128.
+
+    Angles are exact to float64. The original rounds them to float32, which moves its tables by up
+    to 4e-5 at position 1023.
+    """
+    frequencies = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    table = np.exp(1j * np.outer(np.arange(length, dtype=np.float64), frequencies))
+    table.flags.writeable = False  # cached, hence shared
+    return table
+
+
+def axis_dims(head_dim: int) -> tuple[int, int, int]:
+    """Features of a head that turn with the frame, the row and the column: 44, 42, 42 of 128.
+
+    Pairs that three does not divide go to the frames (the original's split of ``head_dim / 2``).
+    """
+    third = head_dim // 2 // 3
+    return head_dim - 4 * third, 2 * third, 2 * third
+
+
+def rope_table(grid: tuple[int, int, int], head_dim: int) -> RopeTable:
+    """Angles of all ``L = F * H' * W'`` tokens, frame-major, then rows, then columns; float32.
+
+    Only the three axes' own tables are constants of a compiled program; they are spread over the
+    grid on the device, once for all layers.
+    """
+    axes = [rope_params(length, dim) for length, dim in zip(grid, axis_dims(head_dim), strict=True)]
+
+    def spread(part: str) -> Float[Array, "L half"]:
+        columns = []
+        for axis, table in enumerate(axes):
+            values = jnp.asarray(getattr(table, part), jnp.float32)
+            shape = [1, 1, 1, values.shape[1]]
+            shape[axis] = grid[axis]
+            columns.append(jnp.broadcast_to(values.reshape(shape), (*grid, values.shape[1])))
+        return jnp.concatenate(columns, axis=-1).reshape(-1, head_dim // 2)
+
+    return RopeTable(spread("real"), spread("imag"))
+
+
+def rope_apply(x: Float[Array, "B L N K"], table: RopeTable) -> Float[Array, "B L N K"]:
+    """Turn each pair of neighbouring features (2j, 2j + 1) by its token's angle; float32."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = (part[None, :, None, :] for part in table)
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape)
