@@ -1,0 +1,82 @@
+"""Noise levels of a flow-matching run: which sigmas a video passes through, and in what order.
+
+A latent at level ``sigma`` is ``(1 - sigma) * data + sigma * noise``; the model is told the level
+as ``timestep = int(1000 * sigma)``. Everything here is host arithmetic in float64.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from jaxtyping import Float, Int
+
+# The models were trained on 1000 discrete levels.
+TRAIN_LEVELS: Final = 1000
+# Start of the original's grid: 1 - 1/1000, which its scheduler keeps as a float32.
+SIGMA_MAX: Final = float(np.float32(1 - 1 / TRAIN_LEVELS))
+# Diffusers' grid starts at 1, where the log signal-to-noise ratio is infinite, less this step back.
+SIGMA_ONE_GAP: Final = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class FlowSchedule:
+    """The levels of one run of ``N`` steps.
+
+    Attributes:
+        sigmas: ``N + 1``, strictly falling from below 1, the last exactly 0. Rounded to float32, as
+            both reference schedulers keep them: near 1 the rounding of ``1 - sigma`` is visible.
+        timesteps: what the model is told at each step. Truncated, so neighbours may be equal in
+            long runs; steps are therefore always found by index, never by timestep.
+    """
+
+    sigmas: Float[np.ndarray, " levels"]
+    timesteps: Int[np.ndarray, " N"]
+
+    def __post_init__(self) -> None:
+        steps = len(self.sigmas) - 1
+        if steps < 1:
+            raise ValueError(f"a schedule of {steps} steps: at least one is needed")
+        falling = bool(np.all(np.diff(self.sigmas) < 0))
+        if not (falling and self.sigmas[0] < 1 and self.sigmas[-1] == 0):
+            raise ValueError(
+                f"sigmas must fall strictly from below 1 to 0, got {_shortened(self.sigmas)} "
+                f"over {steps} steps; a smaller shift or fewer steps keep them apart in float32"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Number of model evaluations per guidance branch."""
+        return len(self.timesteps)
+
+
+def flow_sigmas(num_steps: int, shift: float) -> FlowSchedule:
+    """The original's grid: ``linspace(0.999, 0)`` without its end, shifted towards noise.
+
+    Source: ``set_timesteps`` of SkyReels-V2's ``FlowUniPCMultistepScheduler``.
+    """
+    return from_levels(_shifted(np.linspace(SIGMA_MAX, 0.0, num_steps + 1)[:-1], shift))
+
+
+def diffusers_sigmas(num_steps: int, shift: float) -> FlowSchedule:
+    """Diffusers' grid, which ends earlier (at 0.001 before the shift); for comparisons with it.
+
+    Source: ``set_timesteps`` of ``UniPCMultistepScheduler`` with ``use_flow_sigmas``.
+    """
+    levels = _shifted(np.linspace(1.0, 1.0 / TRAIN_LEVELS, num_steps + 1)[:-1], shift)
+    levels[0] -= SIGMA_ONE_GAP
+    return from_levels(levels)
+
+
+def _shifted(base: Float[np.ndarray, " N"], shift: float) -> Float[np.ndarray, " N"]:
+    return shift * base / (1 + (shift - 1) * base)
+
+
+def from_levels(levels: Float[np.ndarray, " N"]) -> FlowSchedule:
+    """A schedule through given levels (highest first, 0 not among them)."""
+    timesteps = (levels * TRAIN_LEVELS).astype(np.int64)
+    sigmas = np.append(levels, 0.0).astype(np.float32).astype(np.float64)
+    return FlowSchedule(sigmas, timesteps)
+
+
+def _shortened(values: np.ndarray) -> str:
+    return np.array2string(values, precision=6, threshold=6, edgeitems=2, separator=", ")

@@ -1,0 +1,155 @@
+"""The UniPC solver (order 2, predictor and corrector) as pure functions.
+
+Every update UniPC makes is a linear combination of five arrays whose weights depend on the noise
+levels alone. The weights are therefore tabulated once, on the host, in float64; a step on the
+device looks its row up and is a handful of multiply-adds. Each latent frame may be at a row of its
+own, which is what diffusion forcing needs.
+
+Source: Zhao et al., "UniPC" (arXiv 2302.04867), variant B2 on data predictions, as in SkyReels-V2's
+``FlowUniPCMultistepScheduler`` and diffusers' ``UniPCMultistepScheduler``.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from skyreels_jax.diffusion.schedule import FlowSchedule
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Coefficients:
+    """Weights of one step, or of every step (``*at`` is then the step axis).
+
+    With ``v`` the model's velocity and ``x0 = x - sigma * v`` the data it implies::
+
+        corrected = from_sample * x + from_start * start + from_current * x0
+                    + from_previous * x0' + from_older * x0''
+        next      = keep * corrected + add_current * x0 + add_previous * x0'
+
+    where ``start`` is the sample the last predictor set out from and ``x0'``, ``x0''`` the data
+    estimates of one and two steps ago.
+    """
+
+    sigma: Float[Array | np.ndarray, "*at"]
+    from_sample: Float[Array | np.ndarray, "*at"]
+    from_start: Float[Array | np.ndarray, "*at"]
+    from_current: Float[Array | np.ndarray, "*at"]
+    from_previous: Float[Array | np.ndarray, "*at"]
+    from_older: Float[Array | np.ndarray, "*at"]
+    keep: Float[Array | np.ndarray, "*at"]
+    add_current: Float[Array | np.ndarray, "*at"]
+    add_previous: Float[Array | np.ndarray, "*at"]
+
+    def at(self, index: Int[Array | np.ndarray, " P"]) -> "Coefficients":
+        """The rows at ``index``; works on the host and, with traced indices, on the device."""
+        return jax.tree.map(lambda column: column[index], self)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """What the solver remembers of every frame between steps."""
+
+    start: Float[Array, "F *frame"]
+    previous: Float[Array, "F *frame"]
+    older: Float[Array, "F *frame"]
+
+
+def tabulate(schedule: FlowSchedule) -> Coefficients:
+    """The weights of all steps of ``schedule``, worked out in float64 and returned in float32."""
+    with np.errstate(divide="ignore"):
+        log_snr = np.log1p(-schedule.sigmas) - np.log(schedule.sigmas)  # infinite at the end
+    rows = [
+        (sigma, *_corrector(i, schedule.sigmas, log_snr), *_predictor(i, schedule.sigmas, log_snr))
+        for i, sigma in enumerate(schedule.sigmas[:-1])
+    ]
+    return Coefficients(*np.array(rows).astype(np.float32).T)
+
+
+def init(x: Float[Array, "F *frame"]) -> State:
+    """The state before the first step. The history is never weighted before it is written."""
+    return State(start=jnp.zeros_like(x), previous=jnp.zeros_like(x), older=jnp.zeros_like(x))
+
+
+def step(
+    coefficients: Coefficients,
+    state: State,
+    x: Float[Array, "F *frame"],
+    velocity: Float[Array, "F *frame"],
+    update: Bool[Array, " P"],
+) -> tuple[Float[Array, "F *frame"], State]:
+    """Take one step with every frame that is to be updated.
+
+    Args:
+        coefficients: rows of the table, one a frame or one for all (``P = 1``).
+        state: from :func:`init` or the previous step.
+        x: samples at ``coefficients.sigma``.
+        velocity: the model's prediction, ``noise - data``, at ``x``.
+        update: frames that move; the others keep sample and state.
+    """
+
+    def per_frame(values: Array) -> Array:
+        return values.reshape(values.shape + (1,) * (x.ndim - 1))
+
+    c = jax.tree.map(lambda column: per_frame(jnp.asarray(column)), coefficients)
+    current = x - c.sigma * velocity
+    corrected = (
+        c.from_sample * x
+        + c.from_start * state.start
+        + c.from_current * current
+        + c.from_previous * state.previous
+        + c.from_older * state.older
+    )
+    following = c.keep * corrected + c.add_current * current + c.add_previous * state.previous
+    moved = State(start=corrected, previous=current, older=state.previous)
+    moves = per_frame(update)
+    return jax.tree.map(lambda new, old: jnp.where(moves, new, old), (following, moved), (x, state))
+
+
+def _order(step: int, num_steps: int) -> int:
+    """Of the predictor: 1 where there is no history yet, and in the last step."""
+    return min(2, step + 1, num_steps - step)
+
+
+def _corrector(
+    step: int, sigmas: Float[np.ndarray, " levels"], log_snr: np.ndarray
+) -> tuple[float, float, float, float, float]:
+    """Weights of sample, start, current, previous and older data in the corrected sample.
+
+    The corrector repeats the last predictor's step, of that predictor's order, with the data
+    estimate at its end point as one more node.
+    """
+    if step == 0:
+        return 1.0, 0.0, 0.0, 0.0, 0.0
+    width = log_snr[step] - log_snr[step - 1]
+    growth = np.expm1(-width)
+    scale = (1 - sigmas[step]) * growth
+    to_older, to_current = 0.0, 0.5
+    ratio = 1.0
+    if _order(step - 1, len(sigmas) - 1) == 2:
+        ratio = (log_snr[step - 2] - log_snr[step - 1]) / width
+        first = growth / -width - 1
+        second = first / -width - 0.5
+        system = np.array([[1.0, 1.0], [ratio, 1.0]])
+        to_older, to_current = np.linalg.solve(system, [first / growth, 2 * second / growth])
+    from_older = -scale * to_older / ratio
+    from_current = -scale * to_current
+    from_previous = -scale - from_older - from_current
+    return 0.0, sigmas[step] / sigmas[step - 1], from_current, from_previous, from_older
+
+
+def _predictor(
+    step: int, sigmas: Float[np.ndarray, " levels"], log_snr: np.ndarray
+) -> tuple[float, float, float]:
+    """Weights of the corrected sample, current and previous data in the next sample."""
+    width = log_snr[step + 1] - log_snr[step]  # infinite in the last step, where growth is -1
+    scale = (1 - sigmas[step + 1]) * np.expm1(-width)
+    add_previous = 0.0
+    if _order(step, len(sigmas) - 1) == 2:
+        ratio = (log_snr[step - 1] - log_snr[step]) / width
+        add_previous = -scale * 0.5 / ratio
+    return sigmas[step + 1] / sigmas[step], -scale - add_previous, add_previous
