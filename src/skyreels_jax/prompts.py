@@ -1,0 +1,250 @@
+"""Prompts to token ids: text repair, UMT5's tokenizer from either published file, 512 tokens."""
+
+import html
+import json
+import logging
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import ftfy
+import numpy as np
+import tokenizers
+from jaxtyping import Bool, Int32
+from tokenizers import models, normalizers, pre_tokenizers
+
+from skyreels_jax.errors import WeightsError
+
+TEXT_LEN: Final = 512
+
+# What the two scripts of the original give the unconditional branch: generate_video_df.py has
+# Wan 2.1's own list, generate_video.py a translation of it.
+NEGATIVE_PROMPT_ZH: Final = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+NEGATIVE_PROMPT_EN: Final = (
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, "
+    "images, static, overall gray, worst quality, low quality, JPEG compression residue, ugly, "
+    "incomplete, extra fingers, poorly drawn hands, poorly drawn faces, deformed, disfigured, "
+    "misshapen limbs, fused fingers, still picture, messy background, three legs, many people in "
+    "the background, walking backwards"
+)
+
+PAD: Final = "<pad>"
+EOS: Final = "</s>"
+# T5's sentinels, unless a folder's tokenizer_config.json says another number.
+EXTRA_IDS: Final = 100
+
+logger = logging.getLogger(__name__)
+
+
+def clean(text: str) -> str:
+    """Repair encoding accidents and HTML entities; one space between words, none at the ends.
+
+    The models were trained on text cleaned in exactly this order (Wan 2.1's ``whitespace`` mode).
+    """
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class TokenBatch(NamedTuple):
+    """Prompts as the text encoder takes them.
+
+    Attributes:
+        ids: token ids, padded at the end.
+        mask: True for tokens, the end token included; False for padding.
+        lengths: tokens that each prompt has in full, the end token included; more than ``S`` where
+            it was cut.
+    """
+
+    ids: Int32[np.ndarray, "B S"]
+    mask: Bool[np.ndarray, "B S"]
+    lengths: tuple[int, ...]
+
+    @property
+    def truncated(self) -> tuple[int, ...]:
+        """Which prompts did not fit and lost their end."""
+        return tuple(i for i, length in enumerate(self.lengths) if length > self.ids.shape[1])
+
+
+class Tokenizer:
+    """UMT5's tokenizer by T5's conventions: cleaned text, no start token, one end token.
+
+    Ids equal those that transformers' tokenizer gives for the same folder.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, pad: int, eos: int):
+        """``backend`` splits text; ``pad`` and ``eos`` are the ids of the two special tokens."""
+        self._backend = backend
+        self.pad = pad
+        self.eos = eos
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+        """Read ``tokenizer.json``, or ``spiece.model`` where a folder has only that.
+
+        Raises:
+            WeightsError: neither is there, a file is damaged, or it is no T5 tokenizer.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            path = folder / "spiece.model"
+        if not path.is_file():
+            raise WeightsError(
+                f"{folder}: no tokenizer here; expected tokenizer.json or spiece.model "
+                "(the folder is `tokenizer/` or `google/umt5-xxl/` of a checkpoint)"
+            )
+        backend = _read_json(path) if path.suffix == ".json" else _read_sentencepiece(path)
+        backend.no_padding()
+        backend.no_truncation()
+        pad, eos = backend.token_to_id(PAD), backend.token_to_id(EOS)
+        if pad is None or eos is None:
+            raise WeightsError(f"{path}: not a T5 tokenizer, it has no {PAD} or no {EOS} token")
+        return cls(backend, pad=pad, eos=eos)
+
+    @property
+    def vocab_size(self) -> int:
+        """One past the largest id: what the encoder's embedding must at least have rows for."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, prompts: Sequence[str]) -> TokenBatch:
+        """Clean, split and pad to 512 tokens; a longer prompt is cut there, with a warning.
+
+        The last token of every prompt is the end token, also of one that was cut.
+        """
+        # The end token is added here because not every published file adds it by itself.
+        texts = [clean(prompt) for prompt in prompts]
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        ids = np.full((len(prompts), TEXT_LEN), self.pad, np.int32)
+        mask = np.zeros((len(prompts), TEXT_LEN), np.bool_)
+        lengths = []
+        for row, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
+            tokens = [*encoding.ids[: TEXT_LEN - 1], self.eos]
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = True
+            lengths.append(len(encoding.ids) + 1)
+            if lengths[-1] > TEXT_LEN:
+                first_lost = encoding.offsets[TEXT_LEN - 1][0]
+                logger.warning(
+                    "the prompt has %d tokens and only the first %d are used; lost from: %r",
+                    *(lengths[-1], TEXT_LEN, text[first_lost : first_lost + 60]),
+                )
+        return TokenBatch(ids, mask, tuple(lengths))
+
+
+def _read_json(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise WeightsError(f"{path}: not a readable tokenizer file ({error})") from error
+
+
+def _read_sentencepiece(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer that transformers would build from the same ``spiece.model``.
+
+    The file is read here rather than run by the sentencepiece library, because the ids of the
+    original come from the ``tokenizers`` library, which splits a few rare strings differently.
+    """
+    try:
+        pieces, charsmap, is_unigram = _parse_model(path.read_bytes())
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        raise WeightsError(f"{path}: not a readable sentencepiece model ({error})") from error
+    kinds = [kind for _, _, kind in pieces]
+    if not is_unigram or kinds.count(_UNKNOWN) != 1:
+        raise WeightsError(f"{path}: not a T5 tokenizer, which is a unigram model with one <unk>")
+    # The sentinels follow the vocabulary in falling order, as T5 was trained with them.
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(_extra_ids(path)))]
+    vocab = [(piece, score) for piece, score, _ in pieces] + [(token, 0.0) for token in sentinels]
+    try:
+        backend = tokenizers.Tokenizer(models.Unigram(vocab, kinds.index(_UNKNOWN), False))
+        if charsmap:
+            backend.normalizer = normalizers.Precompiled(charsmap)
+    except Exception as error:  # the library raises bare Exception
+        raise WeightsError(f"{path}: damaged vocabulary or normaliser ({error})") from error
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
+    special = [piece for piece, _, kind in pieces if kind in (_UNKNOWN, _CONTROL)] + sentinels
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(token, normalized=False, special=True) for token in special]
+    )
+    return backend
+
+
+def _extra_ids(path: Path) -> int:
+    settings = path.with_name("tokenizer_config.json")
+    if not settings.is_file():
+        return EXTRA_IDS
+    try:
+        return int(json.loads(settings.read_text(encoding="utf-8")).get("extra_ids", EXTRA_IDS))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{settings}: not a tokenizer's settings ({error})") from error
+
+
+# Kinds of pieces in sentencepiece_model.proto.
+_NORMAL: Final = 1
+_UNKNOWN: Final = 2
+_CONTROL: Final = 3
+
+
+def _parse_model(data: bytes) -> tuple[list[tuple[str, float, int]], bytes, bool]:
+    """Pieces ``(text, score, kind)``, normaliser table and whether it is a unigram model.
+
+    Field numbers are those of sentencepiece_model.proto: pieces 1 (text 1, score 2, kind 3),
+    trainer 2 (model type 3; 1 is unigram), normaliser 3 (table 2).
+    """
+    pieces: list[tuple[str, float, int]] = []
+    charsmap = b""
+    is_unigram = True
+    for number, value in _fields(data):
+        if number > 3 or not isinstance(value, bytes):
+            continue
+        message = dict(_fields(value))
+        if number == 1:
+            (score,) = struct.unpack("<f", message.get(2, bytes(4)))
+            pieces.append((message[1].decode("utf-8"), score, message.get(3, _NORMAL)))
+        elif number == 2:
+            is_unigram = message.get(3, 1) == 1
+        else:
+            charsmap = message.get(2, b"")
+    if not pieces:
+        raise ValueError("it holds no pieces")
+    return pieces, charsmap, is_unigram
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of one protobuf message: integers for varints, else the bytes of the value."""
+    position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, position = _varint(data, position)
+            yield number, value
+            continue
+        if wire == 2:
+            size, position = _varint(data, position)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire} at byte {position}")
+        if position + size > len(data):
+            raise ValueError(f"it ends inside a field, at byte {len(data)}")
+        yield number, data[position : position + size]
+        position += size
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """The integer at ``position`` and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[position + shift // 7]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position + shift // 7 + 1
+    raise ValueError(f"a number without end at byte {position}")
