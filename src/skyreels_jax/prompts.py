@@ -147,8 +147,9 @@ def _read_json(path: Path) -> tokenizers.Tokenizer:
 def _read_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer that transformers would build from the same ``spiece.model``.
 
-    The file is read here rather than run by the sentencepiece library, because the ids of the
-    original come from the ``tokenizers`` library, which splits a few rare strings differently.
+    The file is read here rather than run by the sentencepiece library, so that there is one
+    tokenizer: the original's ids come from the ``tokenizers`` library too, which, other than
+    sentencepiece, knows special tokens that are written out in a prompt.
     """
     try:
         pieces, charsmap, is_unigram = _parse_model(path.read_bytes())

@@ -154,7 +154,7 @@ def config_from_tensors(shapes: Mapping[str, Sequence[int]], dialect: Dialect) -
 
 
 def config_from_json(config: Mapping[str, Any]) -> ClipVisionConfig:
-    """From transformers' ``config.json``; by its ``architectures`` the file has a projection or not.
+    """From transformers' ``config.json``; its ``architectures`` tell whether there is a projection.
 
     Raises:
         WeightsError: a key is missing.
