@@ -1,9 +1,10 @@
 """Attention in tiles with a running softmax: memory linear in the number of tokens, any device.
 
-The recurrence is that of Rabe and Staats, https://arxiv.org/abs/2112.05682, and of FlashAttention.
+The recurrence is that of Rabe and Staats, https://arxiv.org/abs/2112.05682.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,30 @@ from jaxtyping import Array, Float
 from skyreels_jax.ops.linear import exact_precision
 from skyreels_jax.ops.masks import Mask
 
-QUERY_CHUNK = 512
-KEY_CHUNK = 1024
+
+@dataclass(frozen=True)
+class Tiling:
+    """How large a tile of scores may be, and whether all heads share one.
+
+    A CPU works through the heads in turn, so that a tile (here 4 MiB) stays in its cache; an
+    accelerator needs them side by side to be busy.
+    """
+
+    queries: int = 512
+    keys: int = 2048
+    heads_together: bool = False
+
+
+CACHED: Final = Tiling()
+PARALLEL: Final = Tiling(heads_together=True)
 
 
 class Running(NamedTuple):
-    """Softmax over the keys seen so far."""
+    """A softmax-weighted sum over the keys seen so far, with its largest score taken out."""
 
-    peak: Float[Array, "B N L"]
-    total: Float[Array, "B N L"]
-    weighted: Float[Array, "B N L K"]
+    peak: Float[Array, " l"]
+    total: Float[Array, " l"]
+    weighted: Float[Array, "l K"]
 
 
 def chunked_attention(
@@ -31,69 +46,123 @@ def chunked_attention(
     *,
     mask: Mask | None,
     scale: float,
+    tiling: Tiling | None = None,
 ) -> Float[Array, "B L N K"]:
-    """As the reference, one tile of scores at a time."""
-    q_len, k_len = query.shape[1], key.shape[1]
-    q_size, k_size = min(QUERY_CHUNK, q_len), min(KEY_CHUNK, k_len)
-    key_tiles, value_tiles = tiles(key, k_size), tiles(value, k_size)
-    precision = exact_precision(query.dtype)
+    """The reference's result, one tile of scores at a time.
 
-    def one_query_tile(tile):
-        q_start, q = tile
+    Its gradient recomputes the tiles, so it is linear in memory too. Tiles that ``mask`` hides
+    entirely are skipped.
+    """
+    if tiling is None:
+        tiling = CACHED if jax.default_backend() == "cpu" else PARALLEL
+    q_size, k_size = even_tile(query.shape[1], tiling.queries), even_tile(key.shape[1], tiling.keys)
+    key_len = key.shape[1]
+
+    def one_head(tiled):
+        queries, keys, values = tiled
+        q_starts, k_starts = (jnp.arange(len(x)) * x.shape[1] for x in (queries, keys))
 
         @jax.checkpoint
-        def step(state: Running, k_tile):
-            k_start, k, v = k_tile
-            scores = scale * jnp.einsum(
-                "BLNK,BSNK->BNLS", q, k, precision=precision, preferred_element_type=jnp.float32
-            )
-            keys = k_start + jnp.arange(k_size)
-            allowed = jnp.broadcast_to((keys < k_len)[None], (q_size, k_size))
-            if mask is not None:
-                allowed &= mask.allowed(q_start + jnp.arange(q_size), keys)
-            scores = jnp.where(allowed[None, None], scores, -jnp.inf)
-            return accumulate(state, scores, v), None
+        def one_query_tile(tile):
+            q_start, q = tile
+            return _attend(q, q_start, (k_starts, keys, values), key_len, mask, scale)
 
-        batch, _, heads, width = q.shape
-        start = Running(
-            jnp.full((batch, heads, q_size), jnp.finfo(jnp.float32).min),
-            jnp.zeros((batch, heads, q_size)),
-            jnp.zeros((batch, heads, q_size, width)),
-        )
-        starts = jnp.arange(len(key_tiles)) * k_size
-        state, _ = jax.lax.scan(step, start, (starts, key_tiles, value_tiles))
-        out = state.weighted / state.total[..., None]
-        return out.swapaxes(1, 2).astype(query.dtype)
+        return jax.lax.map(one_query_tile, (q_starts, queries))
 
-    query_tiles = tiles(query, q_size)
-    starts = jnp.arange(len(query_tiles)) * q_size
-    out = jax.lax.map(one_query_tile, (starts, query_tiles))  # [tiles, B, l, N, K]
-    out = jnp.moveaxis(out, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])
-    return out[:, :q_len]
+    tiled = (_tiles(query, q_size), _tiles(key, k_size), _tiles(value, k_size))
+    out = jax.vmap(one_head)(tiled) if tiling.heads_together else jax.lax.map(one_head, tiled)
+    return _untile(out, query.shape)
 
 
-def accumulate(state: Running, scores, value) -> Running:
-    """Take in one more tile of keys."""
-    peak = jnp.maximum(state.peak, scores.max(-1))
-    weights = jnp.exp(scores - peak[..., None])
-    shrink = jnp.exp(state.peak - peak)
-    step = jnp.einsum(
-        "BNLS,BSNK->BNLK",
-        weights.astype(value.dtype),
-        value,
-        precision=exact_precision(value.dtype),
-        preferred_element_type=jnp.float32,
+def even_tile(length: int, largest: int) -> int:
+    """The size at most ``largest`` that cuts ``length`` most evenly, to fill up as little."""
+    count = -(-length // largest)
+    return -(-length // count)
+
+
+def _attend(
+    q: Float[Array, "l K"],
+    q_start: Array,
+    key_tiles: tuple[Array, Array, Array],
+    key_len: int,
+    mask: Mask | None,
+    scale: float,
+) -> Float[Array, "l K"]:
+    """One tile of queries against all keys."""
+    k_starts, keys, _ = key_tiles
+    is_filled_up = keys.shape[0] * keys.shape[1] > key_len
+    q_index = q_start + jnp.arange(q.shape[0])
+
+    @jax.checkpoint
+    def take_in(state: Running, tile) -> Running:
+        k_start, k, v = tile
+        scores = _product(q, k, axis=1)
+        k_index = k_start + jnp.arange(k.shape[0])
+        if is_filled_up:
+            scores = jnp.where((k_index < key_len)[None, :], scores, -jnp.inf)
+        if mask is not None:
+            scores = jnp.where(mask.allowed(q_index, k_index), scores, -jnp.inf)
+        return _accumulate(state, scores, v, scale)
+
+    def step(state: Running, tile):
+        if mask is None:
+            return take_in(state, tile), None
+        is_seen = mask.allowed(q_index[-1:], tile[0][None])[0, 0]
+        return jax.lax.cond(is_seen, take_in, lambda state, _: state, state, tile), None
+
+    # A finite floor rather than -inf: a difference of two floors is 0, not NaN.
+    start = Running(
+        jnp.full(q.shape[:1], jnp.finfo(jnp.float32).min, jnp.float32),
+        jnp.zeros(q.shape[:1], jnp.float32),
+        jnp.zeros(q.shape, jnp.float32),
     )
+    state, _ = jax.lax.scan(step, start, key_tiles)
+    return (state.weighted / state.total[:, None]).astype(q.dtype)
+
+
+def _accumulate(
+    state: Running, scores: Float[Array, "l s"], values: Float[Array, "s K"], scale: float
+) -> Running:
+    """Take in one more tile of keys.
+
+    ``scores`` and the peak are scaled only inside the exponential: one pass less over the tile.
+    """
+    peak = jnp.maximum(state.peak, scores.max(axis=-1))
+    weights = jnp.exp(scale * (scores - peak[:, None]))
+    shrink = jnp.exp(scale * (state.peak - peak))
     return Running(
         peak,
-        state.total * shrink + weights.sum(-1),
-        state.weighted * shrink[..., None] + step,
+        state.total * shrink + weights.sum(axis=-1),
+        state.weighted * shrink[:, None] + _product(weights.astype(values.dtype), values),
     )
 
 
-def tiles(x: Float[Array, "B L N K"], size: int) -> Float[Array, "tiles B l N K"]:
-    """Cut along the tokens into tiles of ``size``, the last one filled up with zeros."""
-    batch, length, *rest = x.shape
+def _product(a: Array, b: Array, axis: int = 0) -> Float[Array, "l s"]:
+    """``a``'s rows against ``axis`` of ``b``, summed in float32.
+
+    Said with dimension numbers: XLA's CPU compiler widens bfloat16 operands that come transposed to
+    float32, at half the speed.
+    """
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((1,), (axis,)), ((), ())),
+        precision=exact_precision(a.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _tiles(x: Float[Array, "B L N K"], size: int) -> Float[Array, "BN tiles l K"]:
+    """Every head on its own, its tokens in tiles of ``size``, the last filled up with zeros."""
+    batch, length, heads, width = x.shape
     count = -(-length // size)
-    x = jnp.pad(x, ((0, 0), (0, count * size - length), (0, 0), (0, 0)))
-    return jnp.moveaxis(x.reshape(batch, count, size, *rest), 1, 0)
+    x = jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, count * size - length), (0, 0)))
+    return x.reshape(batch * heads, count, size, width)
+
+
+def _untile(
+    x: Float[Array, "BN tiles l K"], shape: tuple[int, int, int, int]
+) -> Float[Array, "B L N K"]:
+    """The inverse of :func:`_tiles`, for tokens of ``shape``."""
+    batch, length, heads, width = shape
+    return x.reshape(batch, heads, -1, width)[:, :, :length].swapaxes(1, 2)
