@@ -9,8 +9,17 @@ from flax import nnx
 from tests.weights.fakes import DEPTH, RULES, WIDTH, InMemory, abstract_model, original_tensors
 
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.weights.convert import export, exported, load_into, parameters, rename, verify
+from skyreels_jax.weights.convert import (
+    export,
+    exported,
+    load_into,
+    parameters,
+    rename,
+    renamed,
+    verify,
+)
 from skyreels_jax.weights.rules import Source, rule
+from skyreels_jax.weights.source import TensorSpec
 
 
 def load(tensors, rules=RULES, dialect="original", **kwargs):
@@ -54,7 +63,7 @@ def test_round_trips_through_both_dialects_are_bit_exact():
 def test_export_announces_the_shapes_it_yields():
     state = load(original_tensors(), dtype=jnp.bfloat16)
     for dialect in ("original", "diffusers"):
-        yielded = {n: (a.shape, a.dtype) for n, a in export(state, RULES, dialect)}
+        yielded = {n: TensorSpec(a.shape, a.dtype) for n, a in export(state, RULES, dialect)}
         assert yielded == exported(state, RULES, dialect)
         assert list(yielded) == list(exported(state, RULES, dialect))
 
@@ -62,11 +71,13 @@ def test_export_announces_the_shapes_it_yields():
 def test_renaming_equals_loading_and_exporting():
     tensors = original_tensors()
     via_jax = dict(export(load(tensors), RULES, "diffusers"))
-    renamed = dict(rename(RULES, InMemory(tensors), "original", "diffusers"))
-    assert renamed.keys() == via_jax.keys()
-    for name, value in renamed.items():
+    there = dict(rename(RULES, InMemory(tensors), "original", "diffusers"))
+    assert there.keys() == via_jax.keys()
+    for name, value in there.items():
         np.testing.assert_array_equal(value, via_jax[name])
-    again = dict(rename(RULES, InMemory(renamed), "diffusers", "original"))
+    specs = renamed(RULES, InMemory(tensors), "original", "diffusers")
+    assert specs == {n: TensorSpec(a.shape, a.dtype) for n, a in there.items()}
+    again = dict(rename(RULES, InMemory(there), "diffusers", "original"))
     for name, value in tensors.items():
         assert value.tobytes() == again[name].tobytes(), name
 

@@ -23,8 +23,9 @@ from skyreels_jax.weights.plan import (
     make_plan,
     source_shape,
 )
+from skyreels_jax.weights.rounding import rounded
 from skyreels_jax.weights.rules import Dialect, Rule, Source
-from skyreels_jax.weights.source import TensorInfo, TensorSource
+from skyreels_jax.weights.source import TensorSource, TensorSpec
 
 # Puts one finished parameter, given its dotted path, where it will live.
 Place = Callable[[str, np.ndarray], jax.Array]
@@ -103,8 +104,9 @@ def load_into(
     for target, slots in layers.items():
         value = np.empty(shapes[target], dtype)
         for slot in slots:
+            name = plan[slot].name
             part = value if slot.layer is None else value[slot.layer, ...]
-            _fill(part, source, plan[slot], tensors)
+            part[...] = rounded(_read(source, plan[slot]), dtype, f"{tensors[name].file}: {name}")
         # Waiting bounds host memory to one parameter where the device copies asynchronously.
         filled[target] = variables[target].replace(jax.block_until_ready(place(target, value)))
         del value
@@ -141,15 +143,15 @@ def export(
 
 def exported(
     state: nnx.Module | nnx.State, rules: Sequence[Rule], dialect: Dialect
-) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+) -> dict[str, TensorSpec]:
     """Shapes and dtypes of what :func:`export` yields, in its order; reads no data."""
     variables = parameters(state)
-    shapes = _shapes(variables)
-    specs: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    specs: dict[str, TensorSpec] = {}
     for name, pieces in by_tensor(_exported_plan(variables, rules, dialect)).items():
         slot, source = pieces[0]
-        shape = shapes[slot.target] if slot.layer is None else shapes[slot.target][1:]
-        specs[name] = source_shape(source, shape), np.dtype(variables[slot.target].dtype)
+        variable = variables[slot.target]
+        shape = variable.shape if slot.layer is None else variable.shape[1:]
+        specs[name] = TensorSpec(source_shape(source, tuple(shape)), np.dtype(variable.dtype))
     return specs
 
 
@@ -176,18 +178,45 @@ def rename(
     Raises:
         WeightsError: if the table and the file do not cover each other, before anything is yielded.
     """
+    origin, goal = _renaming(rules, source, from_dialect, to_dialect, ignored)
+    return (
+        (name, _joined([to.transform.invert(_read(source, origin[slot])) for slot, to in pieces]))
+        for name, pieces in by_tensor(goal).items()
+    )
+
+
+def renamed(
+    rules: Sequence[Rule],
+    source: TensorSource,
+    from_dialect: Dialect,
+    to_dialect: Dialect,
+    *,
+    ignored: Sequence[str] = (),
+) -> dict[str, TensorSpec]:
+    """Shapes and dtypes of what :func:`rename` yields, in its order; reads no data."""
+    origin, goal = _renaming(rules, source, from_dialect, to_dialect, ignored)
+    tensors = source.tensors()
+    specs: dict[str, TensorSpec] = {}
+    for name, pieces in by_tensor(goal).items():
+        slot, to = pieces[0]
+        info, place = tensors[origin[slot].name], origin[slot]
+        dummy = np.broadcast_to(np.zeros((), np.bool_), info.shape)
+        specs[name] = TensorSpec(source_shape(to, _slot_of(dummy, place).shape), info.dtype)
+    return specs
+
+
+def _renaming(
+    rules: Sequence[Rule],
+    source: TensorSource,
+    from_dialect: Dialect,
+    to_dialect: Dialect,
+    ignored: Sequence[str],
+) -> tuple[Plan, Plan]:
     tensors = source.tensors()
     layers = layers_in_file(tensors, from_dialect)
     origin = make_plan(rules, from_dialect, layers)
     check(origin, tensors, ignored)
-    goal = make_plan(rules, to_dialect, layers)
-    return (
-        (
-            name,
-            _joined([to.transform.invert(_read(source, origin[slot])) for slot, to in pieces]),
-        )
-        for name, pieces in by_tensor(goal).items()
-    )
+    return origin, make_plan(rules, to_dialect, layers)
 
 
 def _verified_plan(
@@ -222,30 +251,13 @@ def _shapes(variables: Mapping[str, nnx.Variable]) -> dict[str, tuple[int, ...]]
 
 def _read(source: TensorSource, place: Source) -> np.ndarray:
     """One slot's values in our layout, as a view of the file."""
-    whole = source.read(place.name)
+    return _slot_of(source.read(place.name), place)
+
+
+def _slot_of(tensor: np.ndarray, place: Source) -> np.ndarray:
     k, n = place.part
-    rows = whole.shape[0] // n if n > 1 else 0
-    return place.transform.apply(whole[k * rows : (k + 1) * rows] if n > 1 else whole)
-
-
-def _fill(
-    out: np.ndarray, source: TensorSource, place: Source, tensors: Mapping[str, TensorInfo]
-) -> None:
-    """Write one slot, rounded to the dtype of ``out``, and refuse values that are not finite."""
-    values = _read(source, place)
-    # An overflow to infinity is reported below, by name.
-    with np.errstate(over="ignore"):
-        rounded = values.astype(out.dtype, copy=False)
-    if not np.isfinite(rounded).all():
-        finite = np.isfinite(values)
-        what = (
-            f"values beyond the range of {out.dtype.name}; load in float32 or bfloat16"
-            if finite.all()
-            else f"{int(finite.size - finite.sum())} values that are NaN or infinite; the file is "
-            "damaged or was saved by a run that diverged"
-        )
-        raise WeightsError(f"{tensors[place.name].file}: {place.name} has {what}")
-    out[...] = rounded
+    rows = tensor.shape[0] // n if n > 1 else 0
+    return place.transform.apply(tensor[k * rows : (k + 1) * rows] if n > 1 else tensor)
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

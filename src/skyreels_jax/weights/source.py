@@ -8,12 +8,11 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """What a file's header says of a tensor. ``dtype`` may be one of ml_dtypes (bfloat16)."""
+class TensorSpec:
+    """What a tensor is without its values. ``dtype`` may be one of ml_dtypes (bfloat16)."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    file: str
 
     @property
     def size(self) -> int:
@@ -24,6 +23,13 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes of the data as stored."""
         return self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorInfo(TensorSpec):
+    """What a file's header says of a tensor, and which file that is."""
+
+    file: str
 
 
 @runtime_checkable

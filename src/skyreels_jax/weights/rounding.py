@@ -1,0 +1,43 @@
+"""The one place where weights change their values: rounding to another float dtype."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from skyreels_jax.errors import WeightsError
+
+
+def rounded(values: np.ndarray, dtype: DTypeLike | None, where: str) -> np.ndarray:
+    """``values`` in ``dtype`` (None keeps theirs), to nearest with ties to even.
+
+    Args:
+        values: floats of any dtype and layout.
+        dtype: to round to.
+        where: names the file and tensor in errors.
+
+    Raises:
+        WeightsError: if a value is NaN or infinite, or becomes so in ``dtype``.
+    """
+    # An overflow to infinity is reported below, by name.
+    with np.errstate(over="ignore"):
+        result = values if dtype is None else values.astype(dtype, copy=False)
+    if np.isfinite(result).all():
+        return result
+    count = int(values.size - np.isfinite(values).sum())
+    if count:
+        raise WeightsError(
+            f"{where} has {count} values that are NaN or infinite: the file is damaged or was "
+            "saved by a run that diverged"
+        )
+    raise WeightsError(
+        f"{where} has values beyond the range of {result.dtype.name}: use float32 or bfloat16"
+    )
+
+
+def all_rounded(
+    tensors: Iterable[tuple[str, np.ndarray]], dtype: DTypeLike | None, where: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """:func:`rounded` for a stream of named tensors of ``where``."""
+    for name, values in tensors:
+        yield name, rounded(values, dtype, f"{where}: {name}")

@@ -1,0 +1,180 @@
+"""Reads safetensors files: headers checked in full, data memory-mapped one tensor at a time.
+
+The format (huggingface/safetensors, README): 8 bytes of header length, little-endian; a JSON header
+``{name: {"dtype", "shape", "data_offsets": [begin, end]}}`` that may end in spaces; then the data,
+which the tensors cover exactly. We read it ourselves because the library's NumPy side has no
+bfloat16 and keeps a whole file mapped, whose pages then count as ours.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+
+from skyreels_jax.errors import WeightsError
+from skyreels_jax.weights.source import TensorInfo
+
+DTYPES: Final[Mapping[str, np.dtype]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+# The format's own limit on a header.
+HEADER_LIMIT: Final = 100_000_000
+LFS_POINTER: Final = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class Location:
+    """A tensor's place: its description and the byte of the file its data begin at."""
+
+    info: TensorInfo
+    offset: int
+
+
+class SafetensorsSource:
+    """The tensors of one or several safetensors files (shards), by name.
+
+    Args:
+        files: the shards, in any order.
+
+    Raises:
+        WeightsError: if a file is not sound safetensors, or two files hold the same tensor.
+    """
+
+    def __init__(self, files: Iterable[Path]):
+        self._places: dict[str, Location] = {}
+        for file in files:
+            for name, place in read_header(file).items():
+                other = self._places.setdefault(name, place)
+                if other is not place:
+                    raise WeightsError(
+                        f"{name} is in both {other.info.file} and {file}: a folder holds each "
+                        "tensor once; remove the files that do not belong together"
+                    )
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name, from the headers alone."""
+        return {name: place.info for name, place in self._places.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, read-only and memory-mapped; unmapped when the array is let go."""
+        place = self._places[name]
+        info = place.info
+        if info.size == 0:
+            return np.empty(info.shape, info.dtype)
+        raw = np.memmap(info.file, np.uint8, "r", offset=place.offset, shape=(info.nbytes,))
+        return np.asarray(raw).view(info.dtype).reshape(info.shape)
+
+
+def read_header(file: Path) -> dict[str, Location]:
+    """Read and check one file's header.
+
+    Raises:
+        WeightsError: naming the file, if it cannot be read, is truncated or is not sound.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = stream.seek(0, 2)
+            stream.seek(0)
+            start = stream.read(len(LFS_POINTER))
+            if start == LFS_POINTER:
+                raise WeightsError(f"{file} is a Git LFS pointer: fetch the file (git lfs pull)")
+            if size < 8:
+                raise WeightsError(f"{file} is truncated: {size} bytes hold no header")
+            (length,) = struct.unpack("<Q", start[:8])
+            if length > HEADER_LIMIT or length + 8 > size:
+                raise WeightsError(
+                    f"{file} is truncated or not a safetensors file: it announces a header of "
+                    f"{length} bytes and has {size} in all"
+                )
+            stream.seek(8)
+            raw = stream.read(length)
+    except OSError as error:
+        raise WeightsError(f"{file} cannot be read: {error.strerror or error}") from error
+    return _locations(file, _parsed(file, raw), 8 + length, size - 8 - length)
+
+
+def _parsed(file: Path, raw: bytes) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise WeightsError(f"{file} names a tensor twice: {', '.join(twice[:5])}")
+        return values
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"{file} is not a safetensors file: its header is no JSON ({error})"
+        ) from error
+    if not isinstance(header, dict):
+        raise WeightsError(f"{file} is not a safetensors file: its header is no JSON object")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _locations(
+    file: Path, header: Mapping[str, Any], start: int, data_size: int
+) -> dict[str, Location]:
+    """Check that the tensors cover the data exactly and say where each one is."""
+    places = {name: _location(file, name, entry, start) for name, entry in header.items()}
+    end = start
+    for name, place in sorted(places.items(), key=lambda p: (p[1].offset, p[1].info.nbytes)):
+        if place.offset != end:
+            what = "overlap" if place.offset < end else "leave a hole"
+            raise WeightsError(f"{file} is corrupt: its tensors {what} before {name}")
+        end += place.info.nbytes
+    if end != start + data_size:
+        state = "truncated" if end > start + data_size else "corrupt"
+        raise WeightsError(
+            f"{file} is {state}: its header announces {end - start} bytes of data, the file has "
+            f"{data_size}"
+        )
+    return places
+
+
+def _location(file: Path, name: str, entry: Any, start: int) -> Location:
+    def bad(why: str) -> WeightsError:
+        return WeightsError(f"{file} is corrupt: the header's entry of {name} {why}")
+
+    if not isinstance(entry, dict):
+        raise bad("is no JSON object")
+    shape, offsets = _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
+    code = entry.get("dtype")
+    if shape is None or offsets is None or len(offsets) != 2:
+        raise bad(f"has shape {entry.get('shape')!r} and offsets {entry.get('data_offsets')!r}")
+    if not isinstance(code, str) or code not in DTYPES:
+        raise bad(f"has dtype {code!r}; known are {', '.join(DTYPES)}")
+    begin, end = offsets
+    # Python integers: a hostile shape cannot overflow.
+    nbytes = math.prod(shape) * DTYPES[code].itemsize
+    if end - begin != nbytes:
+        raise bad(f"gives {end - begin} bytes to {code} {list(shape)}, which takes {nbytes}")
+    return Location(TensorInfo(shape, DTYPES[code], str(file)), start + begin)
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    if isinstance(value, list) and all(type(x) is int and x >= 0 for x in value):
+        return tuple(value)
+    return None
