@@ -8,3 +8,6 @@ install_import_hook("skyreels_jax", "beartype.beartype")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The `checkpoints` fixture: complete small checkpoint folders.
+pytest_plugins = ["tests.fabricate"]
