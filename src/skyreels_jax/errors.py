@@ -23,3 +23,7 @@ class WeightsError(SkyReelsError):
 
 class UnsupportedError(SkyReelsError, NotImplementedError):
     """A named part (an attention path, a layout, a device) cannot serve the request; says why."""
+
+
+class NumericsError(SkyReelsError, ArithmeticError):
+    """A computation gave NaN or infinity; says where, and what may be the cause."""

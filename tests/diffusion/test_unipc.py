@@ -1,7 +1,5 @@
 """UniPC against diffusers' scheduler over whole runs, and frame by frame against itself."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,8 +69,7 @@ def test_a_run_on_diffusers_own_levels_equals_diffusers():
 
 def without_corrector(table: unipc.Coefficients) -> unipc.Coefficients:
     nothing = np.zeros_like(table.keep)
-    return dataclasses.replace(
-        table,
+    return table._replace(
         from_sample=nothing + 1,
         from_start=nothing,
         from_current=nothing,
@@ -82,8 +79,7 @@ def without_corrector(table: unipc.Coefficients) -> unipc.Coefficients:
 
 
 def of_first_order(table: unipc.Coefficients) -> unipc.Coefficients:
-    return dataclasses.replace(
-        table,
+    return table._replace(
         add_current=table.add_current + table.add_previous,
         add_previous=np.zeros_like(table.add_previous),
     )

@@ -9,7 +9,7 @@ Source: Zhao et al., "UniPC" (arXiv 2302.04867), variant B2 on data predictions,
 ``FlowUniPCMultistepScheduler`` and diffusers' ``UniPCMultistepScheduler``.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from skyreels_jax.diffusion.schedule import FlowSchedule
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Coefficients:
+class Coefficients(NamedTuple):
     """Weights of one step, or of every step (``*at`` is then the step axis).
 
     With ``v`` the model's velocity and ``x0 = x - sigma * v`` the data it implies::
@@ -46,12 +44,10 @@ class Coefficients:
 
     def at(self, index: Int[Array | np.ndarray, " P"]) -> "Coefficients":
         """The rows at ``index``; works on the host and, with traced indices, on the device."""
-        return jax.tree.map(lambda column: column[index], self)
+        return Coefficients(*(column[index] for column in self))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """What the solver remembers of every frame between steps."""
 
     start: Float[Array, "F *frame"]
@@ -80,7 +76,7 @@ def step(
     state: State,
     x: Float[Array, "F *frame"],
     velocity: Float[Array, "F *frame"],
-    update: Bool[Array, " P"],
+    update: Bool[Array | np.ndarray, " P"],
 ) -> tuple[Float[Array, "F *frame"], State]:
     """Take one step with every frame that is to be updated.
 
@@ -92,19 +88,19 @@ def step(
         update: frames that move; the others keep sample and state.
     """
 
-    def per_frame(values: Array) -> Array:
-        return values.reshape(values.shape + (1,) * (x.ndim - 1))
+    def per_frame(values: Array | np.ndarray) -> Array:
+        return jnp.asarray(values).reshape(values.shape + (1,) * (x.ndim - 1))
 
-    c = jax.tree.map(lambda column: per_frame(jnp.asarray(column)), coefficients)
-    current = x - c.sigma * velocity
+    c = Coefficients(*map(per_frame, coefficients))
+    current = x - velocity * c.sigma
     corrected = (
-        c.from_sample * x
-        + c.from_start * state.start
-        + c.from_current * current
-        + c.from_previous * state.previous
-        + c.from_older * state.older
+        x * c.from_sample
+        + state.start * c.from_start
+        + current * c.from_current
+        + state.previous * c.from_previous
+        + state.older * c.from_older
     )
-    following = c.keep * corrected + c.add_current * current + c.add_previous * state.previous
+    following = corrected * c.keep + current * c.add_current + state.previous * c.add_previous
     moved = State(start=corrected, previous=current, older=state.previous)
     moves = per_frame(update)
     return jax.tree.map(lambda new, old: jnp.where(moves, new, old), (following, moved), (x, state))

@@ -1,0 +1,98 @@
+"""Small things that stand in for the transformer and the other components in tests."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from skyreels_jax.generation.components import ImageCondition
+from skyreels_jax.models.transformer import WanModel
+from skyreels_jax.models.transformer_config import TransformerConfig
+
+TEXT_DIM = 8
+CHANNELS = 16
+
+
+def config(**changes) -> TransformerConfig:
+    settings = {"model_type": "t2v", "dim": 12, "ffn_dim": 16, "num_heads": 1, "num_layers": 2}
+    settings |= {"in_dim": CHANNELS, "text_dim": TEXT_DIM, "text_len": 6, "freq_dim": 8}
+    return TransformerConfig(**(settings | changes))
+
+
+def image_config(**changes) -> TransformerConfig:
+    return config(model_type="i2v", in_dim=36, image_dim=4, **changes)
+
+
+def transformer(of: TransformerConfig, seed: int = 0) -> WanModel:
+    """A float32 model with every parameter random, so that nothing passes by being zero."""
+    model = WanModel(of, rngs=nnx.Rngs(seed), dtype=jnp.float32, param_dtype=jnp.float32)
+    state = nnx.state(model, nnx.Param)
+    leaves, structure = jax.tree.flatten(state)
+    rng = np.random.default_rng(seed)
+    random = [jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32) for x in leaves]
+    nnx.update(model, jax.tree.unflatten(structure, random))
+    return model
+
+
+class Linear(nnx.Module):
+    """A velocity that can be worked out by hand: of latents, timestep, text, ``y`` and fps."""
+
+    def __init__(self):
+        self.gain = nnx.Param(jnp.float32(0.5))
+
+    def prepare_context(self, context, clip_fea=None):
+        image = 0.0 if clip_fea is None else jnp.mean(clip_fea, (1, 2))
+        return jnp.mean(context, (1, 2)) + image
+
+    def __call__(self, x, t, context, *, y=None, fps=None, block_length=None, attention=None):
+        del attention
+        level = t.reshape(t.shape[0], 1, -1, 1, 1).astype(jnp.float32) / 1000
+        told = context.reshape(-1, 1, 1, 1, 1)
+        if y is not None:
+            told = told + jnp.mean(y, (1, 2, 3, 4), keepdims=True)
+        if fps is not None:
+            told = told + fps.reshape(-1, 1, 1, 1, 1).astype(jnp.float32)
+        if block_length is not None:
+            told = told * block_length
+        shape = x.shape
+        told, level = (jnp.broadcast_to(value, shape) for value in (told, level))
+        return self.gain[...] * x + level * told
+
+
+class Words:
+    """A text encoder: each prompt's letters decide its states."""
+
+    def __init__(self, length: int = 6, text_dim: int = TEXT_DIM):
+        self.length, self.text_dim = length, text_dim
+
+    def encode(self, prompts: Sequence[str]) -> np.ndarray:
+        states = np.zeros((len(prompts), self.length, self.text_dim), np.float32)
+        for row, prompt in zip(states, prompts, strict=True):
+            rng = np.random.default_rng(list(prompt.encode()))
+            row[:3] = rng.standard_normal((3, self.text_dim))
+        return states
+
+
+class Glance:
+    """An image encoder: the image's mean colour in all tokens."""
+
+    def encode(self, image: ImageCondition) -> np.ndarray:
+        colour = image.source.mean() / 255
+        return np.full((257, 4), colour, np.float32)
+
+
+class Blocks:
+    """A video codec: a latent is the mean of 8 x 8 pixels (of the first frame of four)."""
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        _, frames, height, width = pixels.shape
+        keep = pixels[:, ::4].reshape(3, -1, height // 8, 8, width // 8, 8).mean((3, 5))
+        return np.repeat(keep, 6, axis=0)[:CHANNELS].astype(np.float32)
+
+    def decode_chunks(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        colours = np.tanh(latents[:3])
+        for frame in range(latents.shape[1]):
+            big = colours[:, frame].repeat(8, axis=1).repeat(8, axis=2)
+            yield np.repeat(big[:, None], 1 if frame == 0 else 4, axis=1).astype(np.float32)
