@@ -20,7 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "prompts": {"errors"},
     "hub": {"errors"},
     "weights": {"models", "shapes", "errors"},
-    "checkpoints": {"hub", "weights", "models", "errors"},
+    "presets": {"models"},
+    "checkpoints": {"hub", "presets", "weights", "models", "errors"},
     "generation": {
         *{"models", "diffusion", "weights", "checkpoints", "media", "prompts", "ops"},
         *{"shapes", "errors"},
@@ -34,9 +35,10 @@ ALLOWED: dict[str, set[str]] = {
         *{"generation", "hybrid", "weights", "models", "checkpoints", "media"},
         *{"shapes", "errors"},
     },
+    "caches": set(),
     "cli": {
         *{"pipeline", "hybrid", "generation", "weights", "models", "checkpoints", "hub"},
-        *{"media", "prompts", "errors"},
+        *{"media", "prompts", "caches", "errors"},
     },
     "__init__": {"pipeline", "errors", "generation", "checkpoints", "media", "models"},
 }
@@ -64,20 +66,24 @@ def imports_of(tree: ast.AST) -> Iterator[str]:
 
 
 def at_module_level(tree: ast.Module) -> ast.Module:
-    """The tree without the bodies of its functions."""
+    """The imports that run when the module is: not in functions, not for type checkers only."""
+    later = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_for_type_checkers(node)
+        for inner in ast.walk(node)
+    }
     statements = [
         node
         for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom) and not inside_function(tree, node)
+        if isinstance(node, ast.Import | ast.ImportFrom) and node not in later
     ]
     return ast.Module(body=list(statements), type_ignores=[])
 
 
-def inside_function(tree: ast.AST, wanted: ast.AST) -> bool:
-    return any(
-        wanted in ast.walk(function)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+def is_for_type_checkers(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not node.orelse
     )
 
 
@@ -125,6 +131,7 @@ def test_a_forbidden_import_is_caught(place: str, line: str):
 def test_a_torch_import_inside_a_function_of_reference_is_allowed():
     file = SOURCE / PACKAGE / "reference" / "x.py"
     assert violations(file, "def f():\n    import torch") == []
+    assert violations(file, "if TYPE_CHECKING:\n    import torch") == []
 
 
 def test_the_described_import_paths_hold_no_code():
