@@ -1,0 +1,275 @@
+"""What a checkpoint folder is: its layout, its transformer, and the settings it is made for."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from skyreels_jax.errors import RequestError, WeightsError
+from skyreels_jax.hub import locate
+from skyreels_jax.models.transformer import WanModel
+from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.presets import PRESETS, Preset, Task
+from skyreels_jax.weights.convert import Place, on_default_device
+from skyreels_jax.weights.layout import Layout, read_json, read_layout
+from skyreels_jax.weights.transformer_folder import (
+    abstract_transformer,
+    load_transformer_state,
+    read_config,
+)
+
+# diffusers' pipelines by what they are for; `model_index.json` names one.
+PIPELINES: Final[Mapping[str, Task]] = {
+    "SkyReelsV2Pipeline": "t2v",
+    "SkyReelsV2ImageToVideoPipeline": "i2v",
+    "SkyReelsV2DiffusionForcingPipeline": "df",
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": "df",
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": "df",
+}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Default(Generic[T]):
+    """A setting that nobody gave, and where it was taken from."""
+
+    value: T
+    source: str
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What to generate with when nothing else is asked for; ``resolution`` is height, width."""
+
+    resolution: Default[tuple[int, int]]
+    num_frames: Default[int]
+    fps: Default[int]
+    shift: Default[float]
+    guidance_scale: Default[float]
+    steps: Default[int]
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Which released checkpoint a folder was taken for (None: none of them), and why."""
+
+    preset: Preset | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder, understood; nothing of its tensors but headers has been read.
+
+    Attributes:
+        layout: the folder taken apart.
+        config: of the transformer, agreed on by ``config.json`` and the tensors.
+        task: what the checkpoint was trained for.
+        guess: which released checkpoint it is.
+        defaults: settings to generate with, each with its source.
+        repo: the Hugging Face id it came from; None for a local folder.
+    """
+
+    layout: Layout
+    config: TransformerConfig
+    task: Task
+    guess: Guess
+    defaults: Defaults
+    repo: str | None = None
+
+    @staticmethod
+    def open(
+        path_or_id: str | Path, *, revision: str | None = None, preset: str | None = None
+    ) -> "Checkpoint":
+        """Understand a folder or Hugging Face id.
+
+        Args:
+            path_or_id: a folder in either layout, a transformer's own folder, or an id.
+            revision: branch, tag or commit of an id.
+            preset: name of the released checkpoint it is; overrides the guess.
+
+        Raises:
+            RequestError: there is no such folder, id or preset, or the preset has another shape.
+            WeightsError: the folder is incomplete or contradicts itself.
+        """
+        location = locate(path_or_id, revision)
+        layout = read_layout(location.folder)
+        config = read_config(layout)
+        guess = guess_preset(layout, config, repo=location.repo, preset=preset)
+        return Checkpoint(
+            layout=layout,
+            config=config,
+            task=guess.preset.task if guess.preset else _task(layout, config),
+            guess=guess,
+            defaults=_defaults(layout, config, guess),
+            repo=location.repo,
+        )
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return self.layout.folder
+
+    @property
+    def vae(self) -> Path:
+        """The VAE's file or folder; a WeightsError if it is missing, as for those below."""
+        return self.layout.part("vae")
+
+    @property
+    def text_encoder(self) -> Path:
+        """The text encoder's file or folder."""
+        return self.layout.part("text_encoder")
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's folder."""
+        return self.layout.part("tokenizer")
+
+    @property
+    def image_encoder(self) -> Path:
+        """The image encoder's file or folder."""
+        return self.layout.part("image_encoder")
+
+    @property
+    def block_length(self) -> int | None:
+        """Frames a block of block-causal attention, where the config asks for it.
+
+        Raises:
+            WeightsError: if the config's value is illegal.
+        """
+        value = self.layout.config.get("num_frame_per_block", 1)
+        if type(value) is not int or value < 1:
+            raise WeightsError(
+                f"{self.layout.config_file}: num_frame_per_block = {value!r} must be at least 1"
+            )
+        return value if value > 1 else None
+
+
+def load_transformer(
+    checkpoint: Checkpoint,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    param_dtype: DTypeLike | None = None,
+    place: Place = on_default_device,
+) -> WanModel:
+    """Load a checkpoint's transformer; host memory holds each parameter once.
+
+    Args:
+        checkpoint: to load from.
+        dtype: to compute in.
+        param_dtype: to store in; None stores in ``dtype``.
+        place: puts each finished parameter on its device or devices.
+
+    Raises:
+        WeightsError: if the folder and the model do not cover each other, or a value is not finite.
+    """
+    stored = dtype if param_dtype is None else param_dtype
+    graph, _ = nnx.split(abstract_transformer(checkpoint.config, dtype, stored))
+    state = load_transformer_state(checkpoint.layout, checkpoint.config, dtype=stored, place=place)
+    return nnx.merge(graph, state)
+
+
+def guess_preset(
+    layout: Layout, config: TransformerConfig, *, repo: str | None = None, preset: str | None = None
+) -> Guess:
+    """Which released checkpoint a folder is.
+
+    By its configuration; where several share one, by the pipeline that ``model_index.json`` names,
+    then by a recorded name that is exactly a released one. If neither decides, the first is assumed
+    and the reason says so.
+
+    Raises:
+        RequestError: if ``preset`` is unknown or has another configuration.
+    """
+    if preset is not None:
+        return _given_preset(preset, config)
+    candidates = [p for p in PRESETS.values() if _same_shape(p.config, config)]
+    if len(candidates) <= 1:
+        found = candidates[0] if candidates else None
+        shape = f"{config.model_type}, width {config.dim}, {config.num_layers} layers"
+        return Guess(found, "its configuration" if found else f"no release has its shape ({shape})")
+    pipeline = layout.model_index.get("_class_name")
+    task = PIPELINES.get(pipeline) if isinstance(pipeline, str) else None
+    if task in {p.task for p in candidates}:
+        candidates = [p for p in candidates if p.task == task]
+    for source, name in _recorded_names(layout, repo):
+        for candidate in candidates:
+            if name.casefold() == candidate.name.casefold():
+                return Guess(candidate, f"its configuration and {source}")
+    names = ", ".join(p.name for p in candidates)
+    return Guess(candidates[0], f"assumed: {names} share its configuration; say which by preset")
+
+
+def _given_preset(name: str, config: TransformerConfig) -> Guess:
+    found = PRESETS.get(name)
+    if found is None:
+        raise RequestError(f"preset {name!r} is unknown; there are {', '.join(PRESETS)}")
+    if not _same_shape(found.config, config):
+        raise RequestError(f"preset {name} is another model: {found.config} is not {config}")
+    return Guess(found, "given")
+
+
+def _same_shape(a: TransformerConfig, b: TransformerConfig) -> bool:
+    """Equal but for ``text_len``, which the original stores and never uses."""
+    return dataclasses.replace(a, text_len=b.text_len) == b
+
+
+def _recorded_names(layout: Layout, repo: str | None) -> Iterable[tuple[str, str]]:
+    """Names this folder goes by, most telling first, without owner and layout suffix."""
+    recorded: list[tuple[str, Any]] = [
+        ("its Hugging Face id", repo),
+        ("_name_or_path in model_index.json", layout.model_index.get("_name_or_path")),
+        ("_name_or_path in config.json", layout.config.get("_name_or_path")),
+        ("the folder's name", layout.folder.resolve().name),
+    ]
+    for source, name in recorded:
+        if isinstance(name, str) and name:
+            last = name.rstrip("/").rpartition("/")[2]
+            yield f"{source} ({last})", last.removesuffix("-Diffusers")
+
+
+def _task(layout: Layout, config: TransformerConfig) -> Task:
+    """Of a model that is no released one."""
+    if config.model_type == "i2v":
+        return "i2v" if config.pos_embed_seq_len is None else "flf2v"
+    pipeline = layout.model_index.get("_class_name")
+    forcing = isinstance(pipeline, str) and PIPELINES.get(pipeline) == "df"
+    return "df" if forcing or config.inject_sample_info else "t2v"
+
+
+def _defaults(layout: Layout, config: TransformerConfig, guess: Guess) -> Defaults:
+    preset = guess.preset
+    source = f"preset {preset.name}" if preset else f"SkyReels-V2 {config.model_type} models"
+    if preset is None:
+        like = (
+            "SkyReels-V2-I2V-1.3B-540P"
+            if config.model_type == "i2v"
+            else ("SkyReels-V2-T2V-14B-540P")
+        )
+        preset = PRESETS[like]
+    return Defaults(
+        resolution=Default(preset.resolution, source),
+        num_frames=Default(preset.num_frames, source),
+        fps=Default(preset.fps, source),
+        shift=_stored_shift(layout) or Default(preset.shift, source),
+        guidance_scale=Default(preset.guidance_scale, source),
+        steps=Default(preset.steps, source),
+    )
+
+
+def _stored_shift(layout: Layout) -> Default[float] | None:
+    """``flow_shift`` of a diffusers scheduler, unless it is the 1.0 that converters leave there."""
+    folder = layout.parts.get("scheduler")
+    file = folder / "scheduler_config.json" if folder else None
+    if file is None or not file.is_file():
+        return None
+    shift = read_json(file).get("flow_shift", 1.0)
+    if type(shift) not in (int, float) or not 0 < shift < 1000:
+        raise WeightsError(f"{file}: flow_shift = {shift!r} must be a positive number")
+    return None if shift == 1.0 else Default(float(shift), "scheduler/scheduler_config.json")

@@ -1,0 +1,116 @@
+"""Where a checkpoint comes from: a local folder, or the Hugging Face hub. The only network code."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from skyreels_jax.errors import RequestError
+
+# Everything that either layout needs, and nothing else: the repositories also hold a tokenizer of
+# CLIP's unused text tower, and pictures. `*` matches slashes here.
+NEEDED: Final = (
+    "*.json",
+    "*.safetensors",
+    "Wan2.1_VAE.pth",
+    "models_t5_umt5-xxl-enc-bf16.pth",
+    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    "google/umt5-xxl/*",
+    "tokenizer/*",
+)
+NOT_NEEDED: Final = ("xlm-roberta-large/*",)
+_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder on this machine, and the id it was fetched by (None for a local folder)."""
+
+    folder: Path
+    repo: str | None = None
+
+
+def locate(path_or_id: str | Path, revision: str | None = None) -> Location:
+    """Find a checkpoint: an existing folder as it is, else a Hugging Face id.
+
+    An id is fetched into the hub's own cache (once), or found there when ``HF_HUB_OFFLINE`` is set.
+    A local folder needs no network.
+
+    Args:
+        path_or_id: a folder, or ``owner/name``.
+        revision: branch, tag or commit of an id.
+
+    Raises:
+        RequestError: if there is no such folder or id, saying what was looked for.
+    """
+    text = str(path_or_id)
+    if not text.strip():
+        raise RequestError("no checkpoint was given: expected a folder or a Hugging Face id")
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise RequestError(
+                f"revision {revision!r} goes with a Hugging Face id, but {text} is a local folder"
+            )
+        return Location(folder)
+    if folder.exists():
+        raise RequestError(f"{text} is a file; give the checkpoint's folder")
+    if isinstance(path_or_id, Path) or not _ID.fullmatch(text):
+        raise RequestError(
+            f"{text} is neither a folder here{_similar(folder)} nor a Hugging Face id, which has "
+            "the form owner/name"
+        )
+    return Location(_fetch(text, revision), text)
+
+
+def _similar(folder: Path) -> str:
+    try:
+        names = [p.name for p in folder.absolute().parent.iterdir() if p.is_dir()]
+    except OSError:
+        return f" (nor is {folder.absolute().parent})"
+    close = difflib.get_close_matches(folder.name, names, n=1)
+    return f" (there is {folder.with_name(close[0])})" if close else ""
+
+
+def _fetch(repo: str, revision: str | None) -> Path:
+    what = f"{repo}" + (f" at revision {revision}" if revision else "")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=list(NEEDED),
+                ignore_patterns=list(NOT_NEEDED),
+            )
+        )
+    except RevisionNotFoundError as error:
+        raise RequestError(
+            f"{repo} has no revision {revision!r} on the Hugging Face hub"
+        ) from error
+    except GatedRepoError as error:
+        raise RequestError(
+            f"{repo} is gated: accept its terms on the Hugging Face hub and log in (hf auth login)"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise RequestError(
+            f"{repo} is neither a folder here{_similar(Path(repo))} nor a public repository on the "
+            "Hugging Face hub; for a private one, log in (hf auth login)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise RequestError(
+            f"{what} is neither a folder here{_similar(Path(repo))} nor in the Hugging Face cache, "
+            "and the hub was not asked or does not answer (offline, or HF_HUB_OFFLINE is set)"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{what} could not be fetched from the Hugging Face hub: {error}") from (
+            error
+        )

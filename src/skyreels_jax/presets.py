@@ -1,0 +1,138 @@
+"""The released checkpoints as one table: everything that depends on which one it is.
+
+Sources: the model cards and command-line defaults of SkyworkAI/SkyReels-V2 (resolutions, frames,
+shift, guidance, steps), and the cache coefficients that it takes over from Wan 2.1.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from skyreels_jax.models.transformer_config import (
+    DF_1_3B,
+    DF_14B,
+    FLF2V_1_3B,
+    FLF2V_14B,
+    I2V_1_3B,
+    I2V_14B,
+    T2V_14B,
+    TransformerConfig,
+)
+
+# What a checkpoint was trained for: text, diffusion forcing (text, with a noise level per frame),
+# a first image, or a first and a last one.
+Task = Literal["t2v", "df", "i2v", "flf2v"]
+
+_Polynomial = tuple[float, float, float, float, float]
+
+
+@dataclass(frozen=True)
+class CacheCoefficients:
+    """Degree-4 polynomials of TeaCache, highest power first.
+
+    They turn the relative change of the time modulation into an estimate of the output's.
+    ``retained`` goes with the variant that reads the modulation of the blocks and computes the
+    first 10 calls in full; ``plain`` reads the head's and computes the first 2 and last 2.
+    """
+
+    retained: _Polynomial
+    plain: _Polynomial
+
+
+_CACHE_I2V_540P: Final = CacheCoefficients(
+    retained=(2.57151496e5, -3.54229917e4, 1.40286849e3, -1.35890334e1, 1.32517977e-1),
+    plain=(-3.02331670e2, 2.23948934e2, -5.25463970e1, 5.87348440, -2.01973289e-1),
+)
+_CACHE_I2V_720P: Final = CacheCoefficients(
+    retained=(8.10705460e3, 2.13393892e3, -3.72934672e2, 1.66203073e1, -4.17769401e-2),
+    plain=(-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
+)
+_CACHE_T2V_1_3B: Final = CacheCoefficients(
+    retained=(-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2),
+    plain=(2.39676752e3, -1.31110545e3, 2.01331979e2, -8.29855975, 1.37887774e-1),
+)
+_CACHE_T2V_14B: Final = CacheCoefficients(
+    retained=(-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1),
+    plain=(-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """One released checkpoint.
+
+    Attributes:
+        name: as published.
+        task: what it was trained for.
+        config: of its transformer.
+        resolution: height and width in pixels.
+        num_frames: pixel frames.
+        fps: of the video.
+        shift: of the sigmas.
+        guidance_scale: of classifier-free guidance.
+        steps: of the solver.
+        cache: coefficients of the residual cache.
+        repo: Hugging Face id in the original layout; None where there is none.
+        diffusers_repo: the same in the diffusers layout.
+    """
+
+    name: str
+    task: Task
+    config: TransformerConfig
+    resolution: tuple[int, int]
+    num_frames: int
+    fps: int = 24
+    shift: float
+    guidance_scale: float
+    steps: int = 30
+    cache: CacheCoefficients
+    repo: str | None
+    diffusers_repo: str
+
+
+_SIZES: Final[Mapping[str, tuple[tuple[int, int], int]]] = {
+    "540P": ((544, 960), 97),
+    "720P": ((720, 1280), 121),
+}
+
+
+def _preset(task: Task, size: str, shape: str, config: TransformerConfig) -> Preset:
+    name = f"SkyReels-V2-{task.upper()}-{size}-{shape}"
+    resolution, num_frames = _SIZES[shape]
+    from_image = task in ("i2v", "flf2v")
+    if from_image:
+        cache = _CACHE_I2V_540P if shape == "540P" else _CACHE_I2V_720P
+    else:
+        cache = _CACHE_T2V_1_3B if size == "1.3B" else _CACHE_T2V_14B
+    return Preset(
+        name=name,
+        task=task,
+        config=config,
+        resolution=resolution,
+        num_frames=num_frames,
+        # The model cards of image-to-video give shift 3 in a note and 5 in their table of settings.
+        shift=5.0 if from_image else 8.0,
+        guidance_scale=5.0 if from_image else 6.0,
+        cache=cache,
+        repo=f"Skywork/{name}" if task != "flf2v" else None,
+        diffusers_repo=f"Skywork/{name}-Diffusers",
+    )
+
+
+# Of several with one configuration, the one assumed when nothing else tells stands first. First-
+# last-frame checkpoints are the image-to-video weights with positions for a second image; they
+# exist in the diffusers layout only.
+_ALL: Final = (
+    _preset("t2v", "14B", "540P", T2V_14B),
+    _preset("t2v", "14B", "720P", T2V_14B),
+    _preset("df", "1.3B", "540P", DF_1_3B),
+    _preset("df", "14B", "540P", DF_14B),
+    _preset("df", "14B", "720P", DF_14B),
+    _preset("i2v", "1.3B", "540P", I2V_1_3B),
+    _preset("i2v", "14B", "540P", I2V_14B),
+    _preset("i2v", "14B", "720P", I2V_14B),
+    _preset("flf2v", "1.3B", "540P", FLF2V_1_3B),
+    _preset("flf2v", "14B", "540P", FLF2V_14B),
+    _preset("flf2v", "14B", "720P", FLF2V_14B),
+)
+PRESETS: Final[Mapping[str, Preset]] = {preset.name: preset for preset in _ALL}
