@@ -3,6 +3,19 @@
 from dataclasses import dataclass
 from typing import Final
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from skyreels_jax.models.layers import NORMAL, Linear, Mlp, WanLayerNorm, gelu_exact
+from skyreels_jax.models.transformer_config import Numerics
+from skyreels_jax.ops.attention import attention
+from skyreels_jax.ops.linear import linear
+
+States = Float[Array, "B S D"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipVisionConfig:
@@ -46,3 +59,123 @@ class ClipVisionConfig:
 CLIP_VIT_H: Final = ClipVisionConfig(
     dim=1280, ffn_dim=5120, num_heads=16, num_layers=32, projection_dim=1024
 )
+
+
+class ClipAttention(nnx.Module):
+    """Self-attention over all tokens, scores scaled by ``head_dim ** -0.5``."""
+
+    def __init__(self, config: ClipVisionConfig, *, numerics: Numerics, rngs: nnx.Rngs):
+        dim = config.dim
+        self.q = Linear(dim, dim, numerics=numerics, rngs=rngs)
+        self.k = Linear(dim, dim, numerics=numerics, rngs=rngs)
+        self.v = Linear(dim, dim, numerics=numerics, rngs=rngs)
+        self.proj = Linear(dim, dim, numerics=numerics, rngs=rngs)
+        self.num_heads = config.num_heads
+
+    def __call__(self, x: States) -> States:
+        """``x`` normalised."""
+        query, key, value = (
+            part(x).reshape(*x.shape[:2], self.num_heads, -1) for part in (self.q, self.k, self.v)
+        )
+        return self.proj(attention(query, key, value).reshape(x.shape))
+
+
+class ClipBlock(nnx.Module):
+    """Attention and feed-forward, each normalised before and added after, in float32."""
+
+    def __init__(self, config: ClipVisionConfig, *, numerics: Numerics, rngs: nnx.Rngs):
+        widths = (config.dim, config.ffn_dim, config.dim)
+        self.norm1 = WanLayerNorm(config.dim, config.eps, numerics=numerics)
+        self.attn = ClipAttention(config, numerics=numerics, rngs=rngs)
+        self.norm2 = WanLayerNorm(config.dim, config.eps, numerics=numerics)
+        self.mlp = Mlp(widths, gelu_exact, numerics=numerics, rngs=rngs)
+
+    def __call__(self, x: States) -> States:
+        """``x`` is the residual, float32 in and out."""
+        x = x + self.attn(self.norm1(x)).astype(jnp.float32)
+        return x + self.mlp(self.norm2(x)).astype(jnp.float32)
+
+
+class PatchKernel(nnx.Module):
+    """A convolution without bias whose stride is its kernel: each patch times one matrix."""
+
+    def __init__(self, config: ClipVisionConfig, *, numerics: Numerics, rngs: nnx.Rngs):
+        shape = (config.patch_size, config.patch_size, 3, config.dim)
+        self.kernel = nnx.Param(NORMAL(rngs.params(), shape, numerics.params))
+        self.dtype = numerics.compute
+
+    def __call__(self, pixels: Float[Array, "B 3 height width"]) -> States:
+        """One token a patch, row by row."""
+        kernel = self.kernel[...]
+        size = kernel.shape[0]
+        batch, colours, height, width = pixels.shape
+        grid = (batch, colours, height // size, size, width // size, size)
+        patches = pixels.reshape(grid).transpose(0, 2, 4, 3, 5, 1)  # [B, rows, columns, p, p, 3]
+        patches = patches.reshape(batch, -1, size * size * colours)
+        return linear(patches, kernel.reshape(-1, kernel.shape[-1]), dtype=self.dtype)
+
+
+class ClipVision(nnx.Module):
+    """Pixels to the states of all tokens after the last block but one.
+
+    The last block, the norm after it and the projection are parameters that nothing here computes
+    with: the published files have them, and what is read must be written again. Matrix products
+    are in ``dtype``; norms, softmax and the residual are float32.
+    """
+
+    def __init__(
+        self,
+        config: ClipVisionConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.bfloat16,
+        param_dtype: DTypeLike = jnp.bfloat16,
+    ):
+        numerics = Numerics(dtype, param_dtype)
+        dim = config.dim
+
+        def table(*shape: int) -> nnx.Param:
+            return nnx.Param(NORMAL(rngs.params(), shape, param_dtype))
+
+        self.config = config
+        self.cls_embedding = table(dim)
+        self.pos_embedding = table(config.tokens, dim)
+        self.patch_embedding = PatchKernel(config, numerics=numerics, rngs=rngs)
+        self.pre_norm = WanLayerNorm(dim, config.eps, numerics=numerics)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> ClipBlock:
+            return ClipBlock(config, numerics=numerics, rngs=rngs)
+
+        self.blocks = stack(rngs)
+        self.post_norm = WanLayerNorm(dim, config.eps, numerics=numerics)
+        if config.projection_dim is not None:
+            self.head = table(dim, config.projection_dim)
+
+    def __call__(self, pixels: Float[Array, "B 3 height width"]) -> States:
+        """Features ``[B, 257, D]``, class token first, float32.
+
+        Args:
+            pixels: normalised by CLIP's mean and standard deviation, of the size of the config.
+
+        Raises:
+            ValueError: another size.
+        """
+        size = self.config.image_size
+        if pixels.shape[2:] != (size, size):
+            raise ValueError(f"image of {pixels.shape[2:]}; this tower takes {(size, size)}")
+        patches = self.patch_embedding(pixels).astype(jnp.float32)
+        first = jnp.broadcast_to(
+            self.cls_embedding[...].astype(jnp.float32), (patches.shape[0], 1, patches.shape[2])
+        )
+        x = jnp.concatenate([first, patches], axis=1)
+        x = self.pre_norm(x + self.pos_embedding[...].astype(jnp.float32)[None])
+
+        graph, parameters = nnx.split(self.blocks)
+
+        # Indexed in the loop: scanning over all layers but one would copy them.
+        def layer(i: Array, x: Array) -> Array:
+            return nnx.merge(graph, jax.tree.map(lambda stack: stack[i], parameters))(x)
+
+        return jax.lax.fori_loop(0, self.config.num_layers - 1, layer, x)

@@ -1,11 +1,25 @@
-"""The UMT5 text encoder."""
+"""The UMT5 text encoder: T5 without its decoder, with a position bias of its own in every layer."""
 
 from dataclasses import dataclass
 from typing import Final
 
-# The relative position buckets of every published (u)mT5.
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from skyreels_jax.models.layers import NORMAL, Embedding, WanRMSNorm, gelu_tanh
+from skyreels_jax.models.transformer_config import Numerics
+from skyreels_jax.ops.linear import exact_precision, linear
+
+# The relative position buckets of every published mT5 and UMT5.
 BUCKETS: Final = 32
 MAX_DISTANCE: Final = 128
+
+States = Float[Array, "B S D"]
+Heads = Float[Array, "B S N K"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +58,161 @@ class Umt5Config:
 UMT5_XXL: Final = Umt5Config(
     vocab_size=256_384, dim=4096, head_dim=64, num_heads=64, ffn_dim=10_240, num_layers=24
 )
+
+
+def position_buckets(distance: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+    """The row of the bias table for each ``key index - query index``.
+
+    Rows 16 to 31 are for keys after the query. Of each half the first 8 are distances 0 to 7, the
+    other 8 grow with the logarithm up to 128, beyond which all are one (Raffel et al. 2020, 2.1).
+    """
+    half = BUCKETS // 2
+    exact = half // 2
+    far = np.maximum(np.abs(distance), exact)
+    # Base 2 is exact at powers of two, where a bucket begins.
+    growth = np.log2(far / exact) / np.log2(MAX_DISTANCE / exact)
+    row = np.where(
+        np.abs(distance) < exact,
+        np.abs(distance),
+        np.minimum(exact + np.floor(growth * (half - exact)).astype(np.int64), half - 1),
+    )
+    return np.where(distance > 0, half, 0) + row
+
+
+class Projection(nnx.Module):
+    """``x @ kernel`` with ``kernel [in, out]`` and no bias, in the compute dtype."""
+
+    def __init__(self, in_features: int, out_features: int, *, numerics: Numerics, rngs: nnx.Rngs):
+        shape = (in_features, out_features)
+        self.kernel = nnx.Param(NORMAL(rngs.params(), shape, numerics.params))
+        self.dtype = numerics.compute
+
+    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        """Any number of leading axes."""
+        return linear(x, self.kernel[...], dtype=self.dtype)
+
+
+class PositionBias(nnx.Module):
+    """What a layer adds to its scores for the distance between two tokens, per head."""
+
+    def __init__(self, num_heads: int, *, numerics: Numerics, rngs: nnx.Rngs):
+        shape = (BUCKETS, num_heads)
+        self.embedding = nnx.Param(NORMAL(rngs.params(), shape, numerics.params))
+
+    def __call__(self, length: int) -> Float[Array, "N S S"]:
+        """Of every query (rows) and key (columns) of ``length`` tokens, float32."""
+        table = self.embedding[...].astype(jnp.float32).T
+        positions = np.arange(length)
+        return table[:, position_buckets(positions[None, :] - positions[:, None])]
+
+
+class Umt5Attention(nnx.Module):
+    """Attention with a position bias and no scaling of the scores; softmax in float32."""
+
+    def __init__(self, config: Umt5Config, *, numerics: Numerics, rngs: nnx.Rngs):
+        outer, inner = config.dim, config.attention_dim
+        self.q = Projection(outer, inner, numerics=numerics, rngs=rngs)
+        self.k = Projection(outer, inner, numerics=numerics, rngs=rngs)
+        self.v = Projection(outer, inner, numerics=numerics, rngs=rngs)
+        self.o = Projection(inner, outer, numerics=numerics, rngs=rngs)
+        self.num_heads = config.num_heads
+        self.dtype = numerics.compute
+
+    @jax.named_scope("attention")
+    def __call__(self, x: States, bias: Float[Array, "N S S"], mask: Bool[Array, "B S"]) -> States:
+        """``x`` normalised; ``mask`` is False for keys that must not be attended."""
+        query, key, value = (
+            part(x).reshape(*x.shape[:2], self.num_heads, -1) for part in (self.q, self.k, self.v)
+        )
+        precision = exact_precision(self.dtype)
+        scores = jnp.einsum(
+            "BQNK,BSNK->BNQS",
+            *(query, key),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        scores = jnp.where(mask[:, None, None, :], scores + bias[None], jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        heads = jnp.einsum(
+            "BNQS,BSNK->BQNK",
+            *(weights, value),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        return self.o(heads.reshape(*x.shape[:2], -1))
+
+
+class Umt5FeedForward(nnx.Module):
+    """``fc2(gelu(gate(x)) * fc1(x))``."""
+
+    def __init__(self, config: Umt5Config, *, numerics: Numerics, rngs: nnx.Rngs):
+        self.gate = Projection(config.dim, config.ffn_dim, numerics=numerics, rngs=rngs)
+        self.fc1 = Projection(config.dim, config.ffn_dim, numerics=numerics, rngs=rngs)
+        self.fc2 = Projection(config.ffn_dim, config.dim, numerics=numerics, rngs=rngs)
+
+    @jax.named_scope("feed_forward")
+    def __call__(self, x: States) -> States:
+        """``x`` normalised; the product of the two branches is float32."""
+        return self.fc2(gelu_tanh(self.gate(x)) * self.fc1(x).astype(jnp.float32))
+
+
+class Umt5Block(nnx.Module):
+    """Attention and feed-forward, each normalised before and added after, in float32."""
+
+    def __init__(self, config: Umt5Config, *, numerics: Numerics, rngs: nnx.Rngs):
+        self.norm1 = WanRMSNorm(config.dim, config.eps, numerics=numerics)
+        self.attn = Umt5Attention(config, numerics=numerics, rngs=rngs)
+        self.pos_embedding = PositionBias(config.num_heads, numerics=numerics, rngs=rngs)
+        self.norm2 = WanRMSNorm(config.dim, config.eps, numerics=numerics)
+        self.ffn = Umt5FeedForward(config, numerics=numerics, rngs=rngs)
+
+    def __call__(self, x: States, mask: Bool[Array, "B S"]) -> States:
+        """``x`` is the residual, float32 in and out."""
+        bias = self.pos_embedding(x.shape[1])
+        x = x + self.attn(self.norm1(x), bias, mask).astype(jnp.float32)
+        return x + self.ffn(self.norm2(x)).astype(jnp.float32)
+
+
+class Umt5Encoder(nnx.Module):
+    """Token ids to text states.
+
+    Matrix products are in ``dtype``; norms, softmax, position bias and the residual are float32.
+    The blocks' parameters are stacked along a leading layer axis and run by ``lax.scan``.
+    """
+
+    def __init__(
+        self,
+        config: Umt5Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.bfloat16,
+        param_dtype: DTypeLike = jnp.bfloat16,
+    ):
+        numerics = Numerics(dtype, param_dtype)
+        self.config = config
+        self.token_embedding = Embedding(
+            config.vocab_size, config.dim, numerics=numerics, rngs=rngs
+        )
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> Umt5Block:
+            return Umt5Block(config, numerics=numerics, rngs=rngs)
+
+        self.blocks = stack(rngs)
+        self.norm = WanRMSNorm(config.dim, config.eps, numerics=numerics)
+
+    def __call__(self, ids: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> States:
+        """States of all tokens, float32; rows where ``mask`` is False are exactly zero.
+
+        Padding is never attended and distances are relative, so a prompt's states do not depend on
+        how far it is padded.
+        """
+        graph, parameters = nnx.split(self.blocks)
+
+        def layer(x: Array, of_layer: nnx.State) -> tuple[Array, None]:
+            return nnx.merge(graph, of_layer)(x, mask), None
+
+        x = self.token_embedding(ids.reshape(-1)).reshape(*ids.shape, -1).astype(jnp.float32)
+        x, _ = jax.lax.scan(layer, x, parameters)
+        return jnp.where(mask[:, :, None], self.norm(x), 0)

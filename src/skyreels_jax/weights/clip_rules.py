@@ -102,11 +102,7 @@ def clip_rules(config: ClipVisionConfig, *, prefix: str = DEFAULT_PREFIX) -> tup
     if config.projection_dim is not None:
         # The original multiplies by it from the right: it is stored as ours is.
         rules.append(
-            Rule(
-                "head.kernel",
-                Source("visual.head"),
-                Source("visual_projection.weight", LINEAR),
-            )
+            Rule("head", Source("visual.head"), Source("visual_projection.weight", LINEAR))
         )
     return tuple(rules)
 
