@@ -1,0 +1,199 @@
+import dataclasses
+import json
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tests.weights.tiny import CONFIGS, DF, FLF2V, I2V, T2V, edit_json, random_state, save
+
+from skyreels_jax.errors import WeightsError
+from skyreels_jax.weights.layout import read_layout, safetensors_of
+from skyreels_jax.weights.plan import natural
+from skyreels_jax.weights.rules import DIALECTS
+from skyreels_jax.weights.transformer_folder import (
+    convert_transformer,
+    load_transformer_state,
+    read_config,
+    save_transformer,
+    verify_transformer,
+)
+
+
+def tensors(folder):
+    source = safetensors_of(folder)
+    return {name: source.read(name) for name in source.tensors()}
+
+
+@pytest.fixture
+def theirs(monkeypatch):
+    """diffusers' class, loading without accelerate, which it needs only to mix dtypes."""
+    monkeypatch.setattr(diffusers.SkyReelsV2Transformer3DModel, "_keep_in_fp32_modules", None)
+    return diffusers.SkyReelsV2Transformer3DModel
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
+        assert a[name].tobytes() == b[name].tobytes(), name
+
+
+def through_jax(source, target, *, layout, dtype):
+    found = read_layout(source)
+    config = read_config(found)
+    state = load_transformer_state(found, config, dtype=dtype)
+    save_transformer(target, state, config, layout=layout)
+    return target
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("first", DIALECTS)
+@pytest.mark.parametrize("kind", ["df", "flf2v"])
+def test_from_a_layout_through_jax_to_both_and_back_is_bit_exact(tmp_path, kind, first, dtype):
+    """A -> JAX -> A, and A -> JAX -> B -> JAX -> A; df and flf2v hold every parameter there is."""
+    second = "diffusers" if first == "original" else "original"
+    a = save(tmp_path / "a", CONFIGS[kind], first, dtype=dtype, max_shard_bytes=20_000)
+    same = through_jax(a, tmp_path / "same", layout=first, dtype=dtype)
+    b = through_jax(a, tmp_path / "b", layout=second, dtype=dtype)
+    back = through_jax(b, tmp_path / "back", layout=first, dtype=dtype)
+    assert_same_bits(tensors(a), tensors(same))
+    assert_same_bits(tensors(a), tensors(back))
+    assert tensors(b).keys() != tensors(a).keys()
+    for other in (same, back):
+        assert (other / "config.json").read_text() == (a / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_translating_files_equals_going_through_jax(tmp_path, kind):
+    a = save(tmp_path / "a", CONFIGS[kind])
+    b = through_jax(a, tmp_path / "b", layout="diffusers", dtype=np.float32)
+    found = read_layout(a)
+    (tmp_path / "c").mkdir()
+    convert_transformer(tmp_path / "c", found, read_config(found), layout="diffusers")
+    assert_same_bits(tensors(b), tensors(tmp_path / "c"))
+    assert (b / "config.json").read_text() == (tmp_path / "c" / "config.json").read_text()
+
+
+def test_translating_rounds_when_asked(tmp_path):
+    a = save(tmp_path / "a", T2V)
+    (tmp_path / "b").mkdir()
+    found = read_layout(a)
+    convert_transformer(
+        tmp_path / "b", found, read_config(found), layout="original", dtype=jnp.bfloat16
+    )
+    expected = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors(a).items()}
+    assert_same_bits(tensors(tmp_path / "b"), expected)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_diffusers_loads_what_is_written_and_nothing_is_missing_or_left(tmp_path, kind, theirs):
+    config = CONFIGS[kind]
+    folder = save(tmp_path / "m", config, "diffusers", max_shard_bytes=30_000)
+    model, report = theirs.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    written = tensors(folder)
+    state = model.state_dict()
+    assert state.keys() == written.keys()
+    for name, value in state.items():
+        np.testing.assert_array_equal(value.numpy(), written[name], name)
+    assert model.config.pos_embed_seq_len == config.pos_embed_seq_len
+    assert model.config.inject_sample_info == config.inject_sample_info
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_diffusers_writes_is_read(tmp_path, kind, theirs):
+    folder = save(tmp_path / "m", CONFIGS[kind], "diffusers")
+    model = theirs.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+    found = read_layout(tmp_path / "again")
+    assert read_config(found) == CONFIGS[kind]
+    verify_transformer(found, CONFIGS[kind])
+    assert_same_bits(tensors(folder), tensors(tmp_path / "again"))
+
+
+def test_the_norm_that_diffusers_ignores_is_ignored(tmp_path):
+    folder = save(tmp_path / "m", I2V, "diffusers")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    from safetensors.numpy import save_file
+
+    extra = {f"blocks.{i}.attn2.norm_added_q.weight": np.ones(24, np.float32) for i in range(3)}
+    save_file(load_file(file) | extra, file)
+    verify_transformer(read_layout(folder), I2V)
+    save_file(load_file(file) | {"blocks.0.attn2.norm_added_x.weight": np.ones(1)}, file)
+    with pytest.raises(WeightsError, match="norm_added_x"):
+        verify_transformer(read_layout(folder), I2V)
+
+
+@pytest.mark.parametrize(
+    "removed",
+    [
+        ["model_type", "inject_sample_info"],
+        ["dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim"],
+        ["eps", "text_len"],
+    ],
+)
+@pytest.mark.parametrize("config", [DF, FLF2V], ids=["df", "flf2v"])
+def test_what_the_original_config_leaves_out_is_derived(tmp_path, config, removed):
+    folder = save(tmp_path / "m", config)
+    edit_json(folder / "config.json", **dict.fromkeys(removed))
+    assert read_config(read_layout(folder)) == config
+
+
+@pytest.mark.parametrize(
+    "removed",
+    [
+        ["in_channels", "out_channels", "image_dim", "pos_embed_seq_len", "inject_sample_info"],
+        ["ffn_dim", "num_layers", "freq_dim", "text_dim", "patch_size", "_class_name"],
+    ],
+)
+@pytest.mark.parametrize("config", [DF, FLF2V], ids=["df", "flf2v"])
+def test_what_the_diffusers_config_leaves_out_is_derived(tmp_path, config, removed):
+    folder = save(tmp_path / "m", config, "diffusers")
+    edit_json(folder / "config.json", **dict.fromkeys(removed))
+    assert read_config(read_layout(folder)) == config
+
+
+def test_heads_are_128_wide_unless_the_config_says_otherwise(tmp_path):
+    config = dataclasses.replace(T2V, dim=256, num_layers=1)
+    folder = save(tmp_path / "m", config)
+    edit_json(folder / "config.json", num_heads=None)
+    assert read_config(read_layout(folder)).num_heads == 2
+
+
+def test_the_configs_have_the_keys_of_their_own_writers(tmp_path):
+    original = json.loads((save(tmp_path / "a", I2V) / "config.json").read_text())
+    assert original.keys() == {
+        *("_class_name", "dim", "eps", "ffn_dim", "freq_dim", "in_dim", "inject_sample_info"),
+        *("model_type", "num_heads", "num_layers", "out_dim", "text_len"),
+    }
+    theirs = json.loads((save(tmp_path / "b", I2V, "diffusers") / "config.json").read_text())
+    model = diffusers.SkyReelsV2Transformer3DModel(num_layers=1, ffn_dim=8)
+    assert set(theirs) <= {*model.config, "_class_name"}
+
+
+def test_any_sharding_is_read_with_and_without_its_index(tmp_path):
+    folder = save(tmp_path / "m", DF, max_shard_bytes=20_000)
+    shards = sorted((p.name for p in folder.glob("*.safetensors")), key=natural)
+    assert len(shards) > 3
+    with_index = tensors(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    assert_same_bits(with_index, tensors(folder))
+    for k, name in enumerate(shards):
+        (folder / name).rename(folder / f"part{k}.safetensors")
+    assert_same_bits(with_index, tensors(folder))
+
+
+def test_a_loaded_state_does_not_depend_on_the_file(tmp_path):
+    folder = save(tmp_path / "m", T2V)
+    found = read_layout(folder)
+    state = load_transformer_state(found, T2V, dtype=np.float32)
+    file = folder / "model.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+    expected = jax.tree.leaves(random_state(T2V))
+    for value, original in zip(jax.tree.leaves(state), expected, strict=True):
+        np.testing.assert_array_equal(value, original)
