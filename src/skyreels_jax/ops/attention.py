@@ -1,6 +1,6 @@
 """Attention behind one function, and the table of ways to compute it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
@@ -8,15 +8,24 @@ import jax
 from jaxtyping import Array, Float
 
 from skyreels_jax.errors import UnsupportedError
+from skyreels_jax.ops.kernels import cudnn, splash, tokamax
 from skyreels_jax.ops.kernels.chunked import chunked_attention
+from skyreels_jax.ops.kernels.contract import Call, Path, describe, serves_all
 from skyreels_jax.ops.kernels.reference import reference_attention
 from skyreels_jax.ops.masks import Mask
 
-Implementation = Callable[..., Float[Array, "B L N K"]]
-
-IMPLEMENTATIONS: Final[Mapping[str, Implementation]] = MappingProxyType(
-    {"xla": reference_attention, "chunked": chunked_attention}
+PATHS: Final[Mapping[str, Path]] = MappingProxyType(
+    {
+        "xla": Path(reference_attention, serves_all),
+        "chunked": Path(chunked_attention, serves_all),
+        "cudnn": Path(cudnn.cudnn_attention, cudnn.refusal),
+        "splash": Path(splash.splash_attention_path, splash.refusal),
+        "tokamax": Path(tokamax.tokamax_attention, tokamax.refusal),
+    }
 )
+
+# All scores of a call at once are worth their memory up to here.
+SMALL_SCORES: Final = 4 * 1024**2
 
 
 def attention(
@@ -28,17 +37,41 @@ def attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B L N K"]:
-    """``softmax(scale * query @ key^T) @ value`` per head, softmax in float32.
+    """``softmax(scale * query @ key^T) @ value`` for each head, softmax in float32.
 
-    ``scale`` is ``K ** -0.5`` unless given.
+    Args:
+        query: ``[B, L, N, K]``.
+        key: ``[B, S, N, K]``.
+        value: ``[B, S, N, K]``.
+        mask: which keys a query sees; ``None`` for all.
+        scale: positive; ``K ** -0.5`` unless given.
+        implementation: a name in :data:`PATHS`; ``None`` leaves it to :func:`choose`.
+
+    Raises:
+        UnsupportedError: if the named implementation does not exist or cannot serve this call. It
+            is never replaced by another.
     """
-    if implementation is None:
-        implementation = "chunked" if query.shape[1] * key.shape[1] > 1 << 20 else "xla"
-    if implementation not in IMPLEMENTATIONS:
+    call = describe(query, key)
+    name = choose(call) if implementation is None else implementation
+    if name not in PATHS:
         raise UnsupportedError(
-            f"attention implementation {implementation!r} is unknown; "
-            f"there are {', '.join(IMPLEMENTATIONS)}"
+            f"attention path {name!r} does not exist; choose one of {', '.join(PATHS)}"
+        )
+    if reason := PATHS[name].refusal(call):
+        raise UnsupportedError(
+            f"attention path {name!r} cannot serve this call: {reason}; "
+            f"without a name {choose(call)!r} is taken"
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    with jax.named_scope("attention"):
-        return IMPLEMENTATIONS[implementation](query, key, value, mask=mask, scale=scale)
+    with jax.named_scope(f"attention_{name}"):
+        return PATHS[name].compute(query, key, value, mask=mask, scale=scale)
+
+
+def choose(call: Call) -> str:
+    """The path for a call that names none: the fastest on its device that has been tested there.
+
+    ``cudnn`` wherever it can; else ``xla`` while all scores together are small, else ``chunked``.
+    """
+    if PATHS["cudnn"].refusal(call) is None:
+        return "cudnn"
+    return "xla" if call.score_bytes <= SMALL_SCORES else "chunked"

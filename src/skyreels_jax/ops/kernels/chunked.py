@@ -160,9 +160,7 @@ def _tiles(x: Float[Array, "B L N K"], size: int) -> Float[Array, "BN tiles l K"
     return x.reshape(batch * heads, count, size, width)
 
 
-def _untile(
-    x: Float[Array, "BN tiles l K"], shape: tuple[int, int, int, int]
-) -> Float[Array, "B L N K"]:
+def _untile(x: Float[Array, "BN tiles l K"], shape: tuple[int, ...]) -> Float[Array, "B L N K"]:
     """The inverse of :func:`_tiles`, for tokens of ``shape``."""
     batch, length, heads, width = shape
     return x.reshape(batch, heads, -1, width)[:, :, :length].swapaxes(1, 2)
