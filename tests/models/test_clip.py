@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from encoder_oracles import (
+from flax import nnx
+from tests.models.encoder_oracles import (
     CLIP,
     clip_from,
     clip_oracle,
@@ -15,7 +16,6 @@ from encoder_oracles import (
     run_clip_oracle,
     tensors_of,
 )
-from flax import nnx
 
 from skyreels_jax.models import clip_vision, layers
 from skyreels_jax.models.clip_vision import CLIP_VIT_H, ClipVision, ClipVisionConfig

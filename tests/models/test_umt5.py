@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from encoder_oracles import (
+from flax import nnx
+from tests.models.encoder_oracles import (
     UMT5,
     padded_ids,
     relative,
@@ -16,7 +17,6 @@ from encoder_oracles import (
     umt5_from,
     umt5_oracle,
 )
-from flax import nnx
 
 from skyreels_jax.models import umt5
 from skyreels_jax.models.umt5 import UMT5_XXL, Umt5Config, Umt5Encoder, position_buckets
