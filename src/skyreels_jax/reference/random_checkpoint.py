@@ -10,7 +10,6 @@ what those libraries write, and rewritten into the original layout by the weight
 
 import argparse
 import math
-import re
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
@@ -25,6 +24,8 @@ from skyreels_jax.weights.rules import DIALECTS, Dialect, Rule
 from skyreels_jax.weights.store import new_folder
 from skyreels_jax.weights.transformer_folder import convert_transformer, read_config
 from skyreels_jax.weights.umt5_rules import UMT5_RULES
+from skyreels_jax.weights.vae_rules import config_from_json as vae_config
+from skyreels_jax.weights.vae_rules import vae_rules
 
 if TYPE_CHECKING:
     import torch
@@ -185,7 +186,8 @@ def _write_original(source: Layout, folder: Path) -> None:
     convert_transformer(folder, source, read_config(source), layout="original")
     umt5 = _renamed(source, "text_encoder", UMT5_RULES, torch.bfloat16)
     torch.save(umt5, folder / PATHS["original"]["text_encoder"])
-    torch.save(_original_vae(source), folder / PATHS["original"]["vae"])
+    vae = vae_rules(vae_config(read_json(source.part("vae") / "config.json")))
+    torch.save(_renamed(source, "vae", vae, torch.float32), folder / PATHS["original"]["vae"])
     words = folder / PATHS["original"]["tokenizer"]
     words.parent.mkdir()
     source.part("tokenizer").rename(words)
@@ -204,42 +206,6 @@ def _renamed(
 
     tensors = rename(rules, safetensors_of(source.part(part)), "diffusers", "original")
     return OrderedDict((name, torch.tensor(value).to(dtype)) for name, value in tensors)
-
-
-_VAE_NAMES: Final = (
-    (r"quant_conv\.", "conv1."),
-    (r"post_quant_conv\.", "conv2."),
-    (r"(encoder|decoder)\.conv_in\.", r"\1.conv1."),
-    (r"(encoder|decoder)\.norm_out\.", r"\1.head.0."),
-    (r"(encoder|decoder)\.conv_out\.", r"\1.head.2."),
-    (r"(.*)mid_block\.resnets\.0\.", r"\1middle.0."),
-    (r"(.*)mid_block\.attentions\.0\.", r"\1middle.1."),
-    (r"(.*)mid_block\.resnets\.1\.", r"\1middle.2."),
-    (r"(.*)down_blocks\.", r"\1downsamples."),
-    (r"(.*)\.norm1\.", r"\1.residual.0."),
-    (r"(.*)\.conv1\.(?=weight|bias)", r"\1.residual.2."),
-    (r"(.*)\.norm2\.", r"\1.residual.3."),
-    (r"(.*)\.conv2\.(?=weight|bias)", r"\1.residual.6."),
-    (r"(.*)\.conv_shortcut\.", r"\1.shortcut."),
-)
-
-
-def _original_vae(source: Layout) -> "OrderedDict[str, torch.Tensor]":
-    import torch
-
-    tensors = OrderedDict()
-    files = safetensors_of(source.part("vae"))
-    for name in files.tensors():
-        new = name
-        for pattern, replacement in reversed(_VAE_NAMES):
-            new = re.sub(f"^{pattern}", replacement, new)
-        new = re.sub(
-            r"up_blocks\.(\d)\.(?:resnets\.(\d)|upsamplers\.0)",
-            lambda m: f"upsamples.{4 * int(m[1]) + int(m[2] or 3)}",
-            new,
-        )
-        tensors[new] = torch.tensor(files.read(name))
-    return tensors
 
 
 def main() -> None:

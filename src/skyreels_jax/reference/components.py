@@ -1,0 +1,178 @@
+"""What generation needs besides the transformer, run by PyTorch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.generation.clip_input import ClipPreprocessing
+from skyreels_jax.generation.components import ImageCondition
+from skyreels_jax.prompts import Tokenizer
+from skyreels_jax.reference.modules import (
+    load_clip,
+    load_umt5,
+    load_vae,
+    torch_device,
+    torch_dtype,
+)
+from skyreels_jax.shapes import HostLatents, Pixels
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKLWan
+    from transformers import CLIPImageProcessor, UMT5EncoderModel
+
+# OpenAI's colour statistics, which every CLIP was trained with.
+CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, eq=False)
+class TorchTextEncoder:
+    """UMT5 as transformers has it."""
+
+    tokenizer: Tokenizer
+    model: "UMT5EncoderModel"
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, device: str, dtype: DTypeLike) -> "TorchTextEncoder":
+        """Read it from either layout, to compute in ``dtype`` on ``device``.
+
+        Raises:
+            WeightsError: the part is missing, unsound or incomplete.
+            UnsupportedError: there is no such device here.
+        """
+        model = load_umt5(checkpoint, torch_device(device), torch_dtype(dtype))
+        return cls(Tokenizer.from_folder(checkpoint.tokenizer), model)
+
+    def encode(self, prompts: Sequence[str]) -> Float[np.ndarray, "B S text_dim"]:
+        """Clean, tokenize to 512 and encode; rows past a prompt's end are exactly zero."""
+        import torch
+
+        batch = self.tokenizer.encode(prompts)
+        ids = torch.from_numpy(batch.ids).to(self.model.device)
+        mask = torch.from_numpy(batch.mask).to(self.model.device)
+        with torch.inference_mode():
+            states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            return (states.float() * mask[..., None]).cpu().numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class TorchImageEncoder:
+    """CLIP's vision tower as transformers has it."""
+
+    model: "torch.nn.Module"
+    processor: "CLIPImageProcessor | None"
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        device: str,
+        dtype: DTypeLike,
+        preprocessing: ClipPreprocessing = "original",
+    ) -> "TorchImageEncoder":
+        """Read it from either layout, to compute in ``dtype`` on ``device``.
+
+        Args:
+            checkpoint: to read from.
+            device: of PyTorch.
+            dtype: of weights and activations.
+            preprocessing: ``original`` squashes the frame at video resolution to 224 x 224, as the
+                models were trained; ``diffusers`` cuts the centre out of the image as given.
+
+        Raises:
+            WeightsError: the part is missing, unsound or incomplete.
+            UnsupportedError: there is no such device here.
+        """
+        from transformers import CLIPImageProcessor
+
+        model = load_clip(checkpoint, torch_device(device), torch_dtype(dtype))
+        folder = checkpoint.layout.parts.get("image_processor")
+        if preprocessing == "original":
+            processor = None
+        elif folder is None:
+            processor = CLIPImageProcessor()
+        else:
+            processor = CLIPImageProcessor.from_pretrained(folder)
+        return cls(model, processor)
+
+    def encode(self, image: ImageCondition) -> Float[np.ndarray, "S image_dim"]:
+        """Features of all tokens (class token first) of the last block but one."""
+        import torch
+
+        if self.processor is None:
+            pixels = squashed(torch.from_numpy(image.pixels))
+        else:
+            pixels = self.processor(images=image.source, return_tensors="pt")["pixel_values"]
+        weight = next(self.model.parameters())
+        with torch.inference_mode():
+            states = self.model(
+                pixel_values=pixels.to(weight.device, weight.dtype), output_hidden_states=True
+            )
+            return states.hidden_states[-2][0].float().cpu().numpy()
+
+
+def squashed(pixels: "torch.Tensor") -> "torch.Tensor":
+    """A frame in [-1, 1] resized to 224 x 224 whatever its shape, normalised for CLIP.
+
+    As Wan 2.1's ``CLIPModel.visual``, but in float32 (there the resize runs in half precision).
+    """
+    import torch
+
+    small = torch.nn.functional.interpolate(
+        pixels[None].float(), size=(224, 224), mode="bicubic", align_corners=False
+    )
+    mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return (small * 0.5 + 0.5 - mean) / std
+
+
+@dataclass(frozen=True, eq=False)
+class TorchVideoCodec:
+    """The Wan VAE as diffusers has it, in float32 unless told otherwise."""
+
+    model: "AutoencoderKLWan"
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, device: str, dtype: DTypeLike = np.float32
+    ) -> "TorchVideoCodec":
+        """Read it from either layout, to compute in ``dtype`` on ``device``.
+
+        Raises:
+            WeightsError: the part is missing, unsound or incomplete.
+            UnsupportedError: there is no such device here.
+        """
+        return cls(load_vae(checkpoint, torch_device(device), torch_dtype(dtype)))
+
+    def encode(self, pixels: Pixels) -> HostLatents:
+        """Posterior mean of ``4k + 1`` frames in [-1, 1], normalised: ``(mu - mean) / std``."""
+        import torch
+
+        with torch.inference_mode():
+            video = torch.from_numpy(pixels)[None].to(self.model.device, self.model.dtype)
+            mode = self.model.encode(video, return_dict=False)[0].mode()[0].float().cpu().numpy()
+        mean, std = self._statistics()
+        return (mode - mean) / std
+
+    def decode_chunks(self, latents: HostLatents) -> Iterator[Pixels]:
+        """All frames in one piece, in [-1, 1]."""
+        import torch
+
+        mean, std = self._statistics()
+        with torch.inference_mode():
+            z = torch.from_numpy(latents * std + mean)[None]
+            z = z.to(self.model.device, self.model.dtype)
+            yield self.model.decode(z, return_dict=False)[0][0].float().cpu().numpy()
+
+    def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        config = self.model.config
+        mean, std = (
+            np.asarray(v, np.float32).reshape(-1, 1, 1, 1)
+            for v in (config["latents_mean"], config["latents_std"])
+        )
+        return mean, std
