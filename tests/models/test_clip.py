@@ -139,7 +139,7 @@ def test_another_size_of_image_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("num_heads", 5), ("patch_size", 15), ("num_layers", 1)]
+    ("field", "value"), [("num_heads", 5), ("num_heads", 0), ("patch_size", 15), ("num_layers", 1)]
 )
 def test_a_config_that_cannot_be_is_refused(field: str, value: int):
     with pytest.raises(ValueError, match=field):

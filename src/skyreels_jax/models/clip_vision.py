@@ -43,6 +43,8 @@ class ClipVisionConfig:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        if min(self.dim, self.ffn_dim, self.num_heads, self.image_size, self.patch_size) < 1:
+            raise ValueError(f"{self}: every size must be at least 1")
         if self.dim % self.num_heads:
             raise ValueError(f"{self.dim=} does not divide into {self.num_heads=}")
         if self.image_size % self.patch_size:

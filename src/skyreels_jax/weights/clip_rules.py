@@ -138,42 +138,43 @@ def config_from_tensors(shapes: Mapping[str, Sequence[int]], dialect: Dialect) -
     projection = shape(head, 2) if head in shapes else None
     if dim % HEAD_DIM:
         raise WeightsError(f"CLIP vision tower of width {dim}: not heads of {HEAD_DIM}, as ViT-H")
-    return ClipVisionConfig(
-        dim=dim,
-        ffn_dim=ffn_dim,
-        num_heads=dim // HEAD_DIM,
-        num_layers=sum(first_mlp(i) in shapes for i in range(len(shapes))),
-        image_size=grid * patch_size,
-        patch_size=patch_size,
-        projection_dim=projection[1 if dialect == "original" else 0] if projection else None,
-    )
+    try:
+        return ClipVisionConfig(
+            dim=dim,
+            ffn_dim=ffn_dim,
+            num_heads=dim // HEAD_DIM,
+            num_layers=sum(first_mlp(i) in shapes for i in range(len(shapes))),
+            image_size=grid * patch_size,
+            patch_size=patch_size,
+            projection_dim=projection[1 if dialect == "original" else 0] if projection else None,
+        )
+    except ValueError as error:
+        raise WeightsError(f"not a CLIP vision tower: {error}") from error
 
 
 def config_from_json(config: Mapping[str, Any]) -> ClipVisionConfig:
     """From transformers' ``config.json``; its ``architectures`` tell whether there is a projection.
 
     Raises:
-        WeightsError: a key is missing.
+        WeightsError: a key is missing or its value illegal.
         UnsupportedError: another activation than the exact GELU (OpenAI's own towers have one).
     """
     activation = config.get("hidden_act", "quick_gelu")
     if activation != "gelu":
         raise UnsupportedError(f"image encoder with hidden_act {activation!r}; only 'gelu'")
-    keys = {
-        "dim": "hidden_size",
-        "ffn_dim": "intermediate_size",
-        "num_heads": "num_attention_heads",
-        "num_layers": "num_hidden_layers",
-        "patch_size": "patch_size",
-    }
-    missing = [key for key in keys.values() if key not in config]
-    if missing:
-        raise WeightsError(f"the image encoder's config.json lacks {', '.join(missing)}")
-    sizes = {field: int(config[key]) for field, key in keys.items()}
-    projects = "CLIPVisionModel" not in config.get("architectures", ())
-    return ClipVisionConfig(
-        **sizes,
-        image_size=int(config.get("image_size", 224)),
-        projection_dim=int(config.get("projection_dim", 512)) if projects else None,
-        eps=float(config.get("layer_norm_eps", 1e-5)),
-    )
+    projects = "CLIPVisionModel" not in (config.get("architectures") or ())
+    try:
+        return ClipVisionConfig(
+            dim=int(config["hidden_size"]),
+            ffn_dim=int(config["intermediate_size"]),
+            num_heads=int(config["num_attention_heads"]),
+            num_layers=int(config["num_hidden_layers"]),
+            image_size=int(config.get("image_size", 224)),
+            patch_size=int(config["patch_size"]),
+            projection_dim=int(config.get("projection_dim", 512)) if projects else None,
+            eps=float(config.get("layer_norm_eps", 1e-5)),
+        )
+    except KeyError as error:
+        raise WeightsError(f"the image encoder's config.json lacks {error}") from error
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"the image encoder's config.json is unsound: {error}") from error

@@ -88,7 +88,7 @@ def config_from_json(config: Mapping[str, Any]) -> Umt5Config:
     """From transformers' ``config.json``.
 
     Raises:
-        WeightsError: a key is missing.
+        WeightsError: a key is missing or its value illegal.
         UnsupportedError: another activation or other position buckets than UMT5's.
     """
     fixed = {
@@ -99,16 +99,17 @@ def config_from_json(config: Mapping[str, Any]) -> Umt5Config:
     for key, value in fixed.items():
         if config.get(key, value) != value:
             raise UnsupportedError(f"text encoder with {key} {config[key]!r}; only {value!r}")
-    keys = {
-        "vocab_size": "vocab_size",
-        "dim": "d_model",
-        "head_dim": "d_kv",
-        "num_heads": "num_heads",
-        "ffn_dim": "d_ff",
-        "num_layers": "num_layers",
-    }
-    missing = [key for key in keys.values() if key not in config]
-    if missing:
-        raise WeightsError(f"the text encoder's config.json lacks {', '.join(missing)}")
-    sizes = {field: int(config[key]) for field, key in keys.items()}
-    return Umt5Config(**sizes, eps=float(config.get("layer_norm_epsilon", 1e-6)))
+    try:
+        return Umt5Config(
+            vocab_size=int(config["vocab_size"]),
+            dim=int(config["d_model"]),
+            head_dim=int(config["d_kv"]),
+            num_heads=int(config["num_heads"]),
+            ffn_dim=int(config["d_ff"]),
+            num_layers=int(config["num_layers"]),
+            eps=float(config.get("layer_norm_epsilon", 1e-6)),
+        )
+    except KeyError as error:
+        raise WeightsError(f"the text encoder's config.json lacks {error}") from error
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"the text encoder's config.json is unsound: {error}") from error
