@@ -23,7 +23,7 @@ from skyreels_jax.weights.plan import (
     make_plan,
     source_shape,
 )
-from skyreels_jax.weights.rounding import rounded
+from skyreels_jax.weights.rounding import copy_into, rounded
 from skyreels_jax.weights.rules import Dialect, Rule, Source
 from skyreels_jax.weights.source import TensorSource, TensorSpec
 
@@ -106,7 +106,8 @@ def load_into(
         for slot in slots:
             name = plan[slot].name
             part = value if slot.layer is None else value[slot.layer, ...]
-            part[...] = rounded(_read(source, plan[slot]), dtype, f"{tensors[name].file}: {name}")
+            values = rounded(_read(source, plan[slot]), dtype, f"{tensors[name].file}: {name}")
+            copy_into(part, values)
         # Waiting bounds host memory to one parameter where the device copies asynchronously.
         filled[target] = variables[target].replace(jax.block_until_ready(place(target, value)))
         del value
