@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "presets": {"models"},
     "checkpoints": {"hub", "presets", "weights", "models", "errors"},
     "generation": {
-        *{"models", "diffusion", "weights", "checkpoints", "media", "prompts", "ops"},
+        *{"models", "diffusion", "weights", "checkpoints", "presets", "media", "prompts", "ops"},
         *{"shapes", "errors"},
     },
     "reference": {"checkpoints", "weights", "models", "generation", "prompts", "shapes", "errors"},

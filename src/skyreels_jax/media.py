@@ -25,8 +25,8 @@ from skyreels_jax.errors import RequestError
 from skyreels_jax.shapes import Frames
 
 RgbImage = UInt8[np.ndarray, "height width 3"]
-# What an image may be given as.
-ImageInput = str | Path | Image.Image | RgbImage
+# What an image may be given as; an array must be an RgbImage, which `read_image` checks.
+ImageInput = str | Path | Image.Image | np.ndarray
 # x264's constant quality; 17 is generally taken for the point where losses become invisible.
 CRF: Final = 17
 

@@ -1,15 +1,18 @@
 """Small things that stand in for the transformer and the other components in tests."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from skyreels_jax.checkpoints import Checkpoint, Default, Defaults, Guess
 from skyreels_jax.generation.components import ImageCondition
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.weights.layout import Layout
 
 TEXT_DIM = 8
 CHANNELS = 16
@@ -76,11 +79,11 @@ class Words:
 
 
 class Glance:
-    """An image encoder: the image's mean colour in all tokens."""
+    """An image encoder: the image's colours decide the tokens."""
 
     def encode(self, image: ImageCondition) -> np.ndarray:
-        colour = image.source.mean() / 255
-        return np.full((257, 4), colour, np.float32)
+        rng = np.random.default_rng(int(image.source.sum()))
+        return rng.standard_normal((257, 4)).astype(np.float32)
 
 
 class Blocks:
@@ -96,3 +99,23 @@ class Blocks:
         for frame in range(latents.shape[1]):
             big = colours[:, frame].repeat(8, axis=1).repeat(8, axis=2)
             yield np.repeat(big[:, None], 1 if frame == 0 else 4, axis=1).astype(np.float32)
+
+
+def checkpoint(task: str = "t2v", folder: Path = Path("model"), **changes) -> Checkpoint:
+    """A checkpoint of a tiny transformer whose folder is never looked at."""
+    shape = image_config() if task in ("i2v", "flf2v") else config()
+    defaults = {
+        "resolution": Default((32, 48), "preset tiny"),
+        "num_frames": Default(9, "preset tiny"),
+        "fps": Default(24, "preset tiny"),
+        "shift": Default(8.0, "preset tiny"),
+        "guidance_scale": Default(6.0, "preset tiny"),
+        "steps": Default(3, "preset tiny"),
+    }
+    return Checkpoint(
+        layout=Layout(folder=folder, dialect="original", transformer=folder, config={}),
+        config=shape,
+        task=task,
+        guess=Guess(None, "made for a test"),
+        defaults=Defaults(**(defaults | changes)),
+    )

@@ -6,7 +6,7 @@ generation code path; arrays cross as NumPy.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -25,6 +25,7 @@ class ImageCondition:
     pixels: Float[np.ndarray, "3 height width"]
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """Prompts to padded text states."""
 
@@ -33,6 +34,7 @@ class TextEncoder(Protocol):
         ...
 
 
+@runtime_checkable
 class ImageEncoder(Protocol):
     """An image to CLIP's penultimate features."""
 
@@ -41,6 +43,7 @@ class ImageEncoder(Protocol):
         ...
 
 
+@runtime_checkable
 class VideoCodec(Protocol):
     """Pixels to normalised latents and back."""
 

@@ -1,0 +1,45 @@
+"""What a generation gives back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skyreels_jax import media
+from skyreels_jax.generation.progress import Timings
+from skyreels_jax.shapes import Frames, HostLatents
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A finished video.
+
+    Attributes:
+        frames: 8-bit RGB, ``[T, height, width, 3]``.
+        fps: frames a second.
+        settings: all that decided the video, as JSON values.
+        latents: what the frames were decoded from, ``[16, F, H, W]``.
+        timings: seconds by stage and step.
+    """
+
+    frames: Frames
+    fps: int
+    settings: Mapping[str, Any]
+    latents: HostLatents
+    timings: Timings
+
+    def save(self, path: str | Path, *, sidecar: bool = False) -> Path:
+        """Write an MP4 that carries the settings in its ``comment`` tag; returns its path.
+
+        Args:
+            path: ends in ``.mp4``.
+            sidecar: also write the settings to a ``.json`` file beside it.
+
+        Raises:
+            RequestError: the path cannot be written to.
+        """
+        path = Path(path)
+        media.write_video(path, self.frames, fps=self.fps, settings=self.settings)
+        if sidecar:
+            media.write_settings(path.with_suffix(".json"), self.settings)
+        return path

@@ -1,0 +1,188 @@
+"""Requests: what is filled in, and everything that is refused before a weight is read."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import standins
+from PIL import Image
+
+from skyreels_jax.checkpoints import Default
+from skyreels_jax.errors import RequestError
+from skyreels_jax.generation.request import Request, ResolvedRequest
+from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.prompts import NEGATIVE_PROMPT_EN, NEGATIVE_PROMPT_ZH
+
+PLENTY = 2**40
+
+
+def picture(height: int = 30, width: int = 40) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def resolved(task: str = "t2v", memory: int = PLENTY, **wishes) -> ResolvedRequest:
+    wishes = {"prompt": "a fox"} | wishes
+    return resolve(Request(**wishes), standins.checkpoint(task), memory=memory)
+
+
+def refusal(task: str = "t2v", **wishes) -> str:
+    with pytest.raises(RequestError) as caught:
+        resolved(task, **wishes)
+    return str(caught.value)
+
+
+def test_what_nobody_said_comes_from_the_checkpoint_and_says_so():
+    request = resolved()
+    assert (request.height, request.width, request.num_frames) == (32, 48, 9)
+    assert (request.steps, request.guidance_scale, request.shift, request.fps) == (3, 6.0, 8.0, 24)
+    for name in ("height", "width", "num_frames", "steps", "guidance_scale", "shift", "fps"):
+        assert request.sources[name] == "preset tiny"
+    assert request.sources["seed"] == "drawn at random"
+    assert request.latent_shape == (3, 4, 6)
+    assert request.model == "model"
+
+
+def test_what_was_said_is_kept():
+    wishes = {"height": 64, "width": 16, "num_frames": 5, "steps": 7, "guidance_scale": 1.5}
+    wishes |= {"shift": 2.0, "fps": 16, "seed": 0, "negative_prompt": ""}
+    request = resolved(**wishes)
+    assert {name: getattr(request, name) for name in wishes} == wishes
+    assert all(request.sources[name] == "given" for name in wishes)
+
+
+def test_seeds_are_drawn_anew():
+    assert resolved().seed != resolved().seed
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"), [("t2v", NEGATIVE_PROMPT_EN), ("df", NEGATIVE_PROMPT_ZH)]
+)
+def test_the_negative_prompt_is_the_originals(task: str, expected: str):
+    assert resolved(task).negative_prompt == expected
+
+
+def test_words_for_sizes_and_lengths():
+    request = resolved(resolution="540P", aspect="9:16", seconds=1.0, fps=16)
+    assert (request.height, request.width, request.num_frames) == (960, 544, 17)
+    assert request.sources["num_frames"] == "1 seconds at 16 frames a second"
+    assert (resolved(aspect="1:1").height, resolved(aspect="1:1").width) == (32, 32)
+
+
+def test_a_portrait_image_turns_a_default_or_named_size_and_is_told():
+    request = resolved("i2v", image=picture(40, 30))
+    assert (request.height, request.width) == (48, 32)
+    assert "upright" in request.notices[0]
+    named = resolved("i2v", image=picture(40, 30), resolution="540P")
+    assert (named.height, named.width) == (960, 544)
+
+
+def test_a_portrait_image_turns_nothing_that_was_asked_for():
+    for wishes in ({"height": 32, "width": 48}, {"aspect": "3:2"}):
+        request = resolved("i2v", image=picture(40, 30), **wishes)
+        assert request.height < request.width
+        assert request.notices == ()
+
+
+def test_images_are_read_whatever_they_were_given_as(tmp_path: Path):
+    Image.fromarray(picture()).save(tmp_path / "in.png")
+    for given in (tmp_path / "in.png", Image.fromarray(picture()), picture()):
+        np.testing.assert_array_equal(resolved("i2v", image=given).image, picture())
+
+
+def test_settings_are_json_and_rebuild_the_request():
+    request = resolved("i2v", image=picture(), seed=5)
+    settings = json.loads(json.dumps(request.settings()))
+    assert settings["image"] == "40 x 30"
+    names = ("prompt", "negative_prompt", "height", "width", "num_frames", "steps", "shift")
+    names += ("guidance_scale", "fps", "seed", "dtype", "attention", "batched_guidance")
+    again = resolved("i2v", image=picture(), **{name: settings[name] for name in names})
+    assert again.settings() == request.settings()
+
+
+BAD = {
+    "empty prompt": ({"prompt": ""}, "--prompt is empty"),
+    "blank prompt": ({"prompt": " \n\t"}, "--prompt is empty"),
+    "odd height": ({"height": 541, "width": 960}, "--height 541 .* 528 or 544"),
+    "zero height": ({"height": 0, "width": 960}, "--height 0 .* 16"),
+    "negative width": ({"height": 544, "width": -16}, "--width -16 .* 16"),
+    "height alone": ({"height": 544}, "--height was given without --width"),
+    "width alone": ({"width": 544}, "--width was given without --height"),
+    "two sizes": ({"height": 544, "width": 960, "resolution": "540P"}, "exclude --resolution"),
+    "size and aspect": ({"height": 544, "width": 960, "aspect": "1:1"}, "exclude --resolution"),
+    "unknown resolution": ({"resolution": "1080P"}, "'1080P' is unknown; there are 540P, 720P"),
+    "bad aspect": ({"aspect": "wide"}, "16:9 or 9:16"),
+    "frames not 4k+1": (
+        {"num_frames": 98},
+        r"--num-frames 98 must be 4 k \+ 1; nearest: 97 or 101",
+    ),
+    "no frames": ({"num_frames": 0}, "--num-frames 0 .* nearest: 1$"),
+    "negative frames": ({"num_frames": -3}, "--num-frames -3 .* nearest: 1$"),
+    "frames and seconds": ({"num_frames": 9, "seconds": 1.0}, "exclude each other"),
+    "no seconds": ({"seconds": 0.0}, "--seconds 0.0 must be a number above 0"),
+    "endless seconds": ({"seconds": float("inf")}, "--seconds inf must be a number"),
+    "no steps": ({"steps": 0}, "--steps 0 must be between 1 and 1000"),
+    "too many steps": ({"steps": 1001}, "--steps 1001 must be between 1 and 1000"),
+    "guidance nan": ({"guidance_scale": float("nan")}, "--guidance-scale nan must be a number"),
+    "negative guidance": ({"guidance_scale": -1.0}, "--guidance-scale -1.0 .* at least 0"),
+    "no shift": ({"shift": 0.0}, "--shift 0.0 must be a number above 0"),
+    "infinite shift": ({"shift": float("inf")}, "--shift inf must be a number above 0"),
+    "extreme shift": ({"shift": 1e6}, "--shift 1000000.0 with 3 steps: sigmas must fall"),
+    "no fps": ({"fps": 0}, "--fps 0 must be between 1 and 240"),
+    "negative seed": ({"seed": -1}, "--seed -1 must be between 0 and 4294967295"),
+    "long seed": ({"seed": 2**32}, "--seed 4294967296 must be between"),
+    "unknown dtype": ({"dtype": "float16"}, "--dtype 'float16' .* bfloat16, float32"),
+    "unknown attention": ({"attention": "flash"}, "--attention 'flash' .* xla"),
+    "output suffix": ({"output": "out.gif"}, r"out\.gif: the name must end in \.mp4"),
+    "output nowhere": ({"output": "no/such/out.mp4"}, "folder no/such does not exist"),
+    "image for text": ({"image": picture()}, r"\(--image\): T2V checkpoints take none"),
+    "last image for text": ({"last_image": picture()}, r"\(--last-image\): T2V .* FLF2V"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_illegal_is_refused_with_the_rule(kind: str):
+    wishes, message = BAD[kind]
+    assert re.search(message, refusal(**wishes))
+    assert len(refusal(**wishes).splitlines()) == 1
+
+
+def test_everything_that_is_wrong_is_said_at_once():
+    message = refusal(prompt="", height=541, width=961, num_frames=98, steps=0, fps=0)
+    assert len(message.splitlines()) == 6
+
+
+def test_image_checkpoints_need_their_images():
+    assert "I2V checkpoints need one" in refusal("i2v")
+    assert "I2V checkpoints take none" in refusal("i2v", image=picture(), last_image=picture())
+    assert len(refusal("flf2v").splitlines()) == 2
+    assert resolved("flf2v", image=picture(), last_image=picture()).last_image is not None
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no image"])
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None):
+    path = tmp_path / "in.png"
+    if content is not None:
+        path.write_bytes(content)
+    message = refusal("i2v", image=path, steps=0)
+    assert "in.png" in message
+    assert "--steps" in message
+
+
+def test_an_image_as_the_wrong_kind_of_array_is_refused():
+    assert "must be uint8" in refusal("i2v", image=picture().astype(np.float32))
+    assert "must be uint8" in refusal("i2v", image=picture()[:, :, 0])
+
+
+def test_too_little_memory_is_said_before_anything_is_loaded():
+    message = refusal(memory=1000)
+    assert "not enough memory: 9 frames of 32 x 48 in bfloat16 take at least" in message
+    assert "float32" not in message
+    assert "--dtype bfloat16" in refusal(memory=1000, dtype="float32")
+
+
+def test_a_default_that_is_illegal_is_found_too():
+    checkpoint = standins.checkpoint(num_frames=Default(10, "preset broken"))
+    with pytest.raises(RequestError, match="--num-frames 10"):
+        resolve(Request(prompt="a fox"), checkpoint, memory=PLENTY)
