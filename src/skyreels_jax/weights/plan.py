@@ -243,7 +243,7 @@ class Problems:
         """
         if not self._found:
             return
-        lines = [f"{place}: the weights do not fit"]
+        lines = [f"{place}: the weights do not fit:"]
         for kind, found in sorted(self._found.items()):
             unique = sorted(set(found), key=natural)
             lines.append(f"  {len(unique)} {kind}:")

@@ -1,12 +1,14 @@
 """The one place where weights change their values: rounding to another float dtype."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 from jax.typing import DTypeLike
 
 from skyreels_jax.errors import WeightsError
+from skyreels_jax.weights.source import TensorInfo, TensorSource
 
 
 def rounded(values: np.ndarray, dtype: DTypeLike | None, where: str) -> np.ndarray:
@@ -55,6 +57,31 @@ def copy_into(out: np.ndarray, values: np.ndarray) -> None:
         out[..., start : start + strip] = values[..., start : start + strip]
     if not out.ndim:
         out[...] = values
+
+
+class RoundedSource:
+    """A source whose tensors come rounded to ``dtype`` (None keeps theirs) and proved finite."""
+
+    def __init__(self, source: TensorSource, dtype: DTypeLike | None):
+        self._source = source
+        self._dtype = dtype
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name, in the dtype they are read in."""
+        tensors = self._source.tensors()
+        if self._dtype is None:
+            return tensors
+        dtype = np.dtype(self._dtype)
+        return {name: replace(info, dtype=dtype) for name, info in tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor.
+
+        Raises:
+            WeightsError: naming the file, if a value is not finite.
+        """
+        where = f"{self._source.tensors()[name].file}: {name}"
+        return rounded(self._source.read(name), self._dtype, where)
 
 
 def all_rounded(

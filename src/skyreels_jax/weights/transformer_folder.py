@@ -20,7 +20,7 @@ from skyreels_jax.weights.convert import (
     verify,
 )
 from skyreels_jax.weights.layout import CONFIG, Layout
-from skyreels_jax.weights.rounding import all_rounded
+from skyreels_jax.weights.rounding import RoundedSource, all_rounded
 from skyreels_jax.weights.rules import Dialect
 from skyreels_jax.weights.source import TensorSpec
 from skyreels_jax.weights.store import (
@@ -148,14 +148,14 @@ def convert_transformer(
     is one that :func:`skyreels_jax.weights.store.new_folder` keeps out of sight.
     """
     verify_transformer(source, config)
-    arguments = (transformer_rules(config), source.tensors(), source.dialect, layout)
-    tensors = rename(*arguments, ignored=TRANSFORMER_IGNORED)
+    tensors = RoundedSource(source.tensors(), dtype)
+    arguments = (transformer_rules(config), tensors, source.dialect, layout)
     write_json(folder / CONFIG, config_json(config, layout))
     files = write_tensors(
         folder,
         TRANSFORMER_STEM[layout],
-        with_dtype(renamed(*arguments, ignored=TRANSFORMER_IGNORED), dtype),
-        all_rounded(tensors, dtype, str(source.transformer)),
+        renamed(*arguments, ignored=TRANSFORMER_IGNORED),
+        rename(*arguments, ignored=TRANSFORMER_IGNORED),
         max_shard_bytes=max_shard_bytes,
     )
     return [folder / CONFIG, *files]

@@ -1,0 +1,52 @@
+"""``skyreels-jax convert SRC DST``: between the published layouts, and between dtypes."""
+
+import argparse
+from pathlib import Path
+
+from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.weights.convert_folder import convert_folder
+from skyreels_jax.weights.rules import DIALECTS
+
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the ``convert`` verb."""
+    parser = subparsers.add_parser(
+        "convert", help="translate a checkpoint into the other layout or another dtype"
+    )
+    parser.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face id")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder to make")
+    parser.add_argument(
+        "--layout", choices=DIALECTS, required=True, help="layout to write (required)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="keep",
+        help="of the transformer's tensors (default: keep each as it is)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and print what was written, copied and left out."""
+    checkpoint = Checkpoint.open(args.source, revision=args.revision)
+    result = convert_folder(
+        checkpoint.layout,
+        checkpoint.config,
+        args.target,
+        layout=args.layout,
+        dtype=None if args.dtype == "keep" else args.dtype,
+        overwrite=args.overwrite,
+    )
+    print(f"{args.source} ({checkpoint.layout.dialect}) -> {args.target} ({args.layout})")
+    for path in result.written:
+        print(f"  written   {path} ({(args.target / path).stat().st_size / 1e6:.1f} MB)")
+    for path in result.copied:
+        print(f"  copied    {path}")
+    for name, reason in result.left_out.items():
+        print(f"  left out  {name}: {reason}")
+    return 0

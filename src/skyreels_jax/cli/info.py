@@ -1,0 +1,95 @@
+"""``skyreels-jax info SRC``: what a checkpoint folder is, without reading its weights."""
+
+import argparse
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.weights.layout import Part
+from skyreels_jax.weights.transformer_folder import verify_transformer
+
+# What generating takes besides the transformer.
+NEEDED: Final[tuple[Part, ...]] = ("vae", "text_encoder", "tokenizer")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the ``info`` verb."""
+    parser = subparsers.add_parser("info", help="what a checkpoint is and what it lacks")
+    parser.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face id")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    parser.add_argument("--preset", help="name of the released checkpoint it is, if known")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; a folder that is not sound is an error instead."""
+    checkpoint = Checkpoint.open(args.source, revision=args.revision, preset=args.preset)
+    verify_transformer(checkpoint.layout, checkpoint.config)
+    report = describe(checkpoint)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        for line in lines(report):
+            print(line)
+    return 0
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Everything that the headers and the configuration files tell."""
+    layout, defaults = checkpoint.layout, checkpoint.defaults
+    tensors = layout.tensors().tensors()
+    dtypes = Counter(info.dtype.name for info in tensors.values())
+    needed = [*NEEDED, *(["image_encoder"] if checkpoint.config.image_dim is not None else [])]
+    return {
+        "folder": str(checkpoint.folder),
+        "repository": checkpoint.repo,
+        "layout": layout.dialect,
+        "task": checkpoint.task,
+        "preset": checkpoint.guess.preset.name if checkpoint.guess.preset else None,
+        "preset_reason": checkpoint.guess.reason,
+        "parameters": sum(info.size for info in tensors.values()),
+        "tensors": len(tensors),
+        "files": len({info.file for info in tensors.values()}),
+        "dtypes": dict(dtypes.most_common()),
+        "transformer_bytes": sum(info.nbytes for info in tensors.values()),
+        "parts": {part: size_of(path) for part, path in layout.parts.items()},
+        "missing_parts": [part for part in needed if part not in layout.parts],
+        "config": dataclasses.asdict(checkpoint.config),
+        "defaults": dataclasses.asdict(defaults),
+    }
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    """The report for people."""
+    names = {
+        "folder": report["folder"],
+        "repository": report["repository"] or "none: a local folder",
+        "layout": report["layout"],
+        "task": report["task"],
+        "preset": f"{report['preset'] or 'none'} ({report['preset_reason']})",
+        "transformer": (
+            f"{report['parameters']:,} parameters in {report['tensors']} tensors, "
+            f"{report['files']} files, {report['transformer_bytes'] / 1e9:.2f} GB"
+        ),
+        "dtypes": ", ".join(f"{name} ({count})" for name, count in report["dtypes"].items()),
+        "config": ", ".join(f"{k}={v}" for k, v in report["config"].items() if v is not None),
+        **{part: f"{size / 1e9:.2f} GB" for part, size in report["parts"].items()},
+        "missing": ", ".join(report["missing_parts"]) or "nothing",
+    }
+    for name, value in names.items():
+        yield f"{name:<15} {value}"
+    for name, default in report["defaults"].items():
+        value = default["value"]
+        shown = "x".join(map(str, value)) if isinstance(value, tuple) else value
+        yield f"default {name:<15} {shown} ({default['source']})"

@@ -1,0 +1,184 @@
+import argparse
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from tests.weights.tiny import DF, I2V, T2V, edit_tensors, save
+
+from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.cli import convert, info
+from skyreels_jax.errors import RequestError, WeightsError
+from skyreels_jax.weights.convert_folder import convert_folder
+from skyreels_jax.weights.layout import read_layout, safetensors_of
+
+
+def command(*words) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    verbs = parser.add_subparsers()
+    convert.add_parser(verbs)
+    info.add_parser(verbs)
+    return parser.parse_args([str(word) for word in words])
+
+
+def run(*words) -> int:
+    arguments = command(*words)
+    return arguments.run(arguments)
+
+
+def add_parts(folder, names):
+    """Stand-ins for the other parts: a name with a suffix is a file, another a folder."""
+    for name in names:
+        file = folder / name if name.endswith(".pth") else folder / name / "content"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+
+
+def original_folder(root):
+    folder = save(root / "original", I2V)
+    clip = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+    add_parts(folder, ["Wan2.1_VAE.pth", "google/umt5-xxl", clip])
+    return folder
+
+
+def diffusers_folder(root):
+    folder = root / "theirs"
+    save(folder / "transformer", DF, "diffusers")
+    add_parts(folder, ["vae", "tokenizer", "text_encoder"])
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"flow_shift": 3.0}')
+    (folder / "model_index.json").write_text('{"_class_name": "SkyReelsV2Pipeline"}')
+    return folder
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_from_original_to_diffusers(tmp_path, capsys):
+    source = original_folder(tmp_path)
+    assert run("convert", source, tmp_path / "out", "--layout", "diffusers") == 0
+    assert files(tmp_path / "out") == [
+        "tokenizer/content",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    ]
+    printed = capsys.readouterr().out
+    assert "written   transformer/diffusion_pytorch_model.safetensors" in printed
+    assert "copied    tokenizer" in printed
+    assert "left out  Wan2.1_VAE.pth:" in printed
+    assert "left out  models_clip" in printed
+    assert Checkpoint.open(tmp_path / "out").config == I2V
+
+
+def test_from_diffusers_to_original(tmp_path, capsys):
+    source = diffusers_folder(tmp_path)
+    assert run("convert", source, tmp_path / "out", "--layout", "original") == 0
+    assert files(tmp_path / "out") == [
+        "config.json",
+        "google/umt5-xxl/content",
+        "model.safetensors",
+    ]
+    printed = capsys.readouterr().out
+    assert "left out  vae: the original layout has it as Wan2.1_VAE.pth" in printed
+    assert "left out  scheduler: the original layout has no such part" in printed
+    assert Checkpoint.open(tmp_path / "out").config == DF
+
+
+@pytest.mark.parametrize("make", [original_folder, diffusers_folder])
+def test_in_the_same_layout_everything_follows_and_the_transformer_is_rounded(tmp_path, make):
+    source = make(tmp_path)
+    layout = read_layout(source).dialect
+    out = tmp_path / "out"
+    assert run("convert", source, out, "--layout", layout, "--dtype", "bfloat16") == 0
+    assert files(out) == files(source)
+    before, after = (safetensors_of(read_layout(f).transformer) for f in (source, out))
+    for name in before.tensors():
+        expected = before.read(name).astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(after.read(name), expected)
+    for name in files(source):
+        if "safetensors" not in name and not name.endswith("config.json"):
+            assert (out / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_there_and_back_is_bit_exact(tmp_path):
+    source = save(tmp_path / "a", DF)
+    run("convert", source, tmp_path / "b", "--layout", "diffusers")
+    run("convert", tmp_path / "b", tmp_path / "c", "--layout", "original")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "c" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_transformer_alone_stays_alone(tmp_path):
+    run("convert", save(tmp_path / "a", T2V), tmp_path / "b", "--layout", "diffusers")
+    assert files(tmp_path / "b") == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_a_target_that_is_there_is_replaced_only_on_request(tmp_path):
+    source = save(tmp_path / "a", T2V)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine").write_text("x")
+    with pytest.raises(RequestError, match="is there already"):
+        run("convert", source, tmp_path / "b", "--layout", "diffusers")
+    assert files(tmp_path / "b") == ["mine"]
+    run("convert", source, tmp_path / "b", "--layout", "diffusers", "--overwrite")
+    assert "mine" not in files(tmp_path / "b")
+
+
+@pytest.mark.parametrize("target", ["a", "a/inside", "."])
+def test_the_source_is_never_replaced(tmp_path, target):
+    source = save(tmp_path / "a", T2V)
+    before = files(tmp_path)
+    with pytest.raises(RequestError, match="in or around it"):
+        run("convert", source, tmp_path / target, "--layout", "original", "--overwrite")
+    assert files(tmp_path) == before
+
+
+def test_a_broken_source_leaves_no_target(tmp_path):
+    source = save(tmp_path / "a", T2V)
+    edit_tensors(source / "model.safetensors", **{"head.head.bias": np.full(64, np.nan, "f4")})
+    with pytest.raises(
+        WeightsError, match=r"model\.safetensors: head\.head\.bias has 64 values that are NaN"
+    ):
+        run("convert", source, tmp_path / "b", "--layout", "diffusers")
+    edit_tensors(source / "model.safetensors", **{"head.head.bias": None})
+    with pytest.raises(WeightsError, match=r"head\.head\.bias"):
+        layout = read_layout(source)
+        convert_folder(layout, T2V, tmp_path / "b", layout="diffusers")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_info_tells_what_a_folder_is(tmp_path, capsys):
+    assert run("info", original_folder(tmp_path)) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        *("layout          original", "task            i2v", "missing         text_encoder"),
+        *("none (no release has its shape", "float32 (", "shift           5.0 (SkyReels-V2 i2v"),
+    ):
+        assert words in printed
+
+
+def test_info_as_json(tmp_path, capsys):
+    folder = diffusers_folder(tmp_path)
+    assert run("info", folder, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    source = safetensors_of(folder / "transformer")
+    infos = source.tensors().values()
+    assert report["parameters"] == sum(i.size for i in infos)
+    assert report["transformer_bytes"] == 4 * report["parameters"]
+    assert report["tensors"] == len(infos)
+    assert report["dtypes"] == {"float32": len(infos)}
+    assert report["missing_parts"] == []
+    assert report["parts"]["vae"] == len("vae")
+    assert report["config"]["dim"] == 24
+    assert report["defaults"]["shift"] == {
+        "value": 3.0,
+        "source": "scheduler/scheduler_config.json",
+    }
+
+
+def test_info_of_a_broken_folder_is_an_error(tmp_path):
+    folder = save(tmp_path / "a", T2V)
+    edit_tensors(folder / "model.safetensors", **{"head.head.bias": None})
+    with pytest.raises(WeightsError, match=r"head\.head\.bias"):
+        run("info", folder)
