@@ -171,7 +171,7 @@ def test_stages_come_in_order_are_counted_and_timed():
     stages = Stages()
     asked = request("i2v", image=picture())
     video = generate(COMPONENTS, denoiser, asked, progress=stages)
-    expected = ["text", "image", "condition", "compile", "compile", "denoise", "decode"]
+    expected = ["text", "image", "condition", "load", "compile", "compile", "denoise", "decode"]
     assert [stage for stage, _ in stages.begun] == stages.ended == expected
     assert dict(stages.begun)["denoise"] == 3
     assert stages.counted == {"denoise": [1, 2, 3], "decode": [1, 5, 9]}

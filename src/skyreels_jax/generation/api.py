@@ -1,13 +1,14 @@
 """One generation, stage by stage: text, image, condition, denoise, decode."""
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Final
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from skyreels_jax.diffusion.forcing import Timetable, plan_blocks, timetable
 from skyreels_jax.diffusion.guidance import Guidance, NoGuidance, guidance_of
@@ -25,12 +26,12 @@ from skyreels_jax.generation.conditioning import (
     prepare_image,
     to_frames,
 )
-from skyreels_jax.generation.denoise import Conditioning, Denoiser, draw_noise, together
+from skyreels_jax.generation.denoise import Denoiser, draw_noise, together
 from skyreels_jax.generation.progress import Clock, NoProgress, Progress, Timings
 from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.generation.sizes import LATENT_CHANNELS
 from skyreels_jax.generation.video import Video
-from skyreels_jax.shapes import Frames, HostLatents, Latents
+from skyreels_jax.shapes import Context, Frames, HostLatents, Latents
 
 # The frame rate that fps embeddings know as their first entry; every other is the second.
 FIRST_FPS: Final = 16
@@ -47,6 +48,35 @@ class Components:
     image_encoder: ImageEncoder | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A video that is denoised and not decoded yet.
+
+    Attributes:
+        latents: finished, ``[16, F, H, W]``.
+        request: what they were made for.
+        step_seconds: of each step of the solver.
+        clock: has timed the stages so far, and goes on with the decoding.
+    """
+
+    latents: HostLatents
+    request: ResolvedRequest
+    step_seconds: tuple[float, ...] = ()
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def timings(self) -> Timings:
+        """Seconds by stage, so far."""
+        return Timings(dict(self.clock.seconds), self.step_seconds)
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the video, where each value came from, and what made it."""
+        return self.request.settings() | {
+            "generator": f"skyreels-jax {version('skyreels-jax')}",
+            "sources": dict(self.request.sources),
+        }
+
+
 def generate(
     components: Components,
     denoiser: Denoiser,
@@ -56,7 +86,7 @@ def generate(
     schedule: FlowSchedule | None = None,
     progress: Progress | None = None,
 ) -> Video:
-    """Make the video of a request.
+    """Make the video of a request: :func:`sample`, then :func:`finish`.
 
     Args:
         components: encoders and VAE.
@@ -70,6 +100,26 @@ def generate(
         NumericsError: something was not finite; says what and where.
         ValueError: ``noise`` has another shape than the request's latents.
     """
+    sampled = sample(
+        components, lambda: denoiser, request, noise=noise, schedule=schedule, progress=progress
+    )
+    return finish(components.codec, sampled)
+
+
+def sample(
+    components: Components,
+    load: Callable[[], Denoiser],
+    request: ResolvedRequest,
+    *,
+    noise: Latents | None = None,
+    schedule: FlowSchedule | None = None,
+    progress: Progress | None = None,
+) -> Sample:
+    """Everything up to finished latents; as :func:`generate`, but for ``load``.
+
+    ``load`` gives the transformer. It is called once text and image are encoded, and what it gives
+    is let go of before this returns: no two large models need to be in memory together.
+    """
     clock = Clock(progress or NoProgress())
     schedule = schedule or flow_sigmas(request.steps, request.shift)
     noise = starting_noise(request) if noise is None else noise
@@ -77,14 +127,40 @@ def generate(
     if noise.shape != shape:
         raise ValueError(f"noise has shape {noise.shape}; this request's latents are {shape}")
     guidance = guidance_of(request.guidance_scale, batched=request.batched_guidance)
-    conditioning = condition(components, denoiser, request, guidance, clock)
+    encoded = encode(components, request, guidance, clock)
     frames, noise = hold_first_frame(components, request, schedule, noise, clock)
-    denoised = denoiser.run(noise, schedule, conditioning, guidance, frames=frames, clock=clock)
-    latents = np.asarray(denoised.latents[0])
-    decoded = np.concatenate(list(decode(components.codec, latents, request.num_frames, clock)))
-    timings = Timings(clock.seconds, denoised.step_seconds)
-    logger.debug("seconds by stage: %s", clock.seconds)
-    return Video(decoded, request.fps, _settings(request), latents, timings)
+    with clock.stage("load"):
+        denoiser = load()
+    conditioning = denoiser.condition(
+        guidance,
+        encoded.positive,
+        encoded.negative,
+        clip_fea=encoded.clip_fea,
+        y=encoded.y,
+        fps=jnp.array([0 if request.fps == FIRST_FPS else 1], jnp.int32),
+        clock=clock,
+    )
+    denoised = denoiser.run(
+        noise,
+        schedule,
+        conditioning,
+        guidance,
+        frames=frames,
+        attention=request.attention,
+        clock=clock,
+    )
+    return Sample(np.asarray(denoised.latents[0]), request, denoised.step_seconds, clock)
+
+
+def finish(codec: VideoCodec, sampled: Sample) -> Video:
+    """Decode a sample into a video that is held in memory.
+
+    Raises:
+        NumericsError: the VAE's output is not finite.
+    """
+    frames = np.concatenate(list(decode(codec, sampled)))
+    logger.debug("seconds by stage: %s", sampled.clock.seconds)
+    return Video(frames, sampled.request.fps, sampled.settings(), sampled.latents, sampled.timings)
 
 
 def starting_noise(request: ResolvedRequest) -> Latents:
@@ -92,14 +168,20 @@ def starting_noise(request: ResolvedRequest) -> Latents:
     return draw_noise(request.seed, (1, LATENT_CHANNELS, *request.latent_shape))
 
 
-def condition(
-    components: Components,
-    denoiser: Denoiser,
-    request: ResolvedRequest,
-    guidance: Guidance,
-    clock: Clock,
-) -> Conditioning:
-    """Encode prompts and, for image-to-video checkpoints, images; prepare them for every step."""
+@dataclass(frozen=True)
+class Encoded:
+    """Prompts and images as the transformer takes them, with a batch of one."""
+
+    positive: Context
+    negative: Context | None
+    clip_fea: Float[Array, "B I image_dim"] | None
+    y: Float[Array, "B Y F H W"] | None
+
+
+def encode(
+    components: Components, request: ResolvedRequest, guidance: Guidance, clock: Clock
+) -> Encoded:
+    """Encode the prompts that guidance needs and, for image-to-video checkpoints, the images."""
     prompts = [request.prompt]
     if not isinstance(guidance, NoGuidance):
         prompts.append(request.negative_prompt)
@@ -109,15 +191,7 @@ def condition(
     clip_fea, y = None, None
     if request.task in ("i2v", "flf2v"):
         clip_fea, y = _condition_on_images(components, request, clock)
-    return denoiser.condition(
-        guidance,
-        states[:1],
-        states[1:] if len(prompts) > 1 else None,
-        clip_fea=clip_fea,
-        y=y,
-        fps=jnp.array([0 if request.fps == FIRST_FPS else 1], jnp.int32),
-        clock=clock,
-    )
+    return Encoded(states[:1], states[1:] if len(prompts) > 1 else None, clip_fea, y)
 
 
 def _condition_on_images(
@@ -162,31 +236,22 @@ def hold_first_frame(
     return table, noise.at[0, :, :1].set(first)
 
 
-def decode(
-    codec: VideoCodec, latents: HostLatents, num_frames: int, clock: Clock
-) -> Iterator[Frames]:
+def decode(codec: VideoCodec, sampled: Sample) -> Iterator[Frames]:
     """Decode piece by piece, so that frames can be written while later ones are still latents.
 
     Raises:
         NumericsError: the VAE's output is not finite.
     """
+    clock, total = sampled.clock, sampled.request.num_frames
     done = 0
-    with clock.stage("decode", num_frames):
-        for pixels in codec.decode_chunks(latents):
+    with clock.stage("decode", total):
+        for pixels in codec.decode_chunks(sampled.latents):
             if not np.all(np.isfinite(pixels)):
                 raise NumericsError(
-                    f"decoding gave NaN or infinity after frame {done} of {num_frames}: the VAE's "
+                    f"decoding gave NaN or infinity after frame {done} of {total}: the VAE's "
                     "weights are damaged or a value overflowed in its dtype"
                 )
             frames = to_frames(pixels)
             done += len(frames)
             clock.progress.advance("decode", done)
             yield frames
-
-
-def _settings(request: ResolvedRequest) -> dict[str, Any]:
-    """What the file says of how it was made."""
-    return request.settings() | {
-        "generator": f"skyreels-jax {version('skyreels-jax')}",
-        "sources": dict(request.sources),
-    }

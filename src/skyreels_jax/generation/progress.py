@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
-Stage = Literal["text", "image", "condition", "compile", "denoise", "decode", "write"]
+Stage = Literal["text", "image", "condition", "load", "compile", "denoise", "decode"]
 
 
 @runtime_checkable
