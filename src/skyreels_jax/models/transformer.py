@@ -1,6 +1,6 @@
 """The SkyReels-V2 transformer: Wan 2.1 with a timestep for every latent frame."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from skyreels_jax.models.transformer_config import Numerics, TransformerConfig
 from skyreels_jax.ops.masks import BlockCausal
 from skyreels_jax.ops.norms import layer_norm, mul_add, mul_add_add
 from skyreels_jax.ops.rope import RopeTable, rope_table
+from skyreels_jax.ops.scan_layers import scan_layers
 from skyreels_jax.ops.sinusoid import sinusoidal_embedding_1d
 from skyreels_jax.shapes import Latents, Timesteps
 
@@ -196,14 +197,17 @@ class WanModel(nnx.Module):
 
         graph, parameters = nnx.split(self.blocks)
 
-        def layer(x: Array, of_layer: tuple[nnx.State, CrossContext]) -> tuple[Array, None]:
+        def layer(
+            x: Array, of_layer: tuple[nnx.State, CrossContext], shared: tuple[Array, RopeTable]
+        ) -> tuple[Array, None]:
             parameters, context = of_layer
+            e0, rope = shared
             block = nnx.merge(graph, parameters)
             return block(x, e0, context, rope, mask=mask, implementation=attention), None
 
         if self.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
-        tokens, _ = jax.lax.scan(layer, tokens, (parameters, context))
+        tokens, _ = scan_layers(layer, tokens, (parameters, context), (e0, rope))
         patches = self.head(tokens, e)
         return unpatchify(patches, (rows, columns), self.config.patch_size)
 
@@ -240,7 +244,11 @@ class WanModel(nnx.Module):
         text = self.text_embedding(context)
         image = None if clip_fea is None else self.img_emb(clip_fea)
         graph, parameters = nnx.split(self.blocks.cross_attn)
-        return jax.lax.map(lambda layer: nnx.merge(graph, layer).prepare(text, image), parameters)
+
+        def layer(_: None, parameters: nnx.State, states: Any) -> tuple[None, CrossContext]:
+            return None, nnx.merge(graph, parameters).prepare(*states)
+
+        return scan_layers(layer, None, parameters, (text, image))[1]
 
 
 def check_video(config: TransformerConfig, x: Array, t: Array, y: Array | None) -> None:

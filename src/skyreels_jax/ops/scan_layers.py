@@ -1,0 +1,41 @@
+"""Run one block many times, with the parameters of all layers stacked."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def scan_layers(
+    step: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, layers: Any, shared: Any = None
+) -> tuple[Any, Any]:
+    """``carry, out = step(carry, layer, shared)`` for each layer in order; the outs are stacked.
+
+    ``layers`` is a pytree of arrays stacked along a leading axis. Arrays that every layer takes go
+    into ``shared``, so that gradients reach them; what ``step`` closes over must be constant.
+
+    This is ``jax.lax.scan``, and is differentiated as such. But XLA's CPU compiler cannot slice
+    bfloat16: it widens what is sliced to float32, and where that is the same in every turn of the
+    loop it does so before the loop, to all layers at once. A bfloat16 model then takes three times
+    its memory. Here the stack depends on the turn as far as the compiler can tell, and only the
+    slice is widened.
+    """
+
+    def plain(carry: Any, layers: Any, shared: Any) -> tuple[Any, Any]:
+        return jax.lax.scan(lambda carry, layer: step(carry, layer, shared), carry, layers)
+
+    @jax.custom_jvp
+    def tied(carry: Any, layers: Any, shared: Any) -> tuple[Any, Any]:
+        def turn(carry: Any, index: jax.Array) -> tuple[Any, Any]:
+            stack, index = jax.lax.optimization_barrier((layers, index))
+            layer = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
+            )
+            return step(carry, layer, shared)
+
+        return jax.lax.scan(turn, carry, jnp.arange(len(jax.tree.leaves(layers)[0])))
+
+    # A gradient of slices taken inside the loop would have the whole stack's size in every turn.
+    tied.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return tied(carry, layers, shared)
