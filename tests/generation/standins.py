@@ -13,6 +13,7 @@ from skyreels_jax.generation.components import ImageCondition
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.weights.layout import Layout
+from skyreels_jax.weights.transformer_folder import abstract_transformer
 
 TEXT_DIM = 8
 CHANNELS = 16
@@ -30,7 +31,7 @@ def image_config(**changes) -> TransformerConfig:
 
 def transformer(of: TransformerConfig, seed: int = 0) -> WanModel:
     """A float32 model with every parameter random, so that nothing passes by being zero."""
-    model = WanModel(of, rngs=nnx.Rngs(seed), dtype=jnp.float32, param_dtype=jnp.float32)
+    model = abstract_transformer(of, jnp.float32)
     state = nnx.state(model, nnx.Param)
     leaves, structure = jax.tree.flatten(state)
     rng = np.random.default_rng(seed)

@@ -76,12 +76,10 @@ class Denoiser:
         model: takes ``(x, t, context, *, y, fps, block_length, attention)`` and has
             ``prepare_context``, as :class:`~skyreels_jax.models.transformer.WanModel` does.
         block_length: latent frames a block of block-causal attention, ``None`` for full attention.
-        attention: name of an attention path, ``None`` to choose by platform and shape.
     """
 
     model: nnx.Module
     block_length: int | None = None
-    attention: str | None = None
     _executables: dict[Any, jax.stages.Compiled] = field(default_factory=dict, repr=False)
 
     def condition(
@@ -127,6 +125,7 @@ class Denoiser:
         guidance: Guidance,
         *,
         frames: Timetable | None = None,
+        attention: str | None = None,
         clock: Clock | None = None,
     ) -> Denoised:
         """Take ``noise`` through the schedule.
@@ -137,6 +136,7 @@ class Denoiser:
             conditioning: from :meth:`condition`, with the same guidance.
             guidance: how a step's predictions are combined.
             frames: when each frame takes which step; ``None`` moves them all together.
+            attention: name of an attention path; ``None`` chooses by platform and shape.
             clock: where stages are timed and reported.
 
         Raises:
@@ -149,7 +149,7 @@ class Denoiser:
         x = jnp.array(jnp.moveaxis(noise, 2, 0), dtype=jnp.float32, copy=True)
         carry = Running(x, unipc.init(x))
         rows = list(_rows(frames, unipc.tabulate(schedule)))
-        step = partial(_step, graph, self.block_length, self.attention)
+        step = partial(_step, graph, self.block_length, attention)
         fixed = (parameters, conditioning, guidance)
         compiled = self._compiled(step, (*fixed, rows[0], carry), clock, donate=(4,))
         with clock.stage("denoise", frames.rows):
@@ -170,7 +170,8 @@ class Denoiser:
         """``function`` for the shapes of ``arguments``, compiled now or kept from before."""
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple((np.shape(leaf), np.dtype(leaf.dtype)) for leaf in leaves)
-        key = (function.func, structure, shapes)
+        # Of what is bound, the graph comes first; it is this model's in every call.
+        key = (function.func, function.args[1:], structure, shapes)
         if key not in self._executables:
             with clock.stage("compile"):
                 lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)

@@ -28,18 +28,20 @@ class Video:
     latents: HostLatents
     timings: Timings
 
-    def save(self, path: str | Path, *, sidecar: bool = False) -> Path:
-        """Write an MP4 that carries the settings in its ``comment`` tag; returns its path.
+    def save(self, path: str | Path, *, sidecar: bool = False, metadata: bool = True) -> Path:
+        """Write an MP4 and return its path.
 
         Args:
             path: ends in ``.mp4``.
             sidecar: also write the settings to a ``.json`` file beside it.
+            metadata: whether the MP4 carries the settings in its ``comment`` tag.
 
         Raises:
             RequestError: the path cannot be written to.
         """
         path = Path(path)
-        media.write_video(path, self.frames, fps=self.fps, settings=self.settings)
+        carried = self.settings if metadata else None
+        media.write_video(path, self.frames, fps=self.fps, settings=carried)
         if sidecar:
             media.write_settings(path.with_suffix(".json"), self.settings)
         return path
