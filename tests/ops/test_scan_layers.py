@@ -58,6 +58,19 @@ def test_layers_run_in_order():
     assert furthest(backwards(step)(*arrays()), expected) > 0.01 * scale
 
 
+def test_only_the_first_layers_run_where_a_depth_is_given():
+    def first(x, layers, shared):
+        return scan_layers(step, x, layers, shared, depth=3)
+
+    x, layers, shared = arrays()
+    whole = one_by_one(x, layers, shared)[1]
+    found, outs = first(x, layers, shared)
+    assert outs.shape == (3,)
+    assert furthest(outs, whole[:3]) < TOL * size(whole)
+    gradient = jax.grad(lambda layers: first(x, layers, shared)[0].sum())(layers)["kernel"]
+    assert jnp.abs(gradient).max(axis=(1, 2)).astype(bool).tolist() == [True] * 3 + [False] * 5
+
+
 @pytest.mark.parametrize("remat", [False, True])
 def test_gradients_reach_input_layers_and_what_is_shared(remat: bool):
     def loss(run, *args):

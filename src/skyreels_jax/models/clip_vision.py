@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Final
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -13,6 +12,7 @@ from skyreels_jax.models.layers import NORMAL, Linear, Mlp, WanLayerNorm, gelu_e
 from skyreels_jax.models.transformer_config import Numerics
 from skyreels_jax.ops.attention import attention
 from skyreels_jax.ops.linear import linear
+from skyreels_jax.ops.scan_layers import scan_layers
 
 States = Float[Array, "B S D"]
 
@@ -176,8 +176,7 @@ class ClipVision(nnx.Module):
 
         graph, parameters = nnx.split(self.blocks)
 
-        # Indexed in the loop: scanning over all layers but one would copy them.
-        def layer(i: Array, x: Array) -> Array:
-            return nnx.merge(graph, jax.tree.map(lambda stack: stack[i], parameters))(x)
+        def layer(x: Array, of_layer: nnx.State, _: None) -> tuple[Array, None]:
+            return nnx.merge(graph, of_layer)(x), None
 
-        return jax.lax.fori_loop(0, self.config.num_layers - 1, layer, x)
+        return scan_layers(layer, x, parameters, depth=self.config.num_layers - 1)[0]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from skyreels_jax.models.layers import NORMAL, Embedding, WanRMSNorm, gelu_tanh
 from skyreels_jax.models.transformer_config import Numerics
 from skyreels_jax.ops.linear import exact_precision, linear
+from skyreels_jax.ops.scan_layers import scan_layers
 
 # The relative position buckets of every published mT5 and UMT5.
 BUCKETS: Final = 32
@@ -177,7 +178,7 @@ class Umt5Encoder(nnx.Module):
     """Token ids to text states.
 
     Matrix products are in ``dtype``; norms, softmax, position bias and the residual are float32.
-    The blocks' parameters are stacked along a leading layer axis and run by ``lax.scan``.
+    The blocks' parameters are stacked along a leading layer axis and run by ``scan_layers``.
     """
 
     def __init__(
@@ -210,9 +211,9 @@ class Umt5Encoder(nnx.Module):
         """
         graph, parameters = nnx.split(self.blocks)
 
-        def layer(x: Array, of_layer: nnx.State) -> tuple[Array, None]:
+        def layer(x: Array, of_layer: nnx.State, mask: Array) -> tuple[Array, None]:
             return nnx.merge(graph, of_layer)(x, mask), None
 
         x = self.token_embedding(ids.reshape(-1)).reshape(*ids.shape, -1).astype(jnp.float32)
-        x, _ = jax.lax.scan(layer, x, parameters)
+        x, _ = scan_layers(layer, x, parameters, mask)
         return jnp.where(mask[:, :, None], self.norm(x), 0)

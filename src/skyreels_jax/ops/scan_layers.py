@@ -8,12 +8,18 @@ import jax.numpy as jnp
 
 
 def scan_layers(
-    step: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, layers: Any, shared: Any = None
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    layers: Any,
+    shared: Any = None,
+    *,
+    depth: int | None = None,
 ) -> tuple[Any, Any]:
     """``carry, out = step(carry, layer, shared)`` for each layer in order; the outs are stacked.
 
-    ``layers`` is a pytree of arrays stacked along a leading axis. Arrays that every layer takes go
-    into ``shared``, so that gradients reach them; what ``step`` closes over must be constant.
+    ``layers`` is a pytree of arrays stacked along a leading axis, of which the first ``depth`` (or
+    all) are run. Arrays that every layer takes go into ``shared``, so that gradients reach them;
+    what ``step`` closes over must be constant.
 
     This is ``jax.lax.scan``, and is differentiated as such. But XLA's CPU compiler cannot slice
     bfloat16: it widens what is sliced to float32, and where that is the same in every turn of the
@@ -21,8 +27,10 @@ def scan_layers(
     its memory. Here the stack depends on the turn as far as the compiler can tell, and only the
     slice is widened.
     """
+    count = len(jax.tree.leaves(layers)[0]) if depth is None else depth
 
     def plain(carry: Any, layers: Any, shared: Any) -> tuple[Any, Any]:
+        layers = jax.tree.map(lambda leaf: leaf[:count], layers)
         return jax.lax.scan(lambda carry, layer: step(carry, layer, shared), carry, layers)
 
     @jax.custom_jvp
@@ -34,7 +42,7 @@ def scan_layers(
             )
             return step(carry, layer, shared)
 
-        return jax.lax.scan(turn, carry, jnp.arange(len(jax.tree.leaves(layers)[0])))
+        return jax.lax.scan(turn, carry, jnp.arange(count))
 
     # A gradient of slices taken inside the loop would have the whole stack's size in every turn.
     tied.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
