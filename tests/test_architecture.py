@@ -32,13 +32,13 @@ ALLOWED: dict[str, set[str]] = {
         *{"shapes", "errors"},
     },
     "pipeline": {
-        *{"generation", "hybrid", "weights", "models", "checkpoints", "media"},
+        *{"generation", "reference", "weights", "models", "checkpoints", "media"},
         *{"shapes", "errors"},
     },
     "caches": set(),
     "cli": {
         *{"pipeline", "hybrid", "generation", "weights", "models", "checkpoints", "hub"},
-        *{"media", "prompts", "caches", "errors"},
+        *{"media", "prompts", "caches", "ops", "errors"},
     },
     "__init__": {"pipeline", "errors", "generation", "checkpoints", "media", "models"},
 }

@@ -1,21 +1,23 @@
 """One generation, stage by stage: text, image, condition, denoise, decode."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Final
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from PIL import Image
 
 from skyreels_jax.diffusion.forcing import Timetable, plan_blocks, timetable
 from skyreels_jax.diffusion.guidance import Guidance, NoGuidance, guidance_of
 from skyreels_jax.diffusion.schedule import FlowSchedule, flow_sigmas
 from skyreels_jax.errors import NumericsError
+from skyreels_jax.generation import sizes
 from skyreels_jax.generation.components import (
-    ImageCondition,
     ImageEncoder,
     TextEncoder,
     VideoCodec,
@@ -29,8 +31,8 @@ from skyreels_jax.generation.conditioning import (
 from skyreels_jax.generation.denoise import Denoiser, draw_noise, together
 from skyreels_jax.generation.progress import Clock, NoProgress, Progress, Timings
 from skyreels_jax.generation.request import ResolvedRequest
-from skyreels_jax.generation.sizes import LATENT_CHANNELS
 from skyreels_jax.generation.video import Video
+from skyreels_jax.media import VideoWriter
 from skyreels_jax.shapes import Context, Frames, HostLatents, Latents
 
 # The frame rate that fps embeddings know as their first entry; every other is the second.
@@ -54,13 +56,15 @@ class Sample:
 
     Attributes:
         latents: finished, ``[16, F, H, W]``.
-        request: what they were made for.
+        settings: all that decided them, as JSON values.
+        fps: frames a second, once decoded.
         step_seconds: of each step of the solver.
         clock: has timed the stages so far, and goes on with the decoding.
     """
 
     latents: HostLatents
-    request: ResolvedRequest
+    settings: Mapping[str, Any]
+    fps: int
     step_seconds: tuple[float, ...] = ()
     clock: Clock = field(default_factory=Clock)
 
@@ -69,12 +73,16 @@ class Sample:
         """Seconds by stage, so far."""
         return Timings(dict(self.clock.seconds), self.step_seconds)
 
-    def settings(self) -> dict[str, Any]:
-        """All that decides the video, where each value came from, and what made it."""
-        return self.request.settings() | {
-            "generator": f"skyreels-jax {version('skyreels-jax')}",
-            "sources": dict(self.request.sources),
-        }
+    @property
+    def num_frames(self) -> int:
+        """Pixel frames, once decoded."""
+        return (self.latents.shape[1] - 1) * sizes.FRAMES_PER_LATENT + 1
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels, once decoded."""
+        _, _, rows, columns = self.latents.shape
+        return rows * sizes.PIXELS_PER_LATENT, columns * sizes.PIXELS_PER_LATENT
 
 
 def generate(
@@ -123,7 +131,7 @@ def sample(
     clock = Clock(progress or NoProgress())
     schedule = schedule or flow_sigmas(request.steps, request.shift)
     noise = starting_noise(request) if noise is None else noise
-    shape = (1, LATENT_CHANNELS, *request.latent_shape)
+    shape = (1, sizes.LATENT_CHANNELS, *request.latent_shape)
     if noise.shape != shape:
         raise ValueError(f"noise has shape {noise.shape}; this request's latents are {shape}")
     guidance = guidance_of(request.guidance_scale, batched=request.batched_guidance)
@@ -149,7 +157,12 @@ def sample(
         attention=request.attention,
         clock=clock,
     )
-    return Sample(np.asarray(denoised.latents[0]), request, denoised.step_seconds, clock)
+    settings = request.settings() | {
+        "generator": f"skyreels-jax {version('skyreels-jax')}",
+        "sources": dict(request.sources),
+    }
+    latents = np.asarray(denoised.latents[0])
+    return Sample(latents, settings, request.fps, denoised.step_seconds, clock)
 
 
 def finish(codec: VideoCodec, sampled: Sample) -> Video:
@@ -160,12 +173,31 @@ def finish(codec: VideoCodec, sampled: Sample) -> Video:
     """
     frames = np.concatenate(list(decode(codec, sampled)))
     logger.debug("seconds by stage: %s", sampled.clock.seconds)
-    return Video(frames, sampled.request.fps, sampled.settings(), sampled.latents, sampled.timings)
+    return Video(frames, sampled.fps, sampled.settings, sampled.latents, sampled.timings)
+
+
+def write(codec: VideoCodec, sampled: Sample, path: Path, *, metadata: bool = True) -> None:
+    """Decode a sample straight into an MP4: memory does not grow with the video's length.
+
+    Args:
+        codec: decodes.
+        sampled: what to decode.
+        path: ends in ``.mp4``; the file appears when all of it is written.
+        metadata: whether the file carries the settings in its ``comment`` tag.
+
+    Raises:
+        NumericsError: the VAE's output is not finite.
+        RequestError: the path cannot be written to.
+    """
+    settings = sampled.settings if metadata else None
+    with VideoWriter(path, fps=sampled.fps, size=sampled.size, settings=settings) as writer:
+        for frames in decode(codec, sampled):
+            writer.append(frames)
 
 
 def starting_noise(request: ResolvedRequest) -> Latents:
     """The noise of the request's seed."""
-    return draw_noise(request.seed, (1, LATENT_CHANNELS, *request.latent_shape))
+    return draw_noise(request.seed, (1, sizes.LATENT_CHANNELS, *request.latent_shape))
 
 
 @dataclass(frozen=True)
@@ -229,7 +261,9 @@ def hold_first_frame(
     if request.task != "df" or request.image is None:
         return together(schedule), noise
     with clock.stage("condition"):
-        image: ImageCondition = prepare_image(request.image, request.height, request.width)
+        image = prepare_image(
+            request.image, request.height, request.width, Image.Resampling.BICUBIC
+        )
         first = jnp.asarray(encode_first_frame(components.codec, image))
     frames = noise.shape[2]
     table = timetable(plan_blocks(frames, frames, prefix=1), schedule.timesteps, ar_step=0)
@@ -242,7 +276,7 @@ def decode(codec: VideoCodec, sampled: Sample) -> Iterator[Frames]:
     Raises:
         NumericsError: the VAE's output is not finite.
     """
-    clock, total = sampled.clock, sampled.request.num_frames
+    clock, total = sampled.clock, sampled.num_frames
     done = 0
     with clock.stage("decode", total):
         for pixels in codec.decode_chunks(sampled.latents):

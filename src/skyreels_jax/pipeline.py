@@ -1,0 +1,220 @@
+"""The public way to make videos: a checkpoint in, videos out.
+
+Parts are loaded when a stage needs them and let go of after it, in the order text encoder, image
+encoder, transformer, VAE: memory holds one large model at a time.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from skyreels_jax.checkpoints import Checkpoint, load_transformer
+from skyreels_jax.errors import RequestError
+from skyreels_jax.generation import api
+from skyreels_jax.generation.components import (
+    ImageCondition,
+    ImageEncoder,
+    TextEncoder,
+    VideoCodec,
+)
+from skyreels_jax.generation.denoise import Denoiser
+from skyreels_jax.generation.progress import Progress
+from skyreels_jax.generation.request import Request, ResolvedRequest
+from skyreels_jax.generation.resolve import DTYPES, resolve
+from skyreels_jax.generation.video import Video
+from skyreels_jax.media import ImageInput
+from skyreels_jax.reference.components import (
+    TorchImageEncoder,
+    TorchTextEncoder,
+    TorchVideoCodec,
+)
+from skyreels_jax.shapes import HostLatents, Pixels
+
+# Who runs the encoders and the VAE: JAX, or PyTorch (extra `torch`). The transformer is in JAX.
+Backend = Literal["jax", "hybrid"]
+BACKENDS: Final = get_args(Backend)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How to load each part of a checkpoint but its transformer."""
+
+    text_encoder: Callable[[], TextEncoder]
+    image_encoder: Callable[[], ImageEncoder]
+    codec: Callable[[], VideoCodec]
+
+
+@dataclass(frozen=True)
+class TextOnDemand:
+    """A text encoder that is in memory only while it encodes."""
+
+    load: Callable[[], TextEncoder]
+
+    def encode(self, prompts: Sequence[str]) -> Float[np.ndarray, "B S text_dim"]:
+        """Load, encode, let go."""
+        return self.load().encode(prompts)
+
+
+@dataclass(frozen=True)
+class ImageOnDemand:
+    """An image encoder that is in memory only while it encodes."""
+
+    load: Callable[[], ImageEncoder]
+
+    def encode(self, image: ImageCondition) -> Float[np.ndarray, "S image_dim"]:
+        """Load, encode, let go."""
+        return self.load().encode(image)
+
+
+@dataclass(frozen=True)
+class CodecOnDemand:
+    """A VAE that is in memory only while it encodes or decodes."""
+
+    load: Callable[[], VideoCodec]
+
+    def encode(self, pixels: Pixels) -> HostLatents:
+        """Load, encode, let go."""
+        return self.load().encode(pixels)
+
+    def decode_chunks(self, latents: HostLatents) -> Iterator[Pixels]:
+        """Load, decode, let go."""
+        yield from self.load().decode_chunks(latents)
+
+
+class Pipeline:
+    """Makes videos from one checkpoint.
+
+    ::
+
+        pipe = Pipeline.from_pretrained("Skywork/SkyReels-V2-T2V-14B-540P")
+        video = pipe("a cat walks through wet grass", num_frames=97, seed=1)
+        video.save("cat.mp4")
+
+    What a checkpoint can do is a property of the checkpoint and of the request, not of a class: an
+    image makes it image-to-video where the checkpoint takes one.
+
+    Attributes:
+        checkpoint: the folder, understood.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str = "bfloat16",
+        backend: Backend = "jax",
+        device: str = "auto",
+        keep: bool = False,
+    ):
+        """Nothing is loaded yet.
+
+        Args:
+            checkpoint: from :meth:`Checkpoint.open`.
+            dtype: ``bfloat16`` or ``float32``, of the transformer and the encoders; the VAE runs
+                in float32.
+            backend: who runs encoders and VAE.
+            device: of PyTorch's parts (backend ``hybrid``): ``cpu``, ``cuda`` or ``auto``.
+            keep: keep every part in memory for the next call, instead of loading it again.
+
+        Raises:
+            RequestError: ``dtype`` or ``backend`` is unknown.
+        """
+        for name, value, known in (("dtype", dtype, DTYPES), ("backend", backend, BACKENDS)):
+            if value not in known:
+                raise RequestError(f"{name} {value!r} is unknown; there are {', '.join(known)}")
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        parts = PARTS[backend](checkpoint, jnp.dtype(dtype), device)
+        kept = cache if keep else lambda load: load
+        self._denoiser = kept(self._load_denoiser)
+        self._components = api.Components(
+            TextOnDemand(kept(parts.text_encoder)),
+            CodecOnDemand(kept(parts.codec)),
+            ImageOnDemand(kept(parts.image_encoder)),
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        revision: str | None = None,
+        preset: str | None = None,
+        **options: Any,
+    ) -> "Pipeline":
+        """Open a folder in either layout, or a Hugging Face id.
+
+        Args:
+            path_or_id: folder or id.
+            revision: branch, tag or commit of an id.
+            preset: name of the released checkpoint it is, where that is not plain.
+            **options: of the constructor.
+        """
+        checkpoint = Checkpoint.open(path_or_id, revision=revision, preset=preset)
+        return cls(checkpoint, **options)
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        image: ImageInput | None = None,
+        progress: Progress | None = None,
+        **settings: Any,
+    ) -> Video:
+        """Make a video that is held in memory.
+
+        Args:
+            prompt: what to show.
+            image: the first frame: a PIL image, an array ``[height, width, 3]`` or a path.
+            progress: told of every stage.
+            **settings: as in :class:`~skyreels_jax.generation.request.Request`: ``num_frames``,
+                ``height``, ``width``, ``steps``, ``guidance_scale``, ``seed`` and so on.
+
+        Raises:
+            RequestError: with everything about the request that is wrong.
+            WeightsError: a part is missing, unsound or incomplete.
+            NumericsError: something was not finite; says what and where.
+        """
+        known = {entry.name for entry in fields(Request)} - {"dtype", "output"}
+        if unknown := settings.keys() - known:
+            raise RequestError(
+                f"no such settings: {', '.join(sorted(unknown))}; there are "
+                f"{', '.join(sorted(known))}"
+            )
+        request = Request(prompt=prompt, image=image, dtype=self.dtype, **settings)
+        return api.finish(
+            self._components.codec, self.sample(resolve(request, self.checkpoint), progress)
+        )
+
+    def sample(self, request: ResolvedRequest, progress: Progress | None = None) -> api.Sample:
+        """Everything but decoding; the transformer is out of memory again afterwards."""
+        return api.sample(self._components, self._denoiser, request, progress=progress)
+
+    def write(self, sampled: api.Sample, path: Path, *, metadata: bool = True) -> None:
+        """Decode into an MP4 piece by piece; see :func:`skyreels_jax.generation.api.write`."""
+        api.write(self._components.codec, sampled, path, metadata=metadata)
+
+    def _load_denoiser(self) -> Denoiser:
+        model = load_transformer(self.checkpoint, dtype=jnp.dtype(self.dtype))
+        return Denoiser(model, block_length=self.checkpoint.block_length)
+
+
+def hybrid_parts(checkpoint: Checkpoint, dtype: DTypeLike, device: str) -> Parts:
+    """Encoders and VAE in PyTorch."""
+    return Parts(
+        text_encoder=partial(TorchTextEncoder.load, checkpoint, device, dtype),
+        image_encoder=partial(TorchImageEncoder.load, checkpoint, device, dtype),
+        codec=partial(TorchVideoCodec.load, checkpoint, device),
+    )
+
+
+PARTS: Final[dict[Backend, Callable[[Checkpoint, DTypeLike, str], Parts]]] = {
+    "hybrid": hybrid_parts,
+}
