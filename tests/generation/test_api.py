@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import standins
+from PIL import Image
 
 from skyreels_jax import media
 from skyreels_jax.diffusion.guidance import guidance_of
 from skyreels_jax.diffusion.schedule import diffusers_sigmas, flow_sigmas
-from skyreels_jax.errors import NumericsError
+from skyreels_jax.errors import NumericsError, RequestError
 from skyreels_jax.generation.api import Components, generate, starting_noise
 from skyreels_jax.generation.conditioning import condition_latents, prepare_image, to_frames
 from skyreels_jax.generation.denoise import Denoiser
@@ -94,7 +95,8 @@ def test_two_images_reach_a_first_last_frame_model():
 def test_diffusion_forcing_keeps_an_image_as_its_first_frame(text_denoiser):
     asked = request("df", image=picture())
     video = generate(COMPONENTS, text_denoiser, asked)
-    first = standins.Blocks().encode(prepare_image(picture(), 32, 48).pixels[:, None])
+    prepared = prepare_image(picture(), 32, 48, Image.Resampling.BICUBIC)
+    first = standins.Blocks().encode(prepared.pixels[:, None])
     np.testing.assert_array_equal(video.latents[:, :1], first)
     without = generate(COMPONENTS, text_denoiser, request("df"))
     assert not np.allclose(video.latents[:, 1:], without.latents[:, 1:], atol=0.01)
@@ -126,8 +128,8 @@ def test_every_setting_changes_the_video(text_denoiser, change: dict):
 def test_batched_guidance_gives_the_same_video(text_denoiser):
     one_by_one = generate(COMPONENTS, text_denoiser, request())
     at_once = generate(COMPONENTS, text_denoiser, request(batched_guidance=True))
-    # Measured 1.2e-6 on latents of size 5.
-    np.testing.assert_allclose(at_once.latents, one_by_one.latents, atol=1e-5)
+    # Measured 5.0e-6 on latents of size 5.
+    np.testing.assert_allclose(at_once.latents, one_by_one.latents, atol=2e-5)
 
 
 def test_guidance_of_one_never_encodes_the_negative_prompt(text_denoiser):
@@ -193,6 +195,9 @@ def test_a_saved_video_carries_its_settings(text_denoiser, tmp_path: Path):
     frames, rate = media.read_video(tmp_path / "out.mp4")
     assert frames.shape == video.frames.shape
     assert rate == 24
+    video.save(tmp_path / "bare.mp4", metadata=False)
+    with pytest.raises(RequestError, match="carries no settings"):
+        media.read_settings(tmp_path / "bare.mp4")
 
 
 class Damaged(standins.Blocks):

@@ -43,6 +43,15 @@ def test_other_aspects_are_cropped_around_the_centre(size, kept):
     assert not np.array_equal(prepare_image(image, 32, 48).pixels, stretched[0].numpy())
 
 
+def test_diffusion_forcing_resizes_as_pillow_does_by_default():
+    image = picture(64, 96)
+    expected = np.asarray(Image.fromarray(image).resize((48, 32))) / np.float32(127.5) - 1
+    ours = prepare_image(image, 32, 48, Image.Resampling.BICUBIC).pixels
+    # Measured 1.2e-7: the original divides by 127.5, diffusers by 255 before it doubles.
+    np.testing.assert_allclose(np.moveaxis(ours, 0, -1), expected, atol=5e-7)
+    assert np.abs(ours - prepare_image(image, 32, 48).pixels).max() > 0.01
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1)])
 def test_the_thinnest_images_still_give_a_frame(size: tuple[int, int]):
     assert prepare_image(picture(*size), 32, 48).pixels.shape == (3, 32, 48)

@@ -16,8 +16,8 @@ from skyreels_jax.generation.progress import Clock
 
 SHAPE = (1, 16, 3, 4, 4)
 SCHEDULE = flow_sigmas(5, 8.0)
-# Latents are of size 3.
-TOL = 1e-5  # measured 1.9e-6
+# Latents are of size 6.
+TOL = 2e-5  # measured at most 5.1e-6, the sums of a batch being ordered otherwise
 
 
 def texts(batch: int = 1):
@@ -85,6 +85,7 @@ def test_two_videos_at_once_are_the_run_written_out(model, denoiser):
     assert np.max(np.abs(np.asarray(result.latents) - by_itself)) < TOL
 
 
+# Measured 1.5, 1.7 and 0.056.
 @pytest.mark.parametrize(
     ("schedule", "scale"), [(flow_sigmas(4, 8.0), 5.0), (flow_sigmas(5, 7.0), 5.0), (SCHEDULE, 4.9)]
 )

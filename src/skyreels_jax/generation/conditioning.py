@@ -14,13 +14,19 @@ from skyreels_jax.media import RgbImage
 from skyreels_jax.shapes import Frames, HostLatents, Pixels
 
 
-def prepare_image(image: RgbImage, height: int, width: int) -> ImageCondition:
-    """Crop ``image`` around its centre to the video's aspect and resize it (Lanczos).
+def prepare_image(
+    image: RgbImage,
+    height: int,
+    width: int,
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
+) -> ImageCondition:
+    """Crop ``image`` around its centre to the video's aspect and resize it.
 
-    The resized image is rounded to 8 bits before it is scaled, as in both references.
+    The resized image is rounded to 8 bits before it is scaled, as in both references. The original
+    resizes by Lanczos for image-to-video and bicubically for diffusion forcing.
     """
     fitted = Image.fromarray(image).crop(_centre_box(image, height, width))
-    resized = np.asarray(fitted.resize((width, height), Image.Resampling.LANCZOS))
+    resized = np.asarray(fitted.resize((width, height), resampling))
     pixels = 2 * (resized.astype(np.float32) / 255) - 1
     return ImageCondition(image, np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
 
