@@ -1,5 +1,10 @@
 """Strictness for tests: shapes and dtypes of every annotated function are checked at run time."""
 
+import os
+
+# PyTorch's threads wait in loops: two on busy cores make small convolutions 40 times as slow.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import jax
 from jaxtyping import install_import_hook
 

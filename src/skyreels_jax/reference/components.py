@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.generation.api import Components
 from skyreels_jax.generation.clip_input import ClipPreprocessing
 from skyreels_jax.generation.components import ImageCondition
 from skyreels_jax.prompts import Tokenizer
@@ -89,17 +90,8 @@ class TorchImageEncoder:
             WeightsError: the part is missing, unsound or incomplete.
             UnsupportedError: there is no such device here.
         """
-        from transformers import CLIPImageProcessor
-
         model = load_clip(checkpoint, torch_device(device), torch_dtype(dtype))
-        folder = checkpoint.layout.parts.get("image_processor")
-        if preprocessing == "original":
-            processor = None
-        elif folder is None:
-            processor = CLIPImageProcessor()
-        else:
-            processor = CLIPImageProcessor.from_pretrained(folder)
-        return cls(model, processor)
+        return cls(model, _processor(checkpoint) if preprocessing == "diffusers" else None)
 
     def encode(self, image: ImageCondition) -> Float[np.ndarray, "S image_dim"]:
         """Features of all tokens (class token first) of the last block but one."""
@@ -115,6 +107,14 @@ class TorchImageEncoder:
                 pixel_values=pixels.to(weight.device, weight.dtype), output_hidden_states=True
             )
             return states.hidden_states[-2][0].float().cpu().numpy()
+
+
+def _processor(checkpoint: Checkpoint) -> "CLIPImageProcessor":
+    """That of the folder; the original layout has none, and every release has the defaults."""
+    from transformers import CLIPImageProcessor
+
+    folder = checkpoint.layout.parts.get("image_processor")
+    return CLIPImageProcessor() if folder is None else CLIPImageProcessor.from_pretrained(folder)
 
 
 def squashed(pixels: "torch.Tensor") -> "torch.Tensor":
@@ -176,3 +176,25 @@ class TorchVideoCodec:
             for v in (config["latents_mean"], config["latents_std"])
         )
         return mean, std
+
+
+def torch_components(
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: DTypeLike,
+    preprocessing: ClipPreprocessing = "original",
+) -> Components:
+    """All parts of a checkpoint but the transformer; the VAE in float32, the encoders in ``dtype``.
+
+    Raises:
+        WeightsError: a part is missing, unsound or incomplete.
+        UnsupportedError: there is no such device here.
+    """
+    takes_image = checkpoint.config.model_type == "i2v"
+    return Components(
+        text_encoder=TorchTextEncoder.load(checkpoint, device, dtype),
+        codec=TorchVideoCodec.load(checkpoint, device),
+        image_encoder=TorchImageEncoder.load(checkpoint, device, dtype, preprocessing)
+        if takes_image
+        else None,
+    )

@@ -1,0 +1,17 @@
+"""Attention modules and norms."""
+
+from skyreels_jax.models.layers import (
+    WanI2VCrossAttention,
+    WanLayerNorm,
+    WanRMSNorm,
+    WanSelfAttention,
+    WanT2VCrossAttention,
+)
+
+__all__ = [
+    "WanI2VCrossAttention",
+    "WanLayerNorm",
+    "WanRMSNorm",
+    "WanSelfAttention",
+    "WanT2VCrossAttention",
+]
