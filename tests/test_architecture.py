@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
         *{"shapes", "errors"},
     },
     "pipeline": {
-        *{"generation", "reference", "weights", "models", "checkpoints", "media"},
+        *{"generation", "reference", "weights", "models", "checkpoints", "media", "prompts"},
         *{"shapes", "errors"},
     },
     "caches": set(),

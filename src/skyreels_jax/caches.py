@@ -29,6 +29,11 @@ def compilation_cache_folder() -> Path:
     return Path(chosen) if chosen else cache_root() / "compiled"
 
 
+def prompt_cache_folder() -> Path:
+    """Where encoded prompts are kept."""
+    return cache_root() / "prompts"
+
+
 def enable_compilation_cache() -> Path:
     """Keep compiled programs between processes; returns the folder.
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation import api
+from skyreels_jax.generation.codec import WanVideoCodec
 from skyreels_jax.generation.components import (
     ImageCondition,
     ImageEncoder,
@@ -25,17 +26,21 @@ from skyreels_jax.generation.components import (
     VideoCodec,
 )
 from skyreels_jax.generation.denoise import Denoiser
+from skyreels_jax.generation.encoders import ClipImageEncoder, Umt5TextEncoder
 from skyreels_jax.generation.progress import Progress
+from skyreels_jax.generation.prompt_cache import CachedTextEncoder, fingerprint
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve import DTYPES, resolve
 from skyreels_jax.generation.video import Video
 from skyreels_jax.media import ImageInput
+from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.reference.components import (
     TorchImageEncoder,
     TorchTextEncoder,
     TorchVideoCodec,
 )
 from skyreels_jax.shapes import HostLatents, Pixels
+from skyreels_jax.weights.parts import load_image_encoder, load_text_encoder, load_vae
 
 # Who runs the encoders and the VAE: JAX, or PyTorch (extra `torch`). The transformer is in JAX.
 Backend = Literal["jax", "hybrid"]
@@ -112,6 +117,7 @@ class Pipeline:
         backend: Backend = "jax",
         device: str = "auto",
         keep: bool = False,
+        prompt_cache: Path | None = None,
     ):
         """Nothing is loaded yet.
 
@@ -122,6 +128,8 @@ class Pipeline:
             backend: who runs encoders and VAE.
             device: of PyTorch's parts (backend ``hybrid``): ``cpu``, ``cuda`` or ``auto``.
             keep: keep every part in memory for the next call, instead of loading it again.
+            prompt_cache: folder to keep encoded prompts in, for this and later processes; a prompt
+                found there does not load the text encoder. ``None`` keeps none.
 
         Raises:
             RequestError: ``dtype`` or ``backend`` is unknown.
@@ -134,8 +142,12 @@ class Pipeline:
         parts = PARTS[backend](checkpoint, jnp.dtype(dtype), device)
         kept = cache if keep else lambda load: load
         self._denoiser = kept(self._load_denoiser)
+        load_text = kept(parts.text_encoder)
+        if prompt_cache is not None:
+            made_by = (backend, dtype)
+            load_text = partial(cached_text, load_text, checkpoint, prompt_cache, made_by)
         self._components = api.Components(
-            TextOnDemand(kept(parts.text_encoder)),
+            TextOnDemand(load_text),
             CodecOnDemand(kept(parts.codec)),
             ImageOnDemand(kept(parts.image_encoder)),
         )
@@ -206,6 +218,39 @@ class Pipeline:
         return Denoiser(model, block_length=self.checkpoint.block_length)
 
 
+def cached_text(
+    load: Callable[[], TextEncoder], checkpoint: Checkpoint, folder: Path, made_by: Sequence[str]
+) -> CachedTextEncoder:
+    """What ``load`` gives, asked only for prompts that ``folder`` does not hold.
+
+    Args:
+        load: makes the text encoder.
+        checkpoint: that it belongs to.
+        folder: of the cache.
+        made_by: what else, besides the checkpoint's files, decides an encoding.
+    """
+    paths = (checkpoint.text_encoder, checkpoint.tokenizer)
+    files = [file for path in paths for file in (path, *path.rglob("*")) if file.is_file()]
+    return CachedTextEncoder(load, folder, fingerprint(files, *made_by))
+
+
+def jax_parts(checkpoint: Checkpoint, dtype: DTypeLike, device: str) -> Parts:
+    """Encoders and VAE in JAX, on the devices that JAX has; ``device`` is not theirs."""
+    del device
+    layout = checkpoint.layout
+
+    def text_encoder() -> TextEncoder:
+        # The tokenizer first: it is quickly read, and what is wrong with it quickly told.
+        tokenizer = Tokenizer.from_folder(checkpoint.tokenizer)
+        return Umt5TextEncoder(load_text_encoder(layout, dtype=dtype), tokenizer)
+
+    return Parts(
+        text_encoder=text_encoder,
+        image_encoder=lambda: ClipImageEncoder(load_image_encoder(layout, dtype=dtype)),
+        codec=lambda: WanVideoCodec(load_vae(layout)),
+    )
+
+
 def hybrid_parts(checkpoint: Checkpoint, dtype: DTypeLike, device: str) -> Parts:
     """Encoders and VAE in PyTorch."""
     return Parts(
@@ -216,5 +261,6 @@ def hybrid_parts(checkpoint: Checkpoint, dtype: DTypeLike, device: str) -> Parts
 
 
 PARTS: Final[dict[Backend, Callable[[Checkpoint, DTypeLike, str], Parts]]] = {
+    "jax": jax_parts,
     "hybrid": hybrid_parts,
 }

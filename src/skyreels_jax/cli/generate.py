@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from skyreels_jax.caches import enable_compilation_cache
+from skyreels_jax.caches import enable_compilation_cache, prompt_cache_folder
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.cli.progress import console_progress
 from skyreels_jax.errors import RequestError, SkyReelsError
@@ -99,7 +99,17 @@ def _add_running(group: Any) -> None:
         action="store_true",
         help="both prompts in one call of the transformer, for twice the memory",
     )
-    group.add_argument("--backend", default="hybrid", choices=BACKENDS)
+    group.add_argument(
+        "--backend",
+        default="jax",
+        choices=BACKENDS,
+        help="who runs the encoders and the VAE: JAX, or PyTorch (hybrid; default: jax)",
+    )
+    group.add_argument(
+        "--no-prompt-cache",
+        action="store_true",
+        help="neither look up nor keep encoded prompts on disk",
+    )
 
 
 def _add_output(group: Any) -> None:
@@ -132,7 +142,12 @@ def run(args: argparse.Namespace) -> int:
         check_not_there(path, args.overwrite)
     enable_compilation_cache()
     checkpoint = Checkpoint.open(args.model, revision=args.revision, preset=args.preset)
-    pipeline = Pipeline(checkpoint, backend=args.backend, dtype=args.dtype)
+    pipeline = Pipeline(
+        checkpoint,
+        backend=args.backend,
+        dtype=args.dtype,
+        prompt_cache=None if args.no_prompt_cache else prompt_cache_folder(),
+    )
     latents = args.output.with_suffix(LATENTS_SUFFIX)
     with console_progress() as progress:
         if args.resume_latents is None:
