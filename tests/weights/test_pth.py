@@ -8,7 +8,6 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -27,7 +26,6 @@ from tests.weights.pth_files import (
 )
 
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.reference.torch_source import to_numpy
 from skyreels_jax.weights.pth import PthSource
 from skyreels_jax.weights.source import TensorSource
 
@@ -179,13 +177,6 @@ def test_reading_needs_no_torch(tmp_path: Path):
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert answer.stdout.split() == ["15", "False"], answer.stderr
-
-
-def test_as_torch_source_reads_it(tmp_path: Path):
-    file = saved(tmp_path, {"a": torch.arange(6, dtype=torch.bfloat16)})
-    array = PthSource(file).read("a")
-    assert array.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(array, to_numpy(torch.load(file, weights_only=True)["a"]))
 
 
 # Files that are of another kind, damaged or contradictory
