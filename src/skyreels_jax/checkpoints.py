@@ -16,6 +16,7 @@ from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.presets import PRESETS, Preset, Task
 from skyreels_jax.weights.convert import Place, on_default_device
+from skyreels_jax.weights.diffusers_folder import About
 from skyreels_jax.weights.layout import Layout, read_json, read_layout
 from skyreels_jax.weights.transformer_folder import (
     abstract_transformer,
@@ -30,6 +31,14 @@ PIPELINES: Final[Mapping[str, Task]] = {
     "SkyReelsV2DiffusionForcingPipeline": "df",
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": "df",
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": "df",
+}
+
+# And the one to name in a folder that is written.
+PIPELINE_OF: Final[Mapping[Task, str]] = {
+    "t2v": "SkyReelsV2Pipeline",
+    "i2v": "SkyReelsV2ImageToVideoPipeline",
+    "flf2v": "SkyReelsV2ImageToVideoPipeline",
+    "df": "SkyReelsV2DiffusionForcingPipeline",
 }
 
 T = TypeVar("T")
@@ -135,6 +144,15 @@ class Checkpoint:
     def image_encoder(self) -> Path:
         """The image encoder's file or folder."""
         return self.layout.part("image_encoder")
+
+    @property
+    def about(self) -> About:
+        """What a pipeline folder made of this one says of itself."""
+        return About(
+            name=self.guess.preset.name if self.guess.preset else self.folder.resolve().name,
+            pipeline=PIPELINE_OF[self.task],
+            flow_shift=self.defaults.shift.value,
+        )
 
     @property
     def block_length(self) -> int | None:

@@ -40,7 +40,9 @@ from skyreels_jax.reference.components import (
     TorchVideoCodec,
 )
 from skyreels_jax.shapes import HostLatents, Pixels
-from skyreels_jax.weights.parts import load_image_encoder, load_text_encoder, load_vae
+from skyreels_jax.weights.convert_folder import convert_folder
+from skyreels_jax.weights.diffusers_folder import require_parts
+from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
 
 # Who runs the encoders and the VAE: JAX, or PyTorch (extra `torch`). The transformer is in JAX.
 Backend = Literal["jax", "hybrid"]
@@ -213,6 +215,33 @@ class Pipeline:
         """Decode into an MP4 piece by piece; see :func:`skyreels_jax.generation.api.write`."""
         api.write(self._components.codec, sampled, path, metadata=metadata)
 
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: DTypeLike | None = None, overwrite: bool = False
+    ) -> None:
+        """Write all parts in diffusers' layout, for diffusers and transformers to load.
+
+        One tensor at a time, from the checkpoint's files to the new ones; nothing is kept loaded.
+
+        Args:
+            folder: to make; it appears complete or not at all.
+            dtype: of the transformer; ``None`` keeps each tensor's, as the other parts do.
+            overwrite: replace a folder that is there.
+
+        Raises:
+            RequestError: ``folder`` is there, or lies in the checkpoint or around it.
+            WeightsError: a part is missing, unsound or incomplete, or the disk refuses.
+        """
+        require_parts(self.checkpoint.layout, self.checkpoint.config)
+        convert_folder(
+            self.checkpoint.layout,
+            self.checkpoint.config,
+            Path(folder),
+            layout="diffusers",
+            about=self.checkpoint.about,
+            dtype=dtype,
+            overwrite=overwrite,
+        )
+
     def _load_denoiser(self) -> Denoiser:
         model = load_transformer(self.checkpoint, dtype=jnp.dtype(self.dtype))
         return Denoiser(model, block_length=self.checkpoint.block_length)
@@ -242,12 +271,12 @@ def jax_parts(checkpoint: Checkpoint, dtype: DTypeLike, device: str) -> Parts:
     def text_encoder() -> TextEncoder:
         # The tokenizer first: it is quickly read, and what is wrong with it quickly told.
         tokenizer = Tokenizer.from_folder(checkpoint.tokenizer)
-        return Umt5TextEncoder(load_text_encoder(layout, dtype=dtype), tokenizer)
+        return Umt5TextEncoder(stored_text_encoder(layout).load(dtype), tokenizer)
 
     return Parts(
         text_encoder=text_encoder,
-        image_encoder=lambda: ClipImageEncoder(load_image_encoder(layout, dtype=dtype)),
-        codec=lambda: WanVideoCodec(load_vae(layout)),
+        image_encoder=lambda: ClipImageEncoder(stored_image_encoder(layout).load(dtype)),
+        codec=lambda: WanVideoCodec(stored_vae(layout).load(jnp.float32)),
     )
 
 

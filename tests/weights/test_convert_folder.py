@@ -1,16 +1,43 @@
 import argparse
 import json
+import re
+import shutil
 
 import ml_dtypes
 import numpy as np
 import pytest
+from tests.fabricate import Checkpoints
 from tests.weights.tiny import DF, I2V, T2V, edit_tensors, save
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.cli import convert, info
 from skyreels_jax.errors import RequestError, WeightsError
+from skyreels_jax.reference.random_checkpoint import Kind
 from skyreels_jax.weights.convert_folder import convert_folder
+from skyreels_jax.weights.diffusers_folder import About
 from skyreels_jax.weights.layout import read_layout, safetensors_of
+
+CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+ABOUT = About(name="small", pipeline="SkyReelsV2Pipeline", flow_shift=8.0)
+# What a diffusers pipeline takes, by the folder it stands in.
+TEXT_TO_VIDEO = {
+    "README.md",
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+}
+IMAGE_TO_VIDEO = TEXT_TO_VIDEO | {
+    "image_encoder/config.json",
+    "image_encoder/model.safetensors",
+    "image_processor/preprocessor_config.json",
+}
 
 
 def command(*words) -> argparse.Namespace:
@@ -36,8 +63,7 @@ def add_parts(folder, names):
 
 def original_folder(root):
     folder = save(root / "original", I2V)
-    clip = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
-    add_parts(folder, ["Wan2.1_VAE.pth", "google/umt5-xxl", clip])
+    add_parts(folder, ["Wan2.1_VAE.pth", "google/umt5-xxl", CLIP])
     return folder
 
 
@@ -55,20 +81,59 @@ def files(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def test_from_original_to_diffusers(tmp_path, capsys):
-    source = original_folder(tmp_path)
-    assert run("convert", source, tmp_path / "out", "--layout", "diffusers") == 0
-    assert files(tmp_path / "out") == [
-        "tokenizer/content",
-        "transformer/config.json",
-        "transformer/diffusion_pytorch_model.safetensors",
-    ]
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("t2v", TEXT_TO_VIDEO), ("df", TEXT_TO_VIDEO), ("i2v", IMAGE_TO_VIDEO)]
+)
+def test_from_original_to_diffusers(
+    tmp_path, capsys, checkpoints: Checkpoints, kind: Kind, expected: set[str]
+):
+    """All that diffusers wrote of the same checkpoint, but that tensors keep the file's dtype."""
+    out = tmp_path / "out"
+    assert run("convert", checkpoints(kind, "original"), out, "--layout", "diffusers") == 0
+    assert set(files(out)) == expected
     printed = capsys.readouterr().out
-    assert "written   transformer/diffusion_pytorch_model.safetensors" in printed
+    assert "written   text_encoder/model.safetensors" in printed
     assert "copied    tokenizer" in printed
-    assert "left out  Wan2.1_VAE.pth:" in printed
-    assert "left out  models_clip" in printed
-    assert Checkpoint.open(tmp_path / "out").config == I2V
+    assert "left out" not in printed
+    theirs = read_layout(checkpoints(kind, "diffusers"))
+    ours = read_layout(out)
+    assert ours.model_index["_class_name"] == theirs.model_index["_class_name"]
+    assert ours.model_index.keys() | {"_diffusers_version"} == theirs.model_index.keys()
+    for part in ("vae", "text_encoder", *(["image_encoder"] if kind == "i2v" else [])):
+        written, same = (safetensors_of(layout.part(part)) for layout in (ours, theirs))
+        assert written.tensors().keys() == same.tensors().keys()
+        for name in same.tensors():
+            np.testing.assert_array_equal(
+                written.read(name).astype(np.float32), same.read(name).astype(np.float32), name
+            )
+
+
+@pytest.mark.parametrize("part", ["Wan2.1_VAE.pth", CLIP])
+def test_a_broken_part_leaves_no_target(tmp_path, checkpoints: Checkpoints, part: str):
+    source = shutil.copytree(checkpoints("i2v", "original"), tmp_path / "a")
+    (source / part).write_bytes((source / part).read_bytes()[:-1000])
+    with pytest.raises(WeightsError, match=re.escape(part)):
+        run("convert", source, tmp_path / "b", "--layout", "diffusers")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_part_that_is_missing_is_named(tmp_path, capsys, checkpoints: Checkpoints):
+    source = shutil.copytree(checkpoints("i2v", "original"), tmp_path / "a")
+    (source / CLIP).unlink()
+    assert run("convert", source, tmp_path / "b", "--layout", "diffusers") == 0
+    assert f"left out  image_encoder: {CLIP} is missing" in capsys.readouterr().out
+    found = set(files(tmp_path / "b"))
+    assert found == TEXT_TO_VIDEO - {"model_index.json"}
+
+
+def test_a_part_that_the_pipeline_does_not_take_is_left_out(
+    tmp_path, capsys, checkpoints: Checkpoints
+):
+    source = shutil.copytree(checkpoints("t2v", "original"), tmp_path / "a")
+    shutil.copy(checkpoints("i2v", "original") / CLIP, source)
+    assert run("convert", source, tmp_path / "b", "--layout", "diffusers") == 0
+    assert f"left out  {CLIP}: a pipeline for this transformer" in capsys.readouterr().out
+    assert set(files(tmp_path / "b")) == TEXT_TO_VIDEO
 
 
 def test_from_diffusers_to_original(tmp_path, capsys):
@@ -91,7 +156,8 @@ def test_in_the_same_layout_everything_follows_and_the_transformer_is_rounded(tm
     layout = read_layout(source).dialect
     out = tmp_path / "out"
     assert run("convert", source, out, "--layout", layout, "--dtype", "bfloat16") == 0
-    assert files(out) == files(source)
+    card = ["README.md"] if layout == "diffusers" else []
+    assert files(out) == card + files(source)
     before, after = (safetensors_of(read_layout(f).transformer) for f in (source, out))
     for name in before.tensors():
         expected = before.read(name).astype(ml_dtypes.bfloat16)
@@ -144,7 +210,7 @@ def test_a_broken_source_leaves_no_target(tmp_path):
     edit_tensors(source / "model.safetensors", **{"head.head.bias": None})
     with pytest.raises(WeightsError, match=r"head\.head\.bias"):
         layout = read_layout(source)
-        convert_folder(layout, T2V, tmp_path / "b", layout="diffusers")
+        convert_folder(layout, T2V, tmp_path / "b", layout="diffusers", about=ABOUT)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 

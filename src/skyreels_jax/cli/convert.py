@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint.config,
         args.target,
         layout=args.layout,
+        about=checkpoint.about,
         dtype=None if args.dtype == "keep" else args.dtype,
         overwrite=args.overwrite,
     )

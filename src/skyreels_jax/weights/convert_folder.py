@@ -1,7 +1,7 @@
 """Translates a checkpoint folder into the other layout, or into another dtype."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.models.transformer_config import TransformerConfig
-from skyreels_jax.weights.layout import MODEL_INDEX, PATHS, Layout, Part
+from skyreels_jax.weights.diffusers_folder import About, needed_parts, write_card, write_parts
+from skyreels_jax.weights.layout import MODEL_INDEX, PATHS, Layout
 from skyreels_jax.weights.rules import Dialect
 from skyreels_jax.weights.store import new_folder
 from skyreels_jax.weights.transformer_folder import convert_transformer
@@ -30,20 +31,23 @@ def convert_folder(
     target: Path,
     *,
     layout: Dialect,
+    about: About,
     dtype: DTypeLike | None = None,
     overwrite: bool = False,
 ) -> Conversion:
     """Write ``source`` into the new folder ``target``, which appears complete or not at all.
 
     The transformer is always translated, a tensor in memory at a time. The tokenizer is the same
-    in both layouts; the other parts are copied where the layout stays, and named in the result
-    where they cannot follow.
+    in both layouts. The other parts are copied where the layout stays, and translated into
+    diffusers' layout; the original's has them as PyTorch pickles, which are not written. What
+    cannot follow is named in the result.
 
     Args:
         source: the folder to read.
         config: of its transformer.
         target: the folder to make.
         layout: to write.
+        about: what a pipeline folder of diffusers says of itself.
         dtype: of the transformer; None keeps each tensor's.
         overwrite: replace a folder that is there.
 
@@ -59,14 +63,18 @@ def convert_folder(
         transformer = partial / "transformer" if nested else partial
         transformer.mkdir(exist_ok=True)
         files = convert_transformer(transformer, source, config, layout=layout, dtype=dtype)
+        if nested:
+            files.append(write_card(partial, config, about))
+        if nested and source.dialect != layout:
+            files += write_parts(partial, source, config, about)
         result.written.extend(file.relative_to(partial) for file in files)
         if source.dialect == layout and source.model_index:
             _copy(source.folder / MODEL_INDEX, partial, MODEL_INDEX, result)
         for part, path in source.parts.items():
             if part == "tokenizer" or source.dialect == layout:
                 _copy(path, partial, PATHS[layout][part], result)
-            else:
-                result.left_out[path.name] = _reason(part, layout)
+        if source.dialect != layout and not alone:
+            result.left_out.update(_left_out(source, config, layout))
     return result
 
 
@@ -86,11 +94,20 @@ def _copy(path: Path, folder: Path, name: str, result: Conversion) -> None:
     result.copied.append(Path(name))
 
 
-def _reason(part: Part, layout: Dialect) -> str:
-    if part not in PATHS[layout]:
-        return f"the {layout} layout has no such part"
-    reasons: Mapping[Dialect, str] = {
-        "original": f"the original layout has it as {PATHS['original'][part]}, a PyTorch pickle",
-        "diffusers": "only the transformer's and the tokenizer's translation is written",
-    }
-    return reasons[layout]
+def _left_out(
+    source: Layout, config: TransformerConfig, layout: Dialect
+) -> Iterator[tuple[str, str]]:
+    """Names of what a translation does not hold, and why."""
+    needed = needed_parts(config)
+    if layout == "diffusers":
+        for part in set(needed) - source.parts.keys():
+            yield part, f"{PATHS['original'][part]} is missing, and so {MODEL_INDEX} is left out"
+        for part in source.parts.keys() - set(needed):
+            yield source.parts[part].name, "a pipeline for this transformer does not take it"
+        return
+    for part, path in source.parts.items():
+        name = PATHS["original"].get(part)
+        if name is None:
+            yield path.name, "the original layout has no such part"
+        elif part != "tokenizer":
+            yield path.name, f"the original layout has it as {name}, a PyTorch pickle"

@@ -18,7 +18,7 @@ from skyreels_jax.models.umt5 import Umt5Config, Umt5Encoder
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_config import VaeConfig
 from skyreels_jax.weights import clip_rules, umt5_rules, vae_rules
-from skyreels_jax.weights.convert import Place, load_into, on_default_device
+from skyreels_jax.weights.convert import Place, load_into, on_default_device, verify
 from skyreels_jax.weights.layout import CONFIG, Layout, read_json, safetensors_of
 from skyreels_jax.weights.pth import PthSource
 from skyreels_jax.weights.rules import Dialect, Rule
@@ -29,25 +29,64 @@ ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
 @dataclass(frozen=True)
-class StoredPart(Generic[ConfigT]):
+class StoredPart(Generic[ConfigT, ModelT]):
     """A part on disk, whose tensors are still there.
 
     Attributes:
-        source: its tensors.
+        model: the class of the model they fill.
+        config: of the model.
+        source: the tensors.
         dialect: whose names they have.
-        config: of the model they fill.
-        rules: the weight table of that model, for both dialects.
+        rules: the weight table of the model, for both dialects.
         ignored: patterns of names that may be there and are not read.
     """
 
+    model: Callable[..., ModelT]
+    config: ConfigT
     source: TensorSource
     dialect: Dialect
-    config: ConfigT
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
 
+    def abstract(self, dtype: DTypeLike = jnp.float32) -> ModelT:
+        """The model as shapes only."""
+        return nnx.eval_shape(
+            lambda: self.model(self.config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+        )
 
-def stored_vae(layout: Layout) -> StoredPart[VaeConfig]:
+    def verify(self) -> None:
+        """Prove that the file holds exactly the model's tensors, reading headers only.
+
+        Raises:
+            WeightsError: with everything that is missing, left over or misshapen.
+        """
+        verify(self.abstract(), self.rules, self.source, self.dialect, ignored=self.ignored)
+
+    def load(self, dtype: DTypeLike, place: Place = on_default_device) -> ModelT:
+        """The model with its parameters, one in host memory at a time.
+
+        Args:
+            dtype: to store and to compute in.
+            place: puts each finished parameter on its device or devices.
+
+        Raises:
+            WeightsError: the file and the model do not cover each other, or a value is not finite.
+        """
+        model = self.abstract(dtype)
+        state = load_into(
+            model,
+            self.rules,
+            self.source,
+            self.dialect,
+            dtype=dtype,
+            ignored=self.ignored,
+            place=place,
+        )
+        graph, _ = nnx.split(model)
+        return nnx.merge(graph, state)
+
+
+def stored_vae(layout: Layout) -> StoredPart[VaeConfig, WanVae]:
     """The VAE of a folder; only headers are read.
 
     Raises:
@@ -57,10 +96,10 @@ def stored_vae(layout: Layout) -> StoredPart[VaeConfig]:
     source, config = _opened(
         layout, layout.part("vae"), vae_rules.config_from_json, vae_rules.config_from_tensors
     )
-    return StoredPart(source, layout.dialect, config, vae_rules.vae_rules(config))
+    return StoredPart(WanVae, config, source, layout.dialect, vae_rules.vae_rules(config))
 
 
-def stored_text_encoder(layout: Layout) -> StoredPart[Umt5Config]:
+def stored_text_encoder(layout: Layout) -> StoredPart[Umt5Config, Umt5Encoder]:
     """The UMT5 encoder of a folder; reads and raises as :func:`stored_vae`."""
     source, config = _opened(
         layout,
@@ -69,10 +108,10 @@ def stored_text_encoder(layout: Layout) -> StoredPart[Umt5Config]:
         umt5_rules.config_from_tensors,
     )
     rules, ignored = umt5_rules.UMT5_RULES, umt5_rules.UMT5_IGNORED
-    return StoredPart(source, layout.dialect, config, rules, ignored)
+    return StoredPart(Umt5Encoder, config, source, layout.dialect, rules, ignored)
 
 
-def stored_image_encoder(layout: Layout) -> StoredPart[ClipVisionConfig]:
+def stored_image_encoder(layout: Layout) -> StoredPart[ClipVisionConfig, ClipVision]:
     """The CLIP vision tower of a folder; reads and raises as :func:`stored_vae`."""
     source, config = _opened(
         layout,
@@ -84,7 +123,8 @@ def stored_image_encoder(layout: Layout) -> StoredPart[ClipVisionConfig]:
     if layout.dialect == "diffusers":
         prefix = clip_rules.diffusers_prefix(source.tensors())
     rules = clip_rules.clip_rules(config, prefix=prefix)
-    return StoredPart(source, layout.dialect, config, rules, clip_rules.CLIP_IGNORED)
+    ignored = clip_rules.CLIP_IGNORED
+    return StoredPart(ClipVision, config, source, layout.dialect, rules, ignored)
 
 
 def _opened(
@@ -98,53 +138,3 @@ def _opened(
     source = PthSource(path)
     shapes = {name: info.shape for name, info in source.tensors().items()}
     return source, from_tensors(shapes, layout.dialect)
-
-
-def load_vae(
-    layout: Layout, *, dtype: DTypeLike = jnp.float32, place: Place = on_default_device
-) -> WanVae:
-    """A folder's VAE.
-
-    Args:
-        layout: the folder.
-        dtype: to store and to compute in.
-        place: puts each finished parameter on its device or devices.
-
-    Raises:
-        WeightsError: the part is missing, unsound or incomplete, or a value is not finite.
-        UnsupportedError: it is a variant that SkyReels-V2 does not use.
-    """
-    return _loaded(WanVae, stored_vae(layout), dtype, place)
-
-
-def load_text_encoder(
-    layout: Layout, *, dtype: DTypeLike = jnp.bfloat16, place: Place = on_default_device
-) -> Umt5Encoder:
-    """A folder's UMT5 encoder; arguments and errors as for :func:`load_vae`."""
-    return _loaded(Umt5Encoder, stored_text_encoder(layout), dtype, place)
-
-
-def load_image_encoder(
-    layout: Layout, *, dtype: DTypeLike = jnp.bfloat16, place: Place = on_default_device
-) -> ClipVision:
-    """A folder's CLIP vision tower; arguments and errors as for :func:`load_vae`."""
-    return _loaded(ClipVision, stored_image_encoder(layout), dtype, place)
-
-
-def _loaded(
-    model: Callable[..., ModelT], stored: StoredPart[Any], dtype: DTypeLike, place: Place
-) -> ModelT:
-    abstract = nnx.eval_shape(
-        lambda: model(stored.config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
-    )
-    state = load_into(
-        abstract,
-        stored.rules,
-        stored.source,
-        stored.dialect,
-        dtype=dtype,
-        ignored=stored.ignored,
-        place=place,
-    )
-    graph, _ = nnx.split(abstract)
-    return nnx.merge(graph, state)
