@@ -73,7 +73,8 @@ def _shifted(base: Float[np.ndarray, " N"], shift: float) -> Float[np.ndarray, "
 
 def from_levels(levels: Float[np.ndarray, " N"]) -> FlowSchedule:
     """A schedule through given levels (highest first, 0 not among them)."""
-    timesteps = (levels * TRAIN_LEVELS).astype(np.int64)
+    with np.errstate(invalid="ignore"):  # NaN is refused by the schedule itself
+        timesteps = (levels * TRAIN_LEVELS).astype(np.int64)
     sigmas = np.append(levels, 0.0).astype(np.float32).astype(np.float64)
     return FlowSchedule(sigmas, timesteps)
 
