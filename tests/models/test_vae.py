@@ -1,0 +1,228 @@
+"""The VAE against diffusers', and what it promises about chunks, length, compilation and memory."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from encoder_oracles import relative, tensors_of
+from flax import nnx
+from vae_oracle import TINY, decoded, encoded, latents, oracle, ours, pair, pixels, psnr
+
+from skyreels_jax.errors import RequestError
+from skyreels_jax.models import vae as module
+from skyreels_jax.models.vae import WanVae, decode, decode_chunks, encode
+from skyreels_jax.models.vae_config import WAN_VAE, VaeConfig
+from skyreels_jax.weights.convert import export
+from skyreels_jax.weights.rules import DIALECTS, Dialect
+from skyreels_jax.weights.vae_rules import vae_rules
+
+# Measured 8e-8 to 4e-6, most of it where few channels make a norm ill-conditioned: there PyTorch is
+# as far from float64 as we are.
+TOL = 1e-5
+WRONG = 1e-2  # the least that a mistake changes; measured 0.1 and more
+
+CONFIGS = {
+    "tiny": TINY,
+    "released multipliers": VaeConfig(
+        base_dim=3, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2
+    ),
+    "one width": VaeConfig(base_dim=12, z_dim=16, dim_mult=(1, 1, 1, 1), num_res_blocks=1),
+    "time first": dataclasses.replace(TINY, temporal_downsample=(True, True, False)),
+    "other latents": VaeConfig(
+        base_dim=8,
+        z_dim=3,
+        dim_mult=(1, 1, 2, 3),
+        num_res_blocks=1,
+        temporal_downsample=(True, False, True),
+        latents_mean=(0.5, -1.0, 0.25),
+        latents_std=(2.0, 0.5, 3.0),
+    ),
+}
+
+
+def some_latents(config: VaeConfig, frames: int) -> np.ndarray:
+    return latents(frames)[:, : config.z_dim]
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_equals_diffusers_at_every_length(case: str):
+    """3 x 5 latents: neither side even."""
+    config = CONFIGS[case]
+    theirs, vae = pair(config)
+    for frames in (1, 5, 9, 17, 33):
+        video = pixels(frames)
+        assert relative(encode(vae, video), encoded(theirs, config, video)) <= TOL
+        z = some_latents(config, (frames + 3) // 4)
+        result, expected = decode(vae, z), decoded(theirs, config, z)
+        assert result.shape == (1, 3, frames, 24, 40)
+        assert relative(result, expected) <= TOL
+        assert np.mean(np.abs(expected) < 1) > 0.5  # or the clamp would hide mistakes
+
+
+@pytest.fixture(scope="module")
+def both():
+    return pair(TINY)
+
+
+@pytest.fixture(scope="module")
+def vae(both) -> WanVae:
+    return both[1]
+
+
+def test_statistics_used_the_other_way_round_are_caught(both):
+    theirs, vae = both
+    mean, std = TINY.latents_mean, TINY.latents_std
+    right = encode(vae, pixels(1))
+    swapped = right * np.reshape(std, (1, 16, 1, 1, 1)) + np.reshape(mean, (1, 16, 1, 1, 1))
+    assert relative(swapped, encoded(theirs, TINY, pixels(1))) > WRONG
+    raw = theirs.encode(torch.from_numpy(pixels(1))).latent_dist
+    assert relative(right, raw.mode().numpy()) > WRONG
+    assert relative(right, raw.logvar.numpy()) > WRONG
+
+
+def test_chunks_that_forget_the_past_are_caught(both):
+    theirs, vae = both
+    z = latents(3)
+    one_by_one = np.concatenate([decode(vae, z[:, :, i : i + 1]) for i in range(3)], axis=2)
+    expected = decoded(theirs, TINY, z)
+    assert relative(one_by_one[:, :, 1:], expected[:, :, 4::4]) > WRONG
+    np.testing.assert_array_equal(one_by_one[:, :, :1], decode(vae, z)[:, :, :1])
+
+
+def test_streaming_is_bit_equal_to_one_shot_and_comes_in_order(vae: WanVae):
+    chunks = list(decode_chunks(vae, latents(4)))
+    assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4, 4]
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=2), decode(vae, latents(4)))
+
+
+def test_streaming_computes_no_further_than_asked(vae: WanVae):
+    class Counted:
+        """Latents that know which frames were taken."""
+
+        shape = latents(4).shape
+
+        def __init__(self):
+            self.taken = []
+
+        def __getitem__(self, key):
+            self.taken.append(key[2].start)
+            return latents(4)[key]
+
+    counted = Counted()
+    stream = module._stream(
+        module._decode_step,
+        vae,
+        (counted[:, :, i : i + 1] for i in range(4)),
+        module.WHOLE,
+        units=(8, 1),
+    )
+    next(stream)
+    next(stream)
+    assert counted.taken == [0, 1]
+
+
+def test_a_prefix_is_bit_equal_to_the_prefix_of_the_whole(vae: WanVae):
+    z, video = latents(4), pixels(13)
+    whole, other = decode(vae, z), z.copy()
+    np.testing.assert_array_equal(decode(vae, z[:, :, :2]), whole[:, :, :5])
+    np.testing.assert_array_equal(encode(vae, video[:, :, :5]), encode(vae, video)[:, :, :2])
+    other[:, :, 1] += 1
+    assert relative(decode(vae, other)[:, :, 9:], whole[:, :, 9:]) > WRONG  # the past is seen
+
+
+def test_what_is_kept_between_chunks_does_not_grow(vae: WanVae):
+    graph, parameters = nnx.split(vae)
+    sizes, cache = [], None
+    for _ in range(4):
+        _, cache = module._decode_step(graph, parameters, latents(1), cache)
+        sizes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(cache)))
+    assert len(set(sizes)) == 1
+    assert sizes[0] > 0
+
+
+def test_two_traces_serve_videos_of_every_length(vae: WanVae, monkeypatch: pytest.MonkeyPatch):
+    """The first chunk and the rest; the second and the steady ones have one trace between them."""
+    traces: list[tuple[str, bool]] = []
+
+    def light(side: str, frames):
+        def call(self, x, cache):
+            traces.append((side, cache is None))
+            return frames(x, cache), jnp.zeros(())
+
+        return call
+
+    def enlarged(x, cache):
+        return jnp.zeros((1, 1 if cache is None else 4, 8 * x.shape[2], 8 * x.shape[3], 3))
+
+    def reduced(x, cache):
+        return jnp.zeros((1, 1, x.shape[2] // 8, x.shape[3] // 8, 32))
+
+    monkeypatch.setattr(module.Decoder, "__call__", light("decode", enlarged))
+    monkeypatch.setattr(module.Encoder, "__call__", light("encode", reduced))
+    # Another mean makes another graph: what other tests compiled does not serve it.
+    fresh = ours(dataclasses.replace(TINY, latents_mean=(0.0,) * 16), tensors_of(oracle(TINY)))
+    for frames in (3, 1, 2, 5, 3):
+        decode(fresh, latents(frames))
+        encode(fresh, pixels(4 * frames - 3))
+    assert sorted(traces) == [(s, first) for s in ("decode", "encode") for first in (False, True)]
+    decode(fresh, latents(2, height=4))
+    assert len(traces) == 6
+
+
+def test_a_batch_is_its_videos(vae: WanVae):
+    z = latents(1, batch=2)
+    apart = np.concatenate([decode(vae, z[:1]), decode(vae, z[1:])])
+    assert relative(decode(vae, z), apart) <= TOL  # measured 0
+    assert relative(apart[0], apart[1]) > WRONG
+
+
+def test_bfloat16_costs_little():
+    tensors = tensors_of(oracle(TINY))
+    vae, half = ours(TINY, tensors), ours(TINY, tensors, "bfloat16")
+    z = latents(2)
+    quality = psnr(decode(half, z), decode(vae, z))
+    assert 30 < quality < 80  # measured 48 dB, of weights that amplify every error
+
+
+@pytest.mark.parametrize("frames", [0, 2, 4, 6])
+def test_lengths_that_are_not_4k_plus_1_are_refused(vae: WanVae, frames: int):
+    nearest = {0: "1", 2: "1 and 5", 4: "1 and 5", 6: "5 and 9"}[frames]
+    with pytest.raises(RequestError, match=f"nearest are {nearest}$"):
+        encode(vae, np.zeros((1, 3, frames, 24, 40), np.float32))
+
+
+def test_other_shapes_are_refused(vae: WanVae):
+    with pytest.raises(RequestError, match="multiples of 8"):
+        encode(vae, np.zeros((1, 3, 1, 24, 44), np.float32))
+    with pytest.raises(RequestError, match="4 channels"):
+        decode(vae, np.zeros((1, 4, 1, 3, 5), np.float32))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_weights_survive_a_round_trip(dialect: Dialect):
+    tensors = tensors_of(oracle(TINY))
+    written = dict(export(ours(TINY, tensors), vae_rules(TINY), dialect))
+    assert ("decoder.head.2.weight" in written) == (dialect == "original")
+    back = dict(export(ours(TINY, written, dialect=dialect), vae_rules(TINY), "diffusers"))
+    assert back.keys() == tensors.keys()
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(back[name], value)
+
+
+def test_the_released_vae_has_its_published_size_and_shapes():
+    graph, parameters = nnx.split(nnx.eval_shape(lambda: WanVae(WAN_VAE, rngs=nnx.Rngs(0))))
+    assert sum(leaf.size for leaf in jax.tree.leaves(parameters)) == 126_892_531
+
+    def three_chunks(parameters: nnx.State, z: jax.Array):
+        vae, cache, chunks = nnx.merge(graph, parameters), None, []
+        for _ in range(3):
+            frames, cache = vae.decode_chunk(z, cache)
+            chunks.append(frames)
+        return chunks
+
+    z = jax.ShapeDtypeStruct((1, 16, 1, 34, 60), jnp.float32)
+    shapes = [chunk.shape for chunk in jax.eval_shape(three_chunks, parameters, z)]
+    assert shapes == [(1, 3, 1, 272, 480), (1, 3, 4, 272, 480), (1, 3, 4, 272, 480)]
