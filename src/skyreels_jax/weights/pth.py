@@ -16,10 +16,11 @@ import numpy as np
 
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.weights.allowance import Allowance
+from skyreels_jax.weights.pickle_values import PickledTensor, Storage
 from skyreels_jax.weights.safetensors_source import LFS_POINTER
 from skyreels_jax.weights.source import TensorInfo
 from skyreels_jax.weights.stored_zip import Member, check_crc, read_directory
-from skyreels_jax.weights.tensor_pickle import PickledTensor, Storage, read_pickle
+from skyreels_jax.weights.tensor_pickle import read_pickle
 
 # Opening takes at most four times the file's size (measured on hostile files; a part of that is not
 # counted), or this many bytes where the file is small.

@@ -10,15 +10,20 @@ import pickletools
 import struct
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-import ml_dtypes
 import numpy as np
 
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.weights.allowance import Allowance
+from skyreels_jax.weights.pickle_values import (
+    GLOBALS,
+    Constructor,
+    OrderedMapping,
+    PickledTensor,
+    Storage,
+    StorageType,
+)
 
 MAX_OPCODES: Final = 1_000_000
 MAX_DEPTH: Final = 16
@@ -34,74 +39,6 @@ _ENTRY_COST: Final = 100
 _ITEM_COST: Final = 16
 
 
-class Constructor(Enum):
-    """The functions and classes that a file may apply; applying them is interpreted here."""
-
-    ORDERED_DICT = "collections.OrderedDict"
-    SIZE = "torch.Size"
-    TENSOR = "torch._utils._rebuild_tensor_v2"
-    TENSOR_OF_BYTES = "torch._utils._rebuild_tensor_v3"
-    PARAMETER = "torch._utils._rebuild_parameter"
-
-
-@dataclass(frozen=True, slots=True)
-class StorageType:
-    """A storage class; ``dtype`` is ``None`` for storages that are counted in bytes."""
-
-    dtype: np.dtype | None
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """A run of ``count`` elements (bytes where the type has no dtype) under ``key``."""
-
-    type: StorageType
-    key: str
-    count: int
-
-
-class PickledTensor(NamedTuple):
-    """A view of a storage; offset and strides count elements of ``dtype``."""
-
-    storage: Storage
-    dtype: np.dtype
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class OrderedMapping(dict[str, Any]):
-    """What a file makes with OrderedDict: unlike a plain dict it may be given ``_metadata``."""
-
-    __slots__ = ()
-
-
-_BY_STORAGE: Final[Mapping[str, np.dtype]] = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
-# Without a storage class of their own, so named beside a storage of bytes.
-_BY_DTYPE: Final[Mapping[str, np.dtype]] = {
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "uint16": np.dtype(np.uint16),
-    "uint32": np.dtype(np.uint32),
-    "uint64": np.dtype(np.uint64),
-}
-GLOBALS: Final[Mapping[str, Constructor | StorageType | np.dtype]] = {
-    **{constructor.value: constructor for constructor in Constructor},
-    **{f"torch.{name}": StorageType(dtype) for name, dtype in _BY_STORAGE.items()},
-    "torch.storage.UntypedStorage": StorageType(None),
-    **{f"torch.{name}": dtype for name, dtype in _BY_DTYPE.items()},
-}
 _NAMES: Final[Mapping[int, str]] = {ord(op.code): op.name for op in pickletools.opcodes}
 
 
