@@ -4,7 +4,9 @@ Flags of the original's scripts are accepted as they are, beside ours.
 """
 
 import argparse
+import math
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +14,7 @@ from typing import Any, Final
 from skyreels_jax.caches import enable_compilation_cache, prompt_cache_folder
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.cli.progress import console_progress
-from skyreels_jax.errors import RequestError, SkyReelsError
+from skyreels_jax.errors import RequestError, SkyReelsError, UnsupportedError
 from skyreels_jax.generation.api import Sample
 from skyreels_jax.generation.latents_file import load_latents, save_latents
 from skyreels_jax.generation.progress import Progress, Timings
@@ -21,7 +23,11 @@ from skyreels_jax.generation.resolve import DTYPES, resolve
 from skyreels_jax.generation.sizes import RESOLUTIONS
 from skyreels_jax.media import check_output, write_settings
 from skyreels_jax.ops.attention import PATHS
+from skyreels_jax.ops.kernels.contract import Call, this_device
 from skyreels_jax.pipeline import BACKENDS, Pipeline
+from skyreels_jax.prompts import Tokenizer
+from skyreels_jax.weights.complete import verify_checkpoint
+from skyreels_jax.weights.parts import stored_vae
 
 DEFAULT_OUTPUT: Final = Path("out.mp4")
 LATENTS_SUFFIX: Final = ".latents.safetensors"
@@ -138,7 +144,9 @@ def run(args: argparse.Namespace) -> int:
     """Generate; 0, or a SkyReelsError before anything expensive has started."""
     check_output(args.output)
     sidecar = args.output.with_suffix(".json")
-    for path in (args.output, *([sidecar] if args.sidecar else [])):
+    latents = args.resume_latents or args.output.with_suffix(LATENTS_SUFFIX)
+    made = [args.output, *([sidecar] if args.sidecar else [])]
+    for path in made if args.resume_latents else [*made, latents]:
         check_not_there(path, args.overwrite)
     enable_compilation_cache()
     checkpoint = Checkpoint.open(args.model, revision=args.revision, preset=args.preset)
@@ -148,25 +156,18 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         prompt_cache=None if args.no_prompt_cache else prompt_cache_folder(),
     )
-    latents = args.output.with_suffix(LATENTS_SUFFIX)
     with console_progress() as progress:
-        if args.resume_latents is None:
+        if args.resume_latents:
+            stored_vae(checkpoint.layout).verify()
+            sampled = load_latents(latents)
+            sampled.clock.progress = progress
+        else:
             sampled = sample(args, checkpoint, pipeline, progress)
             save_latents(latents, sampled)
-        else:
-            sampled = load_latents(args.resume_latents)
-            sampled.clock.progress = progress
-        try:
-            pipeline.write(sampled, args.output, metadata=not args.no_metadata)
-        except (SkyReelsError, OSError, MemoryError, RuntimeError) as error:
-            kept = args.resume_latents or latents
-            raise SkyReelsError(
-                f"decoding failed: {error}. The denoised latents are kept: run the same command "
-                f"with --resume-latents {kept} to decode again"
-            ) from error
+        decode(pipeline, sampled, args.output, latents, metadata=not args.no_metadata)
     if args.sidecar:
         write_settings(sidecar, sampled.settings)
-    if not args.keep_latents:
+    if not (args.keep_latents or args.resume_latents):
         latents.unlink(missing_ok=True)
     for line in summarise(sampled.timings):
         print(line)
@@ -174,20 +175,50 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def sample(
-    args: argparse.Namespace, checkpoint: Checkpoint, pipeline: Pipeline, progress: Progress
-) -> Sample:
-    """Settle the request, say what it is, and denoise."""
-    request = resolve(request_of(args), checkpoint)
-    for line in describe(checkpoint, request):
-        print(line)
-    return pipeline.sample(request, progress)
-
-
 def check_not_there(path: Path, overwrite: bool) -> None:
     """Refuse to replace a file that nobody said may go."""
     if path.is_file() and not overwrite:
         raise RequestError(f"{path} exists: give another --output, or --overwrite to replace it")
+
+
+def sample(
+    args: argparse.Namespace, checkpoint: Checkpoint, pipeline: Pipeline, progress: Progress
+) -> Sample:
+    """Settle the request, say what it is, prove the checkpoint complete, and denoise."""
+    request = resolve(request_of(args), checkpoint)
+    for line in describe(checkpoint, request):
+        print(line, flush=True)
+    check_attention(checkpoint, request)
+    Tokenizer.from_folder(checkpoint.tokenizer)
+    verify_checkpoint(checkpoint.layout, checkpoint.config)
+    return pipeline.sample(request, progress)
+
+
+def check_attention(checkpoint: Checkpoint, request: ResolvedRequest) -> None:
+    """Refuse an attention path that cannot run here, before anything is loaded for it."""
+    if request.attention is None:
+        return
+    config = checkpoint.config
+    tokens = math.prod(request.latent_shape) // math.prod(config.patch_size)
+    query = (1, tokens, config.num_heads, config.head_dim)
+    if reason := PATHS[request.attention].refusal(
+        Call(this_device(), request.dtype, query, tokens)
+    ):
+        raise UnsupportedError(f"--attention {request.attention} cannot be used: {reason}")
+
+
+def decode(
+    pipeline: Pipeline, sampled: Sample, output: Path, latents: Path, *, metadata: bool
+) -> None:
+    """Decode into ``output``; what stops it leaves ``latents`` and says how to go on from there."""
+    again = f"the denoised latents are kept; decode them again with --resume-latents {latents}"
+    try:
+        pipeline.write(sampled, output, metadata=metadata)
+    except (SkyReelsError, OSError, MemoryError, RuntimeError) as error:
+        raise SkyReelsError(f"decoding failed: {error}; {again}") from error
+    except KeyboardInterrupt:
+        print(again, file=sys.stderr)
+        raise
 
 
 def request_of(args: argparse.Namespace) -> Request:

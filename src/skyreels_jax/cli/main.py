@@ -9,37 +9,56 @@ import difflib
 import importlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from skyreels_jax.errors import SkyReelsError
 
 USAGE_ERROR: Final = 2
 INTERRUPTED: Final = 130
-# Each is a module of this package with `add_parser` and, set as the parser's default, `run`.
-VERBS: Final = ("generate", "convert", "info", "doctor")
+# Each verb is a module of this package with `add_parser` and, set as the parser's default, `run`.
+# Its help stands here too: a list of verbs should not wait until the modules have imported JAX.
+VERBS: Final[Mapping[str, str]] = {
+    "generate": "make a video from a prompt, and an image where the checkpoint takes one",
+    "convert": "translate a checkpoint into the other layout or another dtype",
+    "info": "what a checkpoint is and what it lacks",
+    "doctor": "versions, devices, memory and caches",
+}
+# Flags of the original's scripts that have no counterpart under a similar name.
+ELSEWHERE: Final[Mapping[str, str]] = {
+    "--outdir": "name the file with --output",
+    "--offload": "not needed: each part leaves memory before the next one comes",
+    "--use_usp": "not needed to run on one device",
+}
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that says in one line what is wrong, with the nearest flag's name."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         # Abbreviated flags would change their meaning whenever a flag is added.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2 after one line."""
-        self.exit(USAGE_ERROR, f"{self.prog}: error: {message}{self._nearest(message)}\n")
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
-    def _nearest(self, message: str) -> str:
-        prefix = "unrecognized arguments: "
-        if not message.startswith(prefix):
-            return f" (see {self.prog} --help)"
+    def check_flags(self, argv: Sequence[str]) -> None:
+        """Refuse unknown flags before anything else: a misspelt one often looks like a missing one.
+
+        Exits with 2 after one line that names the nearest flag.
+        """
         known = self.flags()
-        given = message.removeprefix(prefix).split()[0].partition("=")[0]
-        near = difflib.get_close_matches(given, known, n=1)
-        return f"; did you mean {near[0]}?" if near else f" (see {self.prog} --help)"
+        for argument in argv:
+            flag = argument.partition("=")[0]
+            # As argparse has it, what contains a space is a value.
+            if not flag.startswith("--") or " " in flag or flag in known:
+                continue
+            if flag in ELSEWHERE:
+                self.error(f"{flag} does not exist: {ELSEWHERE[flag]}")
+            near = difflib.get_close_matches(flag, known, n=1)
+            self.error(f"{flag} does not exist" + (f"; did you mean {near[0]}?" if near else ""))
 
     def flags(self) -> list[str]:
         """Every flag of this parser and of its verbs."""
@@ -52,20 +71,23 @@ class Parser(argparse.ArgumentParser):
         return flags
 
 
-def build_parser() -> Parser:
-    """The whole command line."""
+def build_parser(verb: str | None) -> Parser:
+    """The command line, of which only ``verb`` has its flags."""
     parser = Parser(
         prog="skyreels-jax",
         description="SkyReels-V2 video diffusion in JAX: generate, convert, inspect.",
+        epilog="`skyreels-jax VERB --help` lists the flags of a verb.",
     )
     parser.add_argument(
         "--version", action="version", version=f"%(prog)s {version('skyreels-jax')}"
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
-    for verb in VERBS:
-        importlib.import_module(f"skyreels_jax.cli.{verb}").add_parser(verbs)
-    for verb in verbs.choices.values():
-        verb.add_argument(
+    for name, summary in VERBS.items():
+        if name != verb:
+            verbs.add_parser(name, help=summary)
+            continue
+        importlib.import_module(f"skyreels_jax.cli.{name}").add_parser(verbs)
+        verbs.choices[name].add_argument(
             "--verbose", action="store_true", help="log shapes, dtypes and timings; show tracebacks"
         )
     return parser
@@ -80,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit code (see the module's docstring).
     """
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser(next((word for word in argv if not word.startswith("-")), None))
+    parser.check_flags(argv)
+    args = parser.parse_args(argv)
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
@@ -93,8 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SkyReelsError as error:
         if args.verbose:
             logging.getLogger(__name__).exception("refused")
-        lines = " ".join(str(error).split("\n"))
-        print(f"skyreels-jax: error: {lines}", file=sys.stderr)
+        line = " ".join(part.strip() for part in str(error).splitlines())
+        print(f"skyreels-jax: error: {line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("skyreels-jax: stopped", file=sys.stderr)
