@@ -33,8 +33,8 @@ class GivenLevels(UniPCMultistepScheduler):
         """A step that owns the sample it remembers.
 
         The diffusion-forcing pipelines (the original's too) pass a view of the latents and then
-        overwrite it, so the first corrector starts from the wrong sample. On these checkpoints
-        that moves the video by 43.8 dB; the solver as published, and ours, keep the sample.
+        overwrite it, so that the corrector of the second step starts from the wrong sample. With
+        that, these checkpoints' videos are at 47.9 dB from ours; without, at 86.
         """
         return super().step(model_output, timestep, sample.clone(), **kwargs)
 

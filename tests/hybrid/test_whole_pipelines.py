@@ -32,7 +32,7 @@ STEPS, SHIFT, GUIDANCE = 10, 5.0, 5.0
 HEIGHT, WIDTH, FRAMES = 48, 64, 9
 NOISE_SHAPE = (1, 16, 3, 6, 8)
 PROMPT, NEGATIVE = "A cat on the lake, at sun", "sky"
-# dB; measured 83.5 for i2v, 83.2 for t2v, 83.0 and 83.9 for df; the mildest twin has 57.9.
+# dB; measured 87.8 for i2v, 85.9 for t2v, 86.9 and 85.9 for df; the mildest twin has 57.3.
 ENOUGH = 60.0
 
 KINDS_AND_RATES = pytest.mark.parametrize(
@@ -126,11 +126,11 @@ def test_both_layouts_give_the_same_video(hybrid):
 
 
 def with_one_weight_changed(pipeline: HybridPipeline) -> HybridPipeline:
-    """One number of some ten thousand, by its layer's standard deviation."""
+    """One number of some ten thousand, by two standard deviations of its layer."""
     model = nnx.clone(pipeline.transformer)
     kernel = model.blocks.cross_attn.v.kernel
     value = kernel.get_value()
-    kernel.set_value(value.at[0, 3, 5].add(value.std()))
+    kernel.set_value(value.at[0, 3, 5].add(2 * value.std()))
     return replaced(pipeline, model=model)
 
 
@@ -163,21 +163,21 @@ def test_a_changed_transformer_is_caught(
         pipeline = with_one_weight_changed(pipeline)
     else:
         pipeline = swapped_axes(pipeline, monkeypatch)
-    assert psnr(ours(pipeline), theirs(kind, 24)) < ENOUGH  # measured 52, 55; 44, 34
+    assert psnr(ours(pipeline), theirs(kind, 24)) < ENOUGH  # measured 57, 54; 47, 43
 
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("i2v", {"shift": 5.1}),  # measured 28 dB
-        ("t2v", {"shift": 5.1}),  # 25
-        ("i2v", {"steps": STEPS - 1}),  # 30
-        ("t2v", {"steps": STEPS - 1}),  # 24
-        ("i2v", {"image": photo(1)}),  # 27
-        ("i2v", {"guidance_scale": 5.1}),  # 57.9
+        ("i2v", {"shift": 5.1}),  # measured 31 dB
+        ("t2v", {"shift": 5.1}),  # 31
+        ("i2v", {"steps": STEPS - 1}),  # 29
+        ("t2v", {"steps": STEPS - 1}),  # 29
+        ("i2v", {"image": photo(1)}),  # 33
+        ("i2v", {"guidance_scale": 5.5}),  # 57
         ("t2v", {"prompt": PROMPT + "!"}),  # 45
-        ("t2v", {"negative_prompt": NEGATIVE + "!"}),  # 39
-        ("df", {"fps": 16}),  # 23
+        ("t2v", {"negative_prompt": NEGATIVE + "!"}),  # 51
+        ("df", {"fps": 16}),  # 32
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )

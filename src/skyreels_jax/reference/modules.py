@@ -1,11 +1,10 @@
 """The VAE, UMT5 and CLIP as PyTorch modules, from a checkpoint in either layout.
 
-diffusers and transformers supply the modules. Their configurations and weights are read by the same
-tables as those of the JAX modules, so both sides refuse an incomplete file in the same words.
+diffusers and transformers supply the modules. Configurations and weights are read as those of the
+JAX modules are, so both sides refuse an incomplete file in the same words, and no pickle is run.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 import jax.numpy as jnp
@@ -13,13 +12,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.errors import RequestError, UnsupportedError, WeightsError
-from skyreels_jax.reference.torch_source import TorchSource, to_torch
-from skyreels_jax.weights import clip_rules, umt5_rules, vae_rules
+from skyreels_jax.errors import RequestError, UnsupportedError
+from skyreels_jax.weights.clip_rules import DEFAULT_PREFIX
 from skyreels_jax.weights.convert import rename
-from skyreels_jax.weights.layout import read_json, safetensors_of
-from skyreels_jax.weights.rules import Dialect
-from skyreels_jax.weights.source import TensorSource
+from skyreels_jax.weights.parts import (
+    StoredPart,
+    stored_image_encoder,
+    stored_text_encoder,
+    stored_vae,
+)
+from skyreels_jax.weights.rounding import RoundedSource
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
 ModuleT = TypeVar("ModuleT", bound="torch.nn.Module")
-ConfigT = TypeVar("ConfigT")
 
 
 def torch_device(name: str) -> "torch.device":
@@ -70,9 +71,8 @@ def load_umt5(
     """
     from transformers import UMT5Config, UMT5EncoderModel
 
-    path, dialect = checkpoint.text_encoder, checkpoint.layout.dialect
-    source = _source(path)
-    config = _config(path, source, umt5_rules.config_from_json, umt5_rules.config_from_tensors)
+    stored = stored_text_encoder(checkpoint.layout)
+    config = stored.config
 
     def build() -> UMT5EncoderModel:
         return UMT5EncoderModel(
@@ -88,13 +88,12 @@ def load_umt5(
         )
 
     def named() -> Iterator[tuple[str, np.ndarray]]:
-        rules, ignored = umt5_rules.UMT5_RULES, umt5_rules.UMT5_IGNORED
-        for name, value in rename(rules, source, dialect, "diffusers", ignored=ignored):
+        for name, value in _diffusers_named(stored):
             yield name, value
             if name == "shared.weight":  # the module has the embedding under two names
                 yield "encoder.embed_tokens.weight", value
 
-    model = _filled(build, named(), device, dtype, path)
+    model = _filled(build, named(), device, dtype)
     model.tie_weights()
     return model
 
@@ -110,10 +109,8 @@ def load_clip(
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    path, dialect = checkpoint.image_encoder, checkpoint.layout.dialect
-    source = _source(path)
-    config = _config(path, source, clip_rules.config_from_json, clip_rules.config_from_tensors)
-    prefix = clip_rules.diffusers_prefix(source.tensors())
+    stored = stored_image_encoder(checkpoint.layout)
+    config = stored.config
 
     def build() -> torch.nn.Module:
         # The tower has the same names within this class in every version of transformers.
@@ -131,13 +128,11 @@ def load_clip(
         ).vision_model
 
     def named() -> Iterator[tuple[str, np.ndarray]]:
-        rules = clip_rules.clip_rules(config, prefix=prefix)
-        ignored = clip_rules.CLIP_IGNORED
-        for name, value in rename(rules, source, dialect, "diffusers", ignored=ignored):
+        for name, value in _diffusers_named(stored):
             if not name.startswith("visual_projection"):
-                yield name.removeprefix(prefix), value
+                yield name.removeprefix(DEFAULT_PREFIX), value
 
-    model = _filled(build, named(), device, dtype, path)
+    model = _filled(build, named(), device, dtype)
     # Not a parameter, so no file has it.
     positions = torch.arange(config.tokens, device=device)[None]
     model.get_submodule("embeddings").register_buffer("position_ids", positions, persistent=False)
@@ -154,9 +149,8 @@ def load_vae(
     """
     from diffusers import AutoencoderKLWan
 
-    path, dialect = checkpoint.vae, checkpoint.layout.dialect
-    source = _source(path)
-    config = _config(path, source, vae_rules.config_from_json, vae_rules.config_from_tensors)
+    stored = stored_vae(checkpoint.layout)
+    config = stored.config
 
     def build() -> AutoencoderKLWan:
         return AutoencoderKLWan(
@@ -169,24 +163,14 @@ def load_vae(
             latents_std=list(config.latents_std),
         )
 
-    named = rename(vae_rules.vae_rules(config), source, dialect, "diffusers")
-    return _filled(build, named, device, dtype, path)
+    return _filled(build, _diffusers_named(stored), device, dtype)
 
 
-def _source(path: Path) -> TensorSource:
-    return safetensors_of(path) if path.is_dir() else TorchSource(path)
-
-
-def _config(
-    path: Path,
-    source: TensorSource,
-    from_json: Callable[[Mapping[str, object]], ConfigT],
-    from_tensors: Callable[[Mapping[str, Sequence[int]], Dialect], ConfigT],
-) -> ConfigT:
-    """Of a part: in its ``config.json`` if it is a folder, else in the shapes of its tensors."""
-    if path.is_dir():
-        return from_json(read_json(path / "config.json"))
-    return from_tensors({n: info.shape for n, info in source.tensors().items()}, "original")
+def _diffusers_named(stored: StoredPart) -> Iterator[tuple[str, np.ndarray]]:
+    """All tensors under diffusers' names: complete before the first is read, each one finite."""
+    stored.verify()
+    source = RoundedSource(stored.source, None)
+    return rename(stored.rules, source, stored.dialect, "diffusers", ignored=stored.ignored)
 
 
 def _filled(
@@ -194,7 +178,6 @@ def _filled(
     tensors: Iterator[tuple[str, np.ndarray]],
     device: "torch.device",
     dtype: "torch.dtype",
-    path: Path,
 ) -> ModuleT:
     """A module with exactly these parameters; it is built without memory, and filled strictly."""
     import torch
@@ -202,8 +185,14 @@ def _filled(
     with torch.device("meta"):
         module = build()
     values = {name: to_torch(value).to(device, dtype) for name, value in tensors}
-    try:
-        module.load_state_dict(values, strict=True, assign=True)
-    except RuntimeError as error:
-        raise WeightsError(f"{path}: {error}") from error
+    module.load_state_dict(values, strict=True, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def to_torch(array: np.ndarray) -> "torch.Tensor":
+    """A copy as a tensor on the CPU, of the same dtype; bfloat16 is that of ml_dtypes."""
+    import torch
+
+    if array.dtype == jnp.bfloat16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())

@@ -2,41 +2,71 @@
 
 The demo and the tests need complete checkpoint folders, and nobody can download one inside a test.
 These have the architecture, the file names, the tensor names and the dtypes of the released ones;
-only widths and depths are small. They are built by diffusers and transformers, so that a folder is
-what those libraries write, and rewritten into the original layout by the weight tables.
+only widths and depths are small. diffusers' layout is written by the weight tables; the original
+one is translated from it, and needs PyTorch for its ``.pth`` files.
 
 ``python -m skyreels_jax.reference.random_checkpoint KIND LAYOUT FOLDER``
 """
 
 import argparse
 import math
+import shutil
 import tempfile
+import zlib
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from skyreels_jax.reference.random_tokenizer import tokenizer
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from skyreels_jax.models.clip_vision import ClipVision, ClipVisionConfig
+from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.models.umt5 import Umt5Config, Umt5Encoder
+from skyreels_jax.models.vae import WanVae
+from skyreels_jax.models.vae_config import VaeConfig
+from skyreels_jax.reference.random_tokenizer import write_tokenizer
+from skyreels_jax.weights import diffusers_json
 from skyreels_jax.weights.clip_rules import clip_rules
-from skyreels_jax.weights.clip_rules import config_from_json as clip_config
-from skyreels_jax.weights.convert import rename
-from skyreels_jax.weights.layout import PATHS, Layout, Part, read_json, read_layout, safetensors_of
+from skyreels_jax.weights.convert import exported, rename
+from skyreels_jax.weights.layout import CONFIG, MODEL_INDEX, PATHS, Layout, Part, read_layout
+from skyreels_jax.weights.parts import (
+    StoredPart,
+    stored_image_encoder,
+    stored_text_encoder,
+    stored_vae,
+)
 from skyreels_jax.weights.rules import DIALECTS, Dialect, Rule
-from skyreels_jax.weights.store import new_folder
-from skyreels_jax.weights.transformer_folder import convert_transformer, read_config
+from skyreels_jax.weights.source import TensorSpec
+from skyreels_jax.weights.store import TRANSFORMER_STEM, new_folder, write_json, write_tensors
+from skyreels_jax.weights.transformer_folder import (
+    abstract_transformer,
+    convert_transformer,
+    read_config,
+)
+from skyreels_jax.weights.transformer_json import config_json
+from skyreels_jax.weights.transformer_rules import transformer_rules
 from skyreels_jax.weights.umt5_rules import UMT5_RULES
-from skyreels_jax.weights.vae_rules import config_from_json as vae_config
 from skyreels_jax.weights.vae_rules import vae_rules
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
 
 Kind = Literal["i2v", "t2v", "df"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+PIPELINES: Final[Mapping[Kind, str]] = {
+    "i2v": "SkyReelsV2ImageToVideoPipeline",
+    "t2v": "SkyReelsV2Pipeline",
+    "df": "SkyReelsV2DiffusionForcingPipeline",
+}
 
 TEXT_DIM: Final = 32
+VAE: Final = VaeConfig(base_dim=4, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2)
 # Two heads of 80: the width of a head is what tells the number of heads in the original layout.
-IMAGE_DIM: Final = 160
+CLIP: Final = ClipVisionConfig(dim=160, ffn_dim=192, num_heads=2, num_layers=3, projection_dim=48)
 # Parts of the released CLIP file that video generation never reads.
 TEXT_TOWER: Final = {"textual.token_embedding.weight": (64, 32), "textual.norm.weight": (32,)}
 
@@ -60,151 +90,126 @@ def make_checkpoint(
     """
     with new_folder(folder) as partial:
         if layout == "diffusers":
-            _pipeline(kind, seed).save_pretrained(partial)
+            _write_diffusers(partial, kind, seed)
         else:
             with tempfile.TemporaryDirectory() as temporary:
-                _pipeline(kind, seed).save_pretrained(temporary)
+                _write_diffusers(Path(temporary), kind, seed)
                 _write_original(read_layout(Path(temporary)), partial)
     return folder
 
 
-def _pipeline(kind: Kind, seed: int) -> "DiffusionPipeline":
-    """A diffusers pipeline of random parts, every parameter of which matters."""
-    import diffusers
-    import torch
-    from transformers import CLIPImageProcessor
-
-    words = tokenizer()
-    parts: dict[str, Any] = {
-        "tokenizer": words,
-        "text_encoder": _text_encoder(len(words)),
-        "transformer": _transformer(kind),
-        "vae": diffusers.AutoencoderKLWan(base_dim=4),
-        "scheduler": diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000
-        ),
-    }
-    if kind == "i2v":
-        parts |= {"image_encoder": _image_encoder(), "image_processor": CLIPImageProcessor()}
-    for offset, name in enumerate(("text_encoder", "transformer", "vae", "image_encoder")):
-        if name in parts:
-            randomize(parts[name], seed=10 * seed + offset)
-    # The released files keep these parts in half precision; values that both layouts can hold.
-    _round(parts["text_encoder"], torch.bfloat16)
-    if kind == "i2v":
-        _round(parts["image_encoder"], torch.float16)
-    classes = {
-        "i2v": diffusers.SkyReelsV2ImageToVideoPipeline,
-        "t2v": diffusers.SkyReelsV2Pipeline,
-        "df": diffusers.SkyReelsV2DiffusionForcingPipeline,
-    }
-    return classes[kind](**parts)
-
-
-def _transformer(kind: Kind) -> "torch.nn.Module":
-    from diffusers import SkyReelsV2Transformer3DModel
-
-    channels: dict[str, Any] = {"in_channels": 16}
-    if kind == "i2v":
-        channels = {"in_channels": 36, "image_dim": IMAGE_DIM, "added_kv_proj_dim": 32}
-    return SkyReelsV2Transformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=2,
+def transformer_of(kind: Kind) -> TransformerConfig:
+    """The configuration of the transformer of a small checkpoint."""
+    return TransformerConfig(
+        model_type="i2v" if kind == "i2v" else "t2v",
+        dim=32,
         ffn_dim=48,
-        text_dim=TEXT_DIM,
-        inject_sample_info=kind == "df",
-        **channels,
-    )
-
-
-def _text_encoder(tokens: int) -> "torch.nn.Module":
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    config = UMT5Config(
-        # More rows than tokens, as in the released encoder.
-        vocab_size=64 * math.ceil((tokens + 1) / 64),
-        d_model=TEXT_DIM,
-        d_kv=8,
-        num_heads=4,
-        d_ff=48,
+        num_heads=2,
         num_layers=2,
+        in_dim=36 if kind == "i2v" else 16,
+        text_dim=TEXT_DIM,
+        image_dim=CLIP.dim if kind == "i2v" else None,
+        inject_sample_info=kind == "df",
     )
-    return UMT5EncoderModel(config)
 
 
-def _image_encoder() -> "torch.nn.Module":
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    config = CLIPVisionConfig(
-        hidden_size=IMAGE_DIM,
-        intermediate_size=192,
-        num_attention_heads=2,
-        num_hidden_layers=3,
-        image_size=224,
-        patch_size=14,
-        projection_dim=48,
-        hidden_act="gelu",
+def _write_diffusers(folder: Path, kind: Kind, seed: int) -> None:
+    transformer = transformer_of(kind)
+    tokens = write_tokenizer(folder / "tokenizer")
+    # More rows than tokens, as in the released encoder.
+    rows = 64 * math.ceil((tokens + 1) / 64)
+    text = Umt5Config(
+        vocab_size=rows, dim=TEXT_DIM, head_dim=8, num_heads=4, ffn_dim=48, num_layers=2
     )
-    return CLIPVisionModelWithProjection(config)
+
+    def put(part: str, json: Mapping[str, Any], model: nnx.Module, rules: Sequence[Rule]) -> None:
+        (folder / part).mkdir()
+        write_json(folder / part / CONFIG, json)
+        specs = exported(model, rules, "diffusers")
+        stem = "model" if part.endswith("encoder") else TRANSFORMER_STEM["diffusers"]
+        values = random_tensors(specs, seed, HALF_PRECISION.get(part, np.float32))
+        write_tensors(folder / part, stem, specs, values)
+
+    rules = transformer_rules(transformer)
+    json = config_json(transformer, "diffusers")
+    put("transformer", json, abstract_transformer(transformer, jnp.float32), rules)
+    put("vae", diffusers_json.vae_json(VAE), _abstract(WanVae, VAE), vae_rules(VAE))
+    json = diffusers_json.text_encoder_json(text)
+    put("text_encoder", json, _abstract(Umt5Encoder, text), UMT5_RULES)
+    parts: list[Part] = ["tokenizer", "text_encoder", "vae", "scheduler"]
+    if kind == "i2v":
+        json = diffusers_json.image_encoder_json(CLIP)
+        put("image_encoder", json, _abstract(ClipVision, CLIP), clip_rules(CLIP))
+        (folder / "image_processor").mkdir()
+        json = diffusers_json.image_processor_json(CLIP)
+        write_json(folder / "image_processor" / "preprocessor_config.json", json)
+        parts += ("image_encoder", "image_processor")
+    (folder / "scheduler").mkdir()
+    # What the published converter leaves there.
+    json = diffusers_json.scheduler_json(flow_shift=1.0)
+    write_json(folder / "scheduler" / "scheduler_config.json", json)
+    tower = CLIP if kind == "i2v" else None
+    write_json(folder / MODEL_INDEX, diffusers_json.model_index(PIPELINES[kind], parts, tower))
 
 
-def randomize(module: "torch.nn.Module", *, seed: int) -> None:
-    """Give every parameter a random value at which nothing vanishes and nothing explodes.
+# Of the released files; the small ones hold only such values, so that both layouts have the same.
+HALF_PRECISION: Final[Mapping[str, DTypeLike]] = {
+    "text_encoder": jnp.bfloat16,
+    "image_encoder": np.float16,
+}
+
+
+def _abstract(model: Any, config: Any) -> nnx.Module:
+    return nnx.eval_shape(
+        lambda: model(config, rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32)
+    )
+
+
+def random_tensors(
+    specs: Mapping[str, TensorSpec], seed: int, dtype: DTypeLike = np.float32
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Random values for tensors of diffusers' names, at which nothing vanishes or explodes.
 
     Matrices and convolutions keep the variance of their input; scales of norms scatter around 1;
     biases, modulations and other vectors around 0.
-    """
-    import torch
 
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        is_gamma = parameter.shape[0] == parameter.numel() and name.endswith(("weight", "gamma"))
-        if is_gamma:
+    Args:
+        specs: what to fill.
+        seed: with a tensor's name, decides its values.
+        dtype: whose values to round to; they are yielded in the dtype of ``specs``.
+    """
+    for name, spec in specs.items():
+        noise = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(spec.shape)
+        is_vector = spec.shape[0] == spec.size
+        if is_vector and name.endswith(("weight", "gamma")):
             value = 1 + 0.2 * noise
-        elif parameter.shape[0] == parameter.numel() or name.endswith("scale_shift_table"):
+        elif is_vector or name.endswith("scale_shift_table"):
             value = 0.2 * noise
         else:
-            value = noise / math.sqrt(parameter[0].numel())
-        with torch.no_grad():
-            parameter.copy_(value)
-
-
-def _round(module: "torch.nn.Module", dtype: "torch.dtype") -> None:
-    import torch
-
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(parameter.to(dtype).to(parameter.dtype))
+            value = noise / math.sqrt(spec.size / spec.shape[0])
+        yield name, value.astype(dtype).astype(spec.dtype)
 
 
 def _write_original(source: Layout, folder: Path) -> None:
     """Rewrite a checkpoint in the diffusers layout into the original one, as Skywork ships it."""
     import torch
 
+    paths = {part: folder / name for part, name in PATHS["original"].items()}
     convert_transformer(folder, source, read_config(source), layout="original")
-    umt5 = _renamed(source, "text_encoder", UMT5_RULES, torch.bfloat16)
-    torch.save(umt5, folder / PATHS["original"]["text_encoder"])
-    vae = vae_rules(vae_config(read_json(source.part("vae") / "config.json")))
-    torch.save(_renamed(source, "vae", vae, torch.float32), folder / PATHS["original"]["vae"])
-    words = folder / PATHS["original"]["tokenizer"]
-    words.parent.mkdir()
-    source.part("tokenizer").rename(words)
+    torch.save(_original_named(stored_text_encoder(source), torch.bfloat16), paths["text_encoder"])
+    torch.save(_original_named(stored_vae(source), torch.float32), paths["vae"])
+    shutil.copytree(source.part("tokenizer"), paths["tokenizer"])
     if "image_encoder" in source.parts:
-        config = clip_config(read_json(source.part("image_encoder") / "config.json"))
-        clip = _renamed(source, "image_encoder", clip_rules(config), torch.float16)
+        clip = _original_named(stored_image_encoder(source), torch.float16)
         clip["log_scale"] = torch.tensor(2.0, dtype=torch.float16)
         clip |= {k: torch.ones(v, dtype=torch.float16) for k, v in TEXT_TOWER.items()}
-        torch.save(clip, folder / PATHS["original"]["image_encoder"])
+        torch.save(clip, paths["image_encoder"])
 
 
-def _renamed(
-    source: Layout, part: Part, rules: tuple[Rule, ...], dtype: "torch.dtype"
-) -> "OrderedDict[str, torch.Tensor]":
+def _original_named(stored: StoredPart, dtype: "torch.dtype") -> "OrderedDict[str, torch.Tensor]":
     import torch
 
-    tensors = rename(rules, safetensors_of(source.part(part)), "diffusers", "original")
+    tensors = rename(stored.rules, stored.source, stored.dialect, "original")
     return OrderedDict((name, torch.tensor(value).to(dtype)) for name, value in tensors)
 
 
