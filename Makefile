@@ -7,7 +7,7 @@ STAMPS := $(VENV)/.installed
 
 .PHONY: demo test lint format types bench clean
 
-demo: $(STAMPS)-torch
+demo: $(STAMPS)-core
 	$(BIN)/python examples/demo.py --output out/demo.mp4
 
 test: $(STAMPS)-dev
@@ -33,12 +33,13 @@ bench: $(STAMPS)-dev
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# A stamp per extra: a second run, or a run of the other command, installs nothing again.
-$(STAMPS)-torch: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) -e '.[torch]'
+# A stamp per set of extras: a second run installs nothing again. The demo takes the core alone,
+# without PyTorch; the tests compare with PyTorch.
+$(STAMPS)-core: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) -e .
 	touch $@
 
-$(STAMPS)-dev: $(STAMPS)-torch
+$(STAMPS)-dev: $(STAMPS)-core
 	$(PIP) -e '.[torch,validation,dev]'
 	touch $@
 
