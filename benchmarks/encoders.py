@@ -12,12 +12,11 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from benchmarks.measure import middle, peak_gib, versions
+from benchmarks.measure import Taken, middle, peak_gib, timed, versions
 
 THREADS = 2
 UMT5_BLOCKS = 2
@@ -120,11 +119,9 @@ def serve(side: str, model: str, dtype: str) -> None:
     """In a process of its own: time one call for each name read, answer in JSON lines."""
     calls = {"jax": jax_side, "transformers": torch_side}[side](model, dtype)
     for line in sys.stdin:
-        start = time.perf_counter()
-        result = calls[line.strip()]()
-        took = time.perf_counter() - start
+        result, taken = timed(calls[line.strip()])
         finite = bool(np.isfinite(result).all())
-        print(json.dumps({"took": took, "peak": peak_gib(), "finite": finite}), flush=True)
+        print(json.dumps({"taken": taken, "peak": peak_gib(), "finite": finite}), flush=True)
 
 
 class Side:
@@ -141,14 +138,14 @@ class Side:
         self.name = name
         self.peak = 0.0
 
-    def time(self, call: str) -> float:
-        """Seconds of one call."""
+    def time(self, call: str) -> Taken:
+        """What one call took."""
         assert self.process.stdin is not None and self.process.stdout is not None
         print(call, file=self.process.stdin, flush=True)
         answer = json.loads(self.process.stdout.readline())
         assert answer["finite"], f"{self.name}: {call} is not finite"
         self.peak = max(self.peak, answer["peak"])
-        return answer["took"]
+        return Taken(*answer["taken"])
 
 
 def compare(model: str, dtype: str, rounds: int) -> None:
@@ -157,14 +154,17 @@ def compare(model: str, dtype: str, rounds: int) -> None:
     for call in CALLS[model]:
         first = ours.time(call)  # compiles
         theirs.time(call)
-        pairs = [tuple(side.time(call) for side in sides) for _ in range(rounds)]
-        ratio = middle([b / a for a, b in pairs])
-        mine, other = (middle(list(column)) for column in zip(*pairs, strict=True))
-        print(
-            f"| {model} | {dtype} | {call} | {mine:.3f} | {other:.3f} | {ratio:.2f} "
-            f"| {ours.peak:.2f} | {theirs.peak:.2f} | {max(first - mine, 0):.1f} |",
-            flush=True,
-        )
+        pairs = [(ours.time(call), theirs.time(call)) for _ in range(rounds)]
+        row = [f"{model} {call}", dtype]
+        for kind in Taken._fields:
+            mine, other = (
+                [getattr(taken, kind) for taken in side] for side in zip(*pairs, strict=True)
+            )
+            ratio = middle([b / a for a, b in zip(mine, other, strict=True)])
+            row += [f"{middle(mine):.3f}", f"{middle(other):.3f}", f"{ratio:.2f}"]
+            compiled = first.cpu - middle(mine)
+        row += [f"{ours.peak:.2f}", f"{theirs.peak:.2f}", f"{max(compiled, 0):.1f}"]
+        print(f"| {' | '.join(row)} |", flush=True)
     for side in sides:
         side.process.communicate()
 
@@ -181,9 +181,12 @@ def main(arguments: list[str]) -> None:
         serve(options.side, options.model, options.dtype)
         return
     print(f"\n{versions()}, {THREADS} threads")
-    print("| model | dtype | call | JAX s | transformers s | times its speed ", end="")
-    print("| JAX peak GiB | its peak GiB | compile s |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| call | dtype | JAX s | transformers s | its speed | JAX cpu s | transformers cpu s ",
+        end="",
+    )
+    print("| its cpu | JAX peak GiB | transformers peak GiB | compile cpu s |")
+    print("|" + 11 * "---|")
     for model in (options.model,) if options.model else CALLS:
         for dtype in (options.dtype,) if options.dtype else ("bfloat16", "float32"):
             compare(model, dtype, options.rounds)
