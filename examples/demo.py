@@ -7,6 +7,7 @@ not show what the prompt says.
 
 import argparse
 import time
+from os.path import relpath
 from pathlib import Path
 
 from skyreels_jax import Pipeline
@@ -42,7 +43,7 @@ def main() -> None:
         "Its weights are random numbers, so it is noise that follows neither image nor prompt. With"
         "\nthe published weights (tens of GB, and a GPU or TPU) the same steps are:\n\n"
         "  skyreels-jax generate --model Skywork/SkyReels-V2-I2V-1.3B-540P \\\n"
-        f'      --image {IMAGE} --prompt "{PROMPT}" --output boat.mp4'
+        f'      --image {relpath(IMAGE)} --prompt "{PROMPT}" --output boat.mp4'
     )
 
 
