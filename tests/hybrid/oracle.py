@@ -5,13 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    SkyReelsV2Transformer3DModel,
-    UniPCMultistepScheduler,
-)
+from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from PIL import Image
-from safetensors.torch import load_file
 
 from skyreels_jax.diffusion.schedule import FlowSchedule
 
@@ -40,18 +35,8 @@ class GivenLevels(UniPCMultistepScheduler):
 
 
 def load(folder: Path) -> DiffusionPipeline:
-    """The pipeline that ``model_index.json`` names, in float32.
-
-    The transformer is filled by hand: diffusers' own loading of it needs the accelerate package.
-    """
-    transformer = SkyReelsV2Transformer3DModel.from_config(
-        SkyReelsV2Transformer3DModel.load_config(folder / "transformer")
-    )
-    tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    transformer.load_state_dict(tensors)
-    pipeline = DiffusionPipeline.from_pretrained(
-        folder, transformer=transformer.eval(), low_cpu_mem_usage=False
-    )
+    """The pipeline that ``model_index.json`` names, in float32."""
+    pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
