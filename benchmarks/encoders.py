@@ -182,10 +182,10 @@ def main(arguments: list[str]) -> None:
         return
     print(f"\n{versions()}, {THREADS} threads")
     print(
-        "| call | dtype | JAX s | transformers s | its speed | JAX cpu s | transformers cpu s ",
+        "| call | dtype | JAX s | transformers s | times as fast | JAX cpu s | transformers cpu s ",
         end="",
     )
-    print("| its cpu | JAX peak GiB | transformers peak GiB | compile cpu s |")
+    print("| times as little | JAX peak GiB | transformers peak GiB | compile cpu s |")
     print("|" + 11 * "---|")
     for model in (options.model,) if options.model else CALLS:
         for dtype in (options.dtype,) if options.dtype else ("bfloat16", "float32"):
