@@ -228,8 +228,7 @@ def test_a_prompt_of_exactly_512_tokens_is_whole(folder: Path, caplog: pytest.Lo
     assert caplog.records == []
 
 
-def test_json_wins_over_sentencepiece(folder: Path, tmp_path: Path, json_folder: Path):
-    del folder
+def test_json_wins_over_sentencepiece(tmp_path: Path, json_folder: Path):
     (tmp_path / "tokenizer.json").write_bytes((json_folder / "tokenizer.json").read_bytes())
     (tmp_path / "spiece.model").write_bytes(b"never read")
     Tokenizer.from_folder(tmp_path)

@@ -1,5 +1,7 @@
 """The JAX text and image encoders behind generation's interfaces, from the prompt or image on."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -120,7 +122,7 @@ def test_new_prompts_do_not_recompile():
 
 
 def test_a_tokenizer_of_another_checkpoint_is_refused():
-    config = UMT5.__class__(vocab_size=7, dim=8, head_dim=4, num_heads=2, ffn_dim=8, num_layers=1)
+    config = replace(UMT5, vocab_size=7)
     model = umt5_from(config, tensors_of(umt5_oracle(config)))
     with pytest.raises(WeightsError, match="8 ids and the text encoder 7 rows"):
         Umt5TextEncoder(model, tokenizer())

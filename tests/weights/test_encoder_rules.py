@@ -298,7 +298,7 @@ def test_what_is_exported_loads_in_transformers():
     model, rules, ignored, original, _ = umt5_case()
     state = load(model, rules, ignored, original, "original")
     reloaded = UMT5EncoderModel(umt5_oracle(UMT5).config)
-    made = {name: torch.from_numpy(value) for name, value in export(state, rules, "diffusers")}
+    made = {n: torch.from_numpy(v.copy()) for n, v in export(state, rules, "diffusers")}
     missing = reloaded.load_state_dict(made, strict=False)
     assert missing.unexpected_keys == []
     assert missing.missing_keys == ["encoder.embed_tokens.weight"]
