@@ -182,9 +182,8 @@ def test_a_batch_is_its_videos(vae: WanVae):
 def test_bfloat16_costs_little():
     tensors = tensors_of(oracle(TINY))
     vae, half = ours(TINY, tensors), ours(TINY, tensors, "bfloat16")
-    z = latents(2)
-    quality = psnr(decode(half, z), decode(vae, z))
-    assert 30 < quality < 80  # measured 48 dB, of weights that amplify every error
+    quality = psnr(decode(half, latents(1)), decode(vae, latents(1)))
+    assert 30 < quality < 80  # measured 60
 
 
 @pytest.mark.parametrize("frames", [0, 2, 4, 6])

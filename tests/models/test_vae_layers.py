@@ -107,8 +107,8 @@ def attention_block() -> tuple[AttentionBlock, torch.nn.Module]:
 
 
 CASES = {
-    "residual": (lambda: residual(6, 6), (1, 4, 4)),
-    "residual with shortcut": (lambda: residual(6, 5), (1, 4, 1, 2)),
+    "residual": (lambda: residual(6, 6), (1, 2, 2)),
+    "residual with shortcut": (lambda: residual(6, 5), (1, 4, 1)),
     "down": (lambda: downsample(False), (1, 4)),
     "down in time": (lambda: downsample(True), (1, 4, 2, 4)),
     "up": (lambda: upsample(False), (1, 2)),

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from skyreels_jax.ops import causal_conv as module
-from skyreels_jax.ops.causal_conv import IMPLEMENTATIONS, causal_conv
+from skyreels_jax.ops.causal_conv import causal_conv
 
 TOL = 2e-6  # measured 1.9e-7 to 5.0e-7
 WRONG = 1e-2  # the least that a mistake changes; measured 0.3 and more
@@ -33,7 +32,7 @@ def oracle(x, kernel, bias, *, stride: int = 1, past: int | None = None) -> np.n
     return out.permute(0, 2, 3, 4, 1).numpy()
 
 
-def run(x, kernel, bias, chunks, *, stride: int = 1, name: str | None = None, carry: bool = True):
+def run(x, kernel, bias, chunks, *, stride: int = 1, carry: bool = True):
     """In chunks of these lengths; without ``carry`` each begins anew."""
     outs, history, done = [], None, 0
     for length in chunks:
@@ -44,7 +43,6 @@ def run(x, kernel, bias, chunks, *, stride: int = 1, name: str | None = None, ca
             history if carry else None,
             stride=stride,
             dtype=jnp.float32,
-            implementation=name,
         )
         outs.append(np.asarray(out))
         done += length
@@ -55,27 +53,24 @@ def error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("chunks", [(7,), (1, 4, 2), (2, 2, 3), (1,) * 7], ids=str)
-def test_equals_pytorch_however_it_is_cut(name: str, kernel: str, chunks: tuple[int, ...]):
+def test_equals_pytorch_however_it_is_cut(kernel: str, chunks: tuple[int, ...]):
     arguments = case(KERNELS[kernel])
-    assert error(run(*arguments, chunks, name=name), oracle(*arguments)) <= TOL
+    assert error(run(*arguments, chunks), oracle(*arguments)) <= TOL
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("chunks", [(8,), (2, 4, 2)], ids=str)
-def test_equals_pytorch_at_every_second_frame(name: str, chunks: tuple[int, ...]):
+def test_equals_pytorch_at_every_second_frame(chunks: tuple[int, ...]):
     arguments = case(KERNELS["time"], frames=8)
-    ours = run(*arguments, chunks, stride=2, name=name)
+    ours = run(*arguments, chunks, stride=2)
     assert error(ours, oracle(*arguments, stride=2)) <= TOL
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_mistakes_are_caught(name: str):
+def test_mistakes_are_caught():
     x, kernel, bias = case(KERNELS["space"])
-    ours = run(x, kernel, bias, (1, 4, 2), name=name)
-    assert error(run(x, kernel, bias, (1, 4, 2), name=name, carry=False), ours) > WRONG
+    ours = run(x, kernel, bias, (1, 4, 2))
+    assert error(run(x, kernel, bias, (1, 4, 2), carry=False), ours) > WRONG
     assert error(ours, oracle(x, kernel[::-1].copy(), bias)) > WRONG
     assert error(ours, oracle(x, kernel.swapaxes(1, 2), bias)) > WRONG
     assert error(ours, oracle(x, kernel, bias * 0)) > WRONG
@@ -83,33 +78,22 @@ def test_mistakes_are_caught(name: str):
     assert error(ours[:, 1:], oracle(x, kernel, bias)[:, :-1]) > WRONG
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_a_frame_does_not_depend_on_later_ones(name: str):
+def test_a_frame_does_not_depend_on_later_ones():
     x, kernel, bias = case(KERNELS["space"])
     later = x.copy()
     later[:, 4:] = 100
-    before, after = (run(frames, kernel, bias, (7,), name=name) for frames in (x, later))
+    before, after = (run(frames, kernel, bias, (7,)) for frames in (x, later))
     np.testing.assert_array_equal(before[:, :4], after[:, :4])
     assert error(before[:, 4:], after[:, 4:]) > WRONG
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_bfloat16_rounds_operands_and_result_only(name: str):
+def test_bfloat16_rounds_operands_and_result_only():
     rounded = [np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for a in case(KERNELS["space"])]
     half = [jnp.asarray(a, jnp.bfloat16) for a in rounded]
-    out, history = causal_conv(*half, dtype=jnp.bfloat16, implementation=name)
+    out, history = causal_conv(*half, dtype=jnp.bfloat16)
     assert (out.dtype, history.dtype) == (jnp.bfloat16, jnp.bfloat16)
     expected = np.asarray(jnp.asarray(oracle(*rounded), jnp.bfloat16), np.float32)
     # Of two float32 sums in another order a few round to the next bfloat16, 2**-8 away.
     different = np.asarray(out, np.float32) != expected
     assert different.mean() <= 0.01  # measured 0 to 0.002
     assert error(np.asarray(out, np.float32), expected) <= 2**-8
-
-
-@pytest.mark.parametrize(
-    ("platform", "mebibytes", "name"),
-    [("cpu", 1, "taps"), ("cpu", 64, "frames"), ("gpu", 1, "taps"), ("gpu", 64, "taps")],
-)
-def test_the_choice(platform: str, mebibytes: int, name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module.jax, "default_backend", lambda: platform)
-    assert module.choose(mebibytes * 2**20) == name

@@ -18,19 +18,26 @@ from jaxtyping import Array, Float
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.models.transformer_config import Numerics
-from skyreels_jax.models.vae_config import FRAME_STRIDE, PIXEL_STRIDE, Residual, VaeConfig
+from skyreels_jax.models.vae_config import (
+    FRAME_STRIDE,
+    PIXEL_STRIDE,
+    Resample,
+    Residual,
+    VaeConfig,
+)
 from skyreels_jax.models.vae_layers import (
     AttentionBlock,
     Cache,
     CausalConv,
-    ChannelNorm,
     Downsample,
     Frames,
+    Head,
     Pointwise,
     ResidualBlock,
     Result,
     Upsample,
     run,
+    run_by_frame,
 )
 from skyreels_jax.models.vae_tiling import WHOLE, Tiling
 
@@ -43,23 +50,25 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: VaeConfig, *, numerics: Numerics, rngs: nnx.Rngs):
         kinds = {"numerics": numerics, "rngs": rngs}
+        places = tuple(config.encoder_layers())
         self.conv_in = CausalConv(3, 3, 3, 3, config.base_dim, **kinds)
         self.downsamples = nnx.List(
             ResidualBlock(place, **kinds)
             if isinstance(place, Residual)
             else Downsample(place, **kinds)
-            for place in config.encoder_layers()
+            for place in places
         )
         self.middle = _middle(config.top_dim, **kinds)
-        self.norm_out = ChannelNorm(config.top_dim, numerics=numerics)
-        self.conv_out = CausalConv(3, 3, 3, config.top_dim, 2 * config.z_dim, **kinds)
+        self.head = Head(config.top_dim, 2 * config.z_dim, **kinds)
+        # Layers up to here see as many frames as there are pixels of; from here on, fewer.
+        self.large = [_is_temporal(place) for place in places].index(True)
 
     def __call__(self, x: Frames, cache: Cache) -> tuple[Result, Cache]:
         """A chunk of 1 or 4 frames to one latent frame: means, then log variances."""
-        body, head = (None, None) if cache is None else cache
-        x, body = run((self.conv_in, *self.downsamples, *self.middle), x, body)
-        x, head = self.conv_out(jax.nn.silu(self.norm_out(x)), head)
-        return x, (body, head)
+        large, small = (None, None) if cache is None else cache
+        x, large = run_by_frame((self.conv_in, *self.downsamples[: self.large]), x, large)
+        x, small = run((*self.downsamples[self.large :], *self.middle, self.head), x, small)
+        return x, (large, small)
 
 
 class Decoder(nnx.Module):
@@ -67,23 +76,25 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: VaeConfig, *, numerics: Numerics, rngs: nnx.Rngs):
         kinds = {"numerics": numerics, "rngs": rngs}
+        places = tuple(config.decoder_layers())
         self.conv_in = CausalConv(3, 3, 3, config.z_dim, config.top_dim, **kinds)
         self.middle = _middle(config.top_dim, **kinds)
         self.upsamples = nnx.List(
             ResidualBlock(place, **kinds)
             if isinstance(place, Residual)
             else Upsample(place, **kinds)
-            for place in config.decoder_layers()
+            for place in places
         )
-        self.norm_out = ChannelNorm(config.base_dim * config.dim_mult[0], numerics=numerics)
-        self.conv_out = CausalConv(3, 3, 3, config.base_dim * config.dim_mult[0], 3, **kinds)
+        self.head = Head(places[-1].out_dim, 3, **kinds)
+        # From here on layers see as many frames as there will be pixels of.
+        self.large = len(places) - [_is_temporal(place) for place in places[::-1]].index(True)
 
     def __call__(self, x: Frames, cache: Cache) -> tuple[Result, Cache]:
         """One latent frame to 1 frame (the video's first) or 4."""
-        body, head = (None, None) if cache is None else cache
-        x, body = run((self.conv_in, *self.middle, *self.upsamples), x, body)
-        x, head = self.conv_out(jax.nn.silu(self.norm_out(x)), head)
-        return x, (body, head)
+        small, large = (None, None) if cache is None else cache
+        x, small = run((self.conv_in, *self.middle, *self.upsamples[: self.large]), x, small)
+        x, large = run_by_frame((*self.upsamples[self.large :], self.head), x, large)
+        return x, (small, large)
 
 
 def _middle(dim: int, *, numerics: Numerics, rngs: nnx.Rngs) -> nnx.List:
@@ -95,6 +106,10 @@ def _middle(dim: int, *, numerics: Numerics, rngs: nnx.Rngs) -> nnx.List:
             ResidualBlock(Residual(dim, dim), **kinds),
         ]
     )
+
+
+def _is_temporal(place: Residual | Resample) -> bool:
+    return isinstance(place, Resample) and place.temporal
 
 
 class WanVae(nnx.Module):

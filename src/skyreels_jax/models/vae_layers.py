@@ -108,6 +108,19 @@ class ResidualBlock(nnx.Module):
         return shortcut + x, (first, second)
 
 
+class Head(nnx.Module):
+    """Norm, SiLU and the last convolution."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, numerics: Numerics, rngs: nnx.Rngs):
+        self.norm = ChannelNorm(in_dim, numerics=numerics)
+        self.conv = CausalConv(3, 3, 3, in_dim, out_dim, numerics=numerics, rngs=rngs)
+
+    @jax.named_scope("head")
+    def __call__(self, x: Frames, cache: Cache) -> tuple[Result, Cache]:
+        """Keeps the input of the convolution."""
+        return self.conv(jax.nn.silu(self.norm(x)), cache)
+
+
 class AttentionBlock(nnx.Module):
     """All positions of a frame attend to each other, with one head; keeps nothing."""
 
@@ -188,3 +201,16 @@ def run(layers: Sequence[nnx.Module], x: Frames, cache: Cache) -> tuple[Result, 
         x, after = layer(x, before)  # pyright: ignore[reportCallIssue]
         kept.append(after)
     return x, tuple(kept)
+
+
+def run_by_frame(layers: Sequence[nnx.Module], x: Frames, cache: Cache) -> tuple[Result, Cache]:
+    """The same, for layers that leave time alone, holding one frame at a time between them."""
+    if cache is None:
+        return run(layers, x, cache)
+
+    def one(cache: Cache, frame: Array) -> tuple[Cache, Array]:
+        out, cache = run(layers, frame[:, None], cache)
+        return cache, out[:, 0]
+
+    cache, out = jax.lax.scan(one, cache, jnp.moveaxis(x, 1, 0))
+    return jnp.moveaxis(out, 0, 1), cache

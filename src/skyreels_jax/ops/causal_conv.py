@@ -1,10 +1,5 @@
 """Convolution over time and space that looks only backwards in time, in chunks with a history."""
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Final
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -26,12 +21,14 @@ def causal_conv(
     *,
     stride: int = 1,
     dtype: DTypeLike,
-    implementation: str | None = None,
 ) -> tuple[Convolved, History]:
     """Convolve a chunk of frames; with its history, the result is that of the whole video.
 
     Frame ``t`` of the result is ``bias + sum_d kernel[d] * frames[t * stride + d]`` over the frames
     of the history and of ``x``, where each product is a convolution in space with zeros around.
+    That is also how it is computed: a 2-D convolution for each tap, over all frames at once. XLA's
+    3-D convolution has less than half the speed on CPUs, and on NVIDIA GPUs in bfloat16 a
+    thirtieth; ``docs/performance.md`` has these and other formulations.
 
     Args:
         x: the chunk; the number of its frames is a multiple of ``stride``.
@@ -41,16 +38,14 @@ def causal_conv(
             stands for zeros (and costs nothing).
         stride: in time.
         dtype: of the operands and the result; sums are in float32.
-        implementation: a name in :data:`IMPLEMENTATIONS`; None leaves it to :func:`choose`.
 
     Returns:
         The result, and the history of the next chunk, in ``dtype``.
     """
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     length = kernel.shape[0] - stride
-    compute = IMPLEMENTATIONS[choose(x.nbytes) if implementation is None else implementation]
     frames = x if history is None else jnp.concatenate([history.astype(dtype), x], axis=1)
-    out = compute(frames, kernel, stride, length if history is None else 0)
+    out = _summed_over_taps(frames, kernel, stride, length if history is None else 0)
     out = out + bias.astype(jnp.float32)[None, None, None, None]
     if frames.shape[1] < length:
         zeros = jnp.zeros((x.shape[0], length, *x.shape[2:]), dtype)
@@ -84,20 +79,8 @@ def conv2d(
     )
 
 
-def _frame_by_frame(frames: Video, kernel: Kernel, stride: int, missing: int) -> Convolved:
-    """A 2-D convolution (or matrix product) for each frame of the result and each tap it sees."""
-    taps = kernel.shape[0]
-    count = (frames.shape[1] + missing - taps) // stride + 1
-    results = []
-    for first in range(-missing, count * stride - missing, stride):
-        seen = range(max(0, -first), taps)
-        parts = [_in_space(frames[:, first + k : first + k + 1], kernel[k]) for k in seen]
-        results.append(sum(parts[1:], start=parts[0]))
-    return jnp.concatenate(results, axis=1)
-
-
-def _tap_by_tap(frames: Video, kernel: Kernel, stride: int, missing: int) -> Convolved:
-    """A 2-D convolution (or matrix product) for each tap, over all frames that it sees."""
+def _summed_over_taps(frames: Video, kernel: Kernel, stride: int, missing: int) -> Convolved:
+    """Without bias; ``missing`` is how many frames of zeros stand before ``frames``."""
     count = (frames.shape[1] + missing - kernel.shape[0]) // stride + 1
     parts = []
     for tap in range(kernel.shape[0]):
@@ -109,20 +92,6 @@ def _tap_by_tap(frames: Video, kernel: Kernel, stride: int, missing: int) -> Con
             part = _in_space(seen, kernel[tap])
             parts.append(jnp.pad(part, ((0, 0), (first, 0), (0, 0), (0, 0), (0, 0))))
     return sum(parts[1:], start=parts[0])
-
-
-def _conv3d(frames: Video, kernel: Kernel, stride: int, missing: int) -> Convolved:
-    """One 3-D convolution."""
-    height, width = kernel.shape[1] // 2, kernel.shape[2] // 2
-    return lax.conv_general_dilated(
-        frames,
-        kernel,
-        (stride, 1, 1),
-        ((missing, 0), (height, height), (width, width)),
-        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-        precision=exact_precision(frames.dtype),
-        preferred_element_type=jnp.float32,
-    )
 
 
 def _in_space(frames: Video, kernel: Float[Array, "kh kw I O"]) -> Convolved:
@@ -138,23 +107,3 @@ def _in_space(frames: Video, kernel: Float[Array, "kh kw I O"]) -> Convolved:
     flat = frames.reshape(-1, *frames.shape[2:])
     out = conv2d(flat, kernel, padding=(size // 2, size // 2))
     return out.reshape(*frames.shape[:4], -1)
-
-
-Implementation = Callable[[Video, Kernel, int, int], Convolved]
-IMPLEMENTATIONS: Final[Mapping[str, Implementation]] = MappingProxyType(
-    {"frames": _frame_by_frame, "taps": _tap_by_tap, "conv3d": _conv3d}
-)
-
-
-# From here on a CPU is faster with one frame at a time, which its caches hold better.
-LARGE_CHUNK: Final = 64 * 1024**2
-
-
-def choose(chunk_bytes: int) -> str:
-    """The implementation for a call that names none, by platform and the size of its input.
-
-    Never ``conv3d``: in XLA it has half the speed on CPUs, and on NVIDIA GPUs in bfloat16 a
-    thirtieth. ``docs/performance.md`` has the measurements.
-    """
-    is_cpu = jax.default_backend() == "cpu"
-    return "frames" if is_cpu and chunk_bytes >= LARGE_CHUNK else "taps"

@@ -76,8 +76,8 @@ def _ends(side: str) -> list[Rule]:
     """The first convolution of the encoder or decoder, and its head."""
     return [
         *_conv(f"{side}.conv_in", f"{side}.conv1", f"{side}.conv_in"),
-        _norm(f"{side}.norm_out", f"{side}.head.0", f"{side}.norm_out"),
-        *_conv(f"{side}.conv_out", f"{side}.head.2", f"{side}.conv_out"),
+        _norm(f"{side}.head.norm", f"{side}.head.0", f"{side}.norm_out"),
+        *_conv(f"{side}.head.conv", f"{side}.head.2", f"{side}.conv_out"),
     ]
 
 
