@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from skyreels_jax.caches import enable_compilation_cache, prompt_cache_folder
 from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.cli import dry_run
 from skyreels_jax.cli.progress import console_progress
 from skyreels_jax.errors import RequestError, SkyReelsError, UnsupportedError
 from skyreels_jax.generation.api import Sample
@@ -31,6 +32,8 @@ from skyreels_jax.weights.parts import stored_vae
 
 DEFAULT_OUTPUT: Final = Path("out.mp4")
 LATENTS_SUFFIX: Final = ".latents.safetensors"
+# A dry run tells what does not fit by itself, stage by stage.
+UNLIMITED: Final = sys.maxsize
 # In the order they are printed; the rest of a request has no default worth telling.
 REPORTED: Final = (
     *("height", "width", "num_frames", "fps", "steps", "guidance_scale", "shift", "seed"),
@@ -112,6 +115,11 @@ def _add_running(group: Any) -> None:
         help="who runs the encoders and the VAE: JAX, or PyTorch (hybrid; default: jax)",
     )
     group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what each stage will take, and whether that is there; read no weight",
+    )
+    group.add_argument(
         "--no-prompt-cache",
         action="store_true",
         help="neither look up nor keep encoded prompts on disk",
@@ -142,6 +150,8 @@ def _add_output(group: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate; 0, or a SkyReelsError before anything expensive has started."""
+    if args.dry_run and args.resume_latents:
+        raise RequestError("--dry-run plans a whole generation: leave --resume-latents out")
     check_output(args.output)
     sidecar = args.output.with_suffix(".json")
     latents = args.resume_latents or args.output.with_suffix(LATENTS_SUFFIX)
@@ -150,6 +160,8 @@ def run(args: argparse.Namespace) -> int:
         check_not_there(path, args.overwrite)
     enable_compilation_cache()
     checkpoint = Checkpoint.open(args.model, revision=args.revision, preset=args.preset)
+    if args.dry_run:
+        return dry_run.report(checkpoint, settle(args, checkpoint, memory=UNLIMITED), args.backend)
     pipeline = Pipeline(
         checkpoint,
         backend=args.backend,
@@ -184,14 +196,24 @@ def check_not_there(path: Path, overwrite: bool) -> None:
 def sample(
     args: argparse.Namespace, checkpoint: Checkpoint, pipeline: Pipeline, progress: Progress
 ) -> Sample:
-    """Settle the request, say what it is, prove the checkpoint complete, and denoise."""
-    request = resolve(request_of(args), checkpoint)
+    """Settle the request and denoise."""
+    return pipeline.sample(settle(args, checkpoint), progress)
+
+
+def settle(
+    args: argparse.Namespace, checkpoint: Checkpoint, *, memory: int | None = None
+) -> ResolvedRequest:
+    """Decide every setting, say what it is, and prove the checkpoint complete by its headers.
+
+    ``memory`` is what the transformer may take, in bytes; ``None`` for what is free.
+    """
+    request = resolve(request_of(args), checkpoint, memory=memory)
     for line in describe(checkpoint, request):
         print(line, flush=True)
     check_attention(checkpoint, request)
     Tokenizer.from_folder(checkpoint.tokenizer)
     verify_checkpoint(checkpoint.layout, checkpoint.config)
-    return pipeline.sample(request, progress)
+    return request
 
 
 def check_attention(checkpoint: Checkpoint, request: ResolvedRequest) -> None:

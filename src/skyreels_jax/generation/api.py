@@ -258,16 +258,23 @@ def hold_first_frame(
     Diffusion-forcing checkpoints take an image as a first latent frame that is clean throughout;
     in all other cases every frame starts from noise and all move together.
     """
+    frames = movement(request, schedule)
     if request.task != "df" or request.image is None:
-        return together(schedule), noise
+        return frames, noise
     with clock.stage("condition"):
         image = prepare_image(
             request.image, request.height, request.width, Image.Resampling.BICUBIC
         )
         first = jnp.asarray(encode_first_frame(components.codec, image))
-    frames = noise.shape[2]
-    table = timetable(plan_blocks(frames, frames, prefix=1), schedule.timesteps, ar_step=0)
-    return table, noise.at[0, :, :1].set(first)
+    return frames, noise.at[0, :, :1].set(first)
+
+
+def movement(request: ResolvedRequest, schedule: FlowSchedule) -> Timetable:
+    """When each latent frame moves: all together, or all but a first one that is held."""
+    if request.task != "df" or request.image is None:
+        return together(schedule)
+    frames = request.latent_shape[0]
+    return timetable(plan_blocks(frames, frames, prefix=1), schedule.timesteps, ar_step=0)
 
 
 def decode(codec: VideoCodec, sampled: Sample) -> Iterator[Frames]:

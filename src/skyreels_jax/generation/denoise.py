@@ -43,6 +43,15 @@ class Conditioning(NamedTuple):
     fps: Int[Array, " B"] | None
 
 
+class Told(NamedTuple):
+    """Shapes of what :meth:`Denoiser.condition` is given for one video."""
+
+    text: jax.ShapeDtypeStruct
+    clip_fea: jax.ShapeDtypeStruct | None
+    y: jax.ShapeDtypeStruct | None
+    fps: jax.ShapeDtypeStruct
+
+
 class Row(NamedTuple):
     """One row of the timetable on its way to the device; ``P`` is 1 or the number of frames."""
 
@@ -105,11 +114,7 @@ class Denoiser:
             clock: where compilation is timed.
         """
         graph, parameters = nnx.split(self.model)
-        copies = guidance.copies
-        clip_fea, y, fps = (
-            None if value is None else jnp.concatenate([value] * copies)
-            for value in (clip_fea, y, fps)
-        )
+        clip_fea, y, fps = _copied(guidance, clip_fea, y, fps)
         prepared = []
         for context in guidance.contexts(positive, negative):
             arguments = (parameters, context, clip_fea)
@@ -145,9 +150,7 @@ class Denoiser:
         frames = together(schedule) if frames is None else frames
         clock = clock or Clock()
         graph, parameters = nnx.split(self.model)
-        # A copy: the step donates its carry, and the caller's noise must survive.
-        x = jnp.array(jnp.moveaxis(noise, 2, 0), dtype=jnp.float32, copy=True)
-        carry = Running(x, unipc.init(x))
+        carry = _start(noise)
         rows = list(_rows(frames, unipc.tabulate(schedule)))
         step = partial(_step, graph, self.block_length, attention)
         fixed = (parameters, conditioning, guidance)
@@ -159,6 +162,32 @@ class Denoiser:
                 watch.started(finite)
             watch.finish()
         return Denoised(jnp.moveaxis(carry.x, 0, 2), tuple(watch.seconds))
+
+    def trace(
+        self,
+        noise: jax.ShapeDtypeStruct,
+        schedule: FlowSchedule,
+        told: Told,
+        guidance: Guidance,
+        *,
+        frames: Timetable,
+        attention: str | None,
+    ) -> jax.stages.Traced:
+        """The step that :meth:`run` would compile, from shapes alone; the model may be abstract."""
+        graph, parameters = nnx.split(self.model)
+
+        def condition(parameters: nnx.State, told: Told) -> Conditioning:
+            clip_fea, y, fps = _copied(guidance, told.clip_fea, told.y, told.fps)
+            contexts = guidance.contexts(told.text, told.text)
+            prepared = (_prepare(graph, parameters, context, clip_fea) for context in contexts)
+            return Conditioning(tuple(prepared), y, fps)
+
+        row = next(_rows(frames, unipc.tabulate(schedule)))
+        step = partial(_step, graph, self.block_length, attention)
+        conditioning = jax.eval_shape(condition, parameters, told)
+        carry = jax.eval_shape(_start, noise)
+        jitted = jax.jit(step, donate_argnums=(4,))
+        return jitted.trace(parameters, conditioning, guidance, row, carry)
 
     def _compiled(
         self,
@@ -200,6 +229,19 @@ def _rows(frames: Timetable, table: unipc.Coefficients) -> Iterator[Row]:
         # The timetable counts steps from 1; frames that rest are given any row of the table.
         step = np.clip(index - 1, 0, last)
         yield Row(timestep.astype(np.int32), update, table.at(step))
+
+
+def _start(noise: Latents) -> Running:
+    # A copy: the step donates its carry, and the caller's noise must survive.
+    x = jnp.array(jnp.moveaxis(noise, 2, 0), dtype=jnp.float32, copy=True)
+    return Running(x, unipc.init(x))
+
+
+def _copied(guidance: Guidance, *values: Array | None) -> tuple[Array | None, ...]:
+    """Each value as often as guidance has every video in the batch of a call."""
+    return tuple(
+        None if value is None else jnp.concatenate([value] * guidance.copies) for value in values
+    )
 
 
 def _prepare(

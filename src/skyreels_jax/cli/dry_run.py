@@ -1,0 +1,72 @@
+"""``skyreels-jax generate --dry-run``: what each stage takes, and whether that is there."""
+
+from typing import Final
+
+import jax
+
+from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.errors import UnsupportedError
+from skyreels_jax.generation.memory import available_memory
+from skyreels_jax.generation.plan_memory import StagePlan, plan
+from skyreels_jax.generation.request import ResolvedRequest
+from skyreels_jax.pipeline import Backend
+
+GIB: Final = 2**30
+HEADINGS: Final = ("stage", "weights", "state", "work", "total", "operations", "compiled in")
+ROW: Final = "{:<10}{:>12}{:>12}{:>12}{:>12}{:>14}{:>13}"
+UNKNOWN: Final = "?"
+
+
+def report(checkpoint: Checkpoint, request: ResolvedRequest, backend: Backend) -> int:
+    """Print a line a stage and the verdict; 0 if everything fits, or if nobody can tell.
+
+    Raises:
+        UnsupportedError: the largest stage takes more than is free.
+    """
+    print("memory in GiB: weights, state (latents, caches), work (the compiler's own count)")
+    print(ROW.format(*HEADINGS))
+    stages: list[StagePlan] = []
+    for stage in plan(checkpoint, request, hybrid=backend == "hybrid"):
+        print(line(stage), flush=True)
+        stages.append(stage)
+    largest = max(stages, key=lambda stage: stage.total)
+    partial = any(stage.work is None or stage.work.temporary is None for stage in stages)
+    least = "at least " if partial else ""
+    needed = (
+        f"the largest stage, {largest.stage}, takes {least}{largest.total / GIB:.2f} GiB; "
+        "one stage is in memory at a time"
+    )
+    device = jax.local_devices()[0]
+    free = available_memory()
+    if free is None:
+        print(f"{needed}; {device.device_kind} does not tell what is free")
+        return 0
+    there = f"{device.device_kind} has {free / GIB:.2f} GiB free"
+    if largest.total > free:
+        raise UnsupportedError(
+            f"does not fit: {needed}, and {there}; use fewer frames, a smaller size"
+            + (", --dtype bfloat16" if request.dtype == "float32" else "")
+            + " or a smaller checkpoint"
+        )
+    print(f"fits: {needed}, and {there}")
+    return 0
+
+
+def line(stage: StagePlan) -> str:
+    """One stage of the table; ``?`` where nothing is known."""
+    work = stage.work
+    temporary = None if work is None else work.temporary
+    return ROW.format(
+        stage.stage,
+        gib(stage.weights),
+        gib(None if work is None else work.state),
+        gib(temporary),
+        gib(stage.total),
+        UNKNOWN if work is None else f"{stage.operations:.3g}",
+        UNKNOWN if work is None else f"{work.compile_seconds:.1f} s",
+    )
+
+
+def gib(size: int | None) -> str:
+    """Bytes in GiB."""
+    return UNKNOWN if size is None else f"{size / GIB:.3f}"

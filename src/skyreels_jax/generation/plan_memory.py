@@ -1,0 +1,187 @@
+"""What each stage of a generation will take, by the compiler's own analysis and from shapes alone.
+
+Each stage's largest program is compiled for the device that it would run on. No weight is read.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import ShapeDtypeStruct as Abstract
+
+from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.diffusion.guidance import NoGuidance, guidance_of
+from skyreels_jax.diffusion.schedule import flow_sigmas
+from skyreels_jax.generation import sizes
+from skyreels_jax.generation.api import movement
+from skyreels_jax.generation.denoise import Denoiser, Told
+from skyreels_jax.generation.operations import operations
+from skyreels_jax.generation.request import ResolvedRequest
+from skyreels_jax.models.vae import WanVae
+from skyreels_jax.models.vae_config import FRAME_STRIDE
+from skyreels_jax.prompts import TEXT_LEN
+from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
+from skyreels_jax.weights.transformer_folder import abstract_transformer
+
+
+@dataclass(frozen=True)
+class Work:
+    """One program at work, in bytes, besides the weights.
+
+    Attributes:
+        state: what goes in: latents, solver, keys and values of texts, what a VAE keeps of frames.
+        temporary: what the compiler allots for intermediate values and results; None if it does
+            not tell.
+        compile_seconds: how long its analysis took.
+    """
+
+    state: int
+    temporary: int | None
+    compile_seconds: float
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage takes.
+
+    Attributes:
+        stage: its name, as in progress reports.
+        weights: bytes of parameters.
+        work: of its largest program; None where JAX does not run the stage.
+        operations: of all its calls.
+    """
+
+    stage: str
+    weights: int
+    work: Work | None
+    operations: int
+
+    @property
+    def total(self) -> int:
+        """All bytes that are known of."""
+        if self.work is None:
+            return self.weights
+        return self.weights + self.work.state + (self.work.temporary or 0)
+
+
+def plan(checkpoint: Checkpoint, request: ResolvedRequest, *, hybrid: bool) -> Iterator[StagePlan]:
+    """The stages in the order they run, each yielded as soon as it is analysed.
+
+    Args:
+        checkpoint: of which configurations and headers are read.
+        request: settled.
+        hybrid: whether PyTorch runs the encoders and the VAE; of these only weights are told.
+    """
+    dtype, layout = jnp.dtype(request.dtype), checkpoint.layout
+    images = sum(image is not None for image in (request.image, request.last_image))
+    on_images = request.task in ("i2v", "flf2v")
+    prompts = 1 if isinstance(guidance_of(request.guidance_scale), NoGuidance) else 2
+
+    def part(stage: str, model: nnx.Module, calls: int, *inputs: Abstract) -> StagePlan:
+        if hybrid:
+            return StagePlan(stage, size_of(nnx.state(model, nnx.Param)), None, 0)
+        return _plan_module(stage, model, calls, *inputs)
+
+    tokens = (Abstract((1, TEXT_LEN), kind) for kind in (jnp.int32, jnp.bool_))
+    yield part("text", stored_text_encoder(layout).abstract(dtype), prompts, *tokens)
+    if on_images:
+        tower = stored_image_encoder(layout).abstract(dtype)
+        side = tower.config.image_size
+        yield part("image", tower, images, Abstract((1, 3, side, side), jnp.float32))
+    vae = stored_vae(layout).abstract(jnp.float32)
+    vae_weights = size_of(nnx.state(vae, nnx.Param))
+    if images:
+        frames = request.latent_shape[0] if on_images else 1
+        shape = (1, 3, FRAME_STRIDE, request.height, request.width)
+        work = None if hybrid else _plan_chunks(vae, WanVae.encode_chunk, shape, frames)
+        yield StagePlan("condition", vae_weights, *(work or (None, 0)))
+    yield plan_denoising(checkpoint, request)
+    frames, rows, columns = request.latent_shape
+    shape = (1, sizes.LATENT_CHANNELS, 1, rows, columns)
+    work = None if hybrid else _plan_chunks(vae, WanVae.decode_chunk, shape, frames)
+    yield StagePlan("decode", vae_weights, *(work or (None, 0)))
+
+
+def plan_denoising(checkpoint: Checkpoint, request: ResolvedRequest) -> StagePlan:
+    """The transformer and the very step that sampling would compile."""
+    config = checkpoint.config
+    model = abstract_transformer(config, jnp.dtype(request.dtype))
+    denoiser = Denoiser(model, checkpoint.block_length)
+    schedule = flow_sigmas(request.steps, request.shift)
+    latents = Abstract((1, sizes.LATENT_CHANNELS, *request.latent_shape), jnp.float32)
+    guidance = guidance_of(request.guidance_scale, batched=request.batched_guidance)
+    text = Abstract((1, config.text_len, config.text_dim), jnp.float32)
+    features, y = None, None
+    if config.model_type == "i2v":
+        features = Abstract((1, config.image_tokens, config.image_dim), jnp.float32)
+        channels = config.in_dim - sizes.LATENT_CHANNELS
+        y = Abstract((1, channels, *request.latent_shape), jnp.float32)
+    told = Told(text, features, y, Abstract((1,), jnp.int32))
+    frames = movement(request, schedule)
+
+    def traced(attention: str | None) -> jax.stages.Traced:
+        return denoiser.trace(latents, schedule, told, guidance, frames=frames, attention=attention)
+
+    parameters = nnx.state(model, nnx.Param)
+    program = traced(request.attention)
+    # Counted on a path whose products can be seen, which those inside a kernel cannot.
+    count = frames.rows * operations(traced("chunked").jaxpr.jaxpr)
+    return StagePlan("denoise", size_of(parameters), analysed(program, parameters), count)
+
+
+def analysed(traced: jax.stages.Traced, parameters: Any) -> Work:
+    """Compile what was traced and ask the compiler; ``parameters`` are among its arguments."""
+    start = time.perf_counter()
+    memory = traced.lower().compile().memory_analysis()
+    seconds = time.perf_counter() - start
+    state = size_of(traced.jaxpr.in_avals) - size_of(parameters)
+    if memory is None:
+        return Work(state, None, seconds)
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Work(state, memory.temp_size_in_bytes + max(0, fresh), seconds)
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of all arrays in ``tree``, which may be abstract."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _plan_module(stage: str, model: nnx.Module, calls: int, *inputs: Abstract) -> StagePlan:
+    """A model that is one function of its inputs."""
+    graph, parameters = nnx.split(model)
+
+    def call(parameters: nnx.State, *inputs: jax.Array) -> Any:
+        return nnx.merge(graph, parameters)(*inputs)
+
+    traced = jax.jit(call).trace(parameters, *inputs)
+    count = calls * operations(traced.jaxpr.jaxpr)
+    return StagePlan(stage, size_of(parameters), analysed(traced, parameters), count)
+
+
+def _plan_chunks(
+    vae: WanVae, chunk: Callable[..., Any], shape: tuple[int, ...], count: int
+) -> tuple[Work, int]:
+    """A direction of the VAE over ``count`` chunks: its steady program, and operations in all.
+
+    ``shape`` is of a chunk that is not the first; a first one has a single frame.
+    """
+    graph, parameters = nnx.split(vae)
+
+    def call(parameters: nnx.State, inputs: jax.Array, cache: Any) -> Any:
+        return chunk(nnx.merge(graph, parameters), inputs, cache)
+
+    def traced(inputs: Abstract, cache: Any) -> jax.stages.Traced:
+        return jax.jit(call, donate_argnums=2).trace(parameters, inputs, cache)
+
+    first = Abstract((*shape[:2], 1, *shape[3:]), jnp.float32)
+    later = Abstract(shape, jnp.float32)
+    programs = [traced(first, None)]
+    # The third is the steady one: what the second keeps has other shapes than what the first does.
+    while len(programs) < min(count, 3):
+        programs.append(traced(later, programs[-1].out_info[1]))
+    each = [operations(program.jaxpr.jaxpr) for program in programs]
+    return analysed(programs[-1], parameters), sum(each) + (count - len(each)) * each[-1]
