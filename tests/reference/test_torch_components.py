@@ -135,6 +135,40 @@ def test_latents_and_frames_are_those_of_diffusers(checkpoints: Checkpoints, dia
     assert np.abs(decoded - video[0].numpy()).max() > 0.1
 
 
+def test_frames_come_one_by_one_and_are_those_of_diffusers(checkpoints: Checkpoints):
+    codec = TorchVideoCodec.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
+    latents = np.random.default_rng(0).standard_normal((16, 5, 4, 6)).astype(np.float32)
+    mean, std = codec._statistics()
+    z = torch.from_numpy(latents * std + mean)[None]
+    with torch.inference_mode():
+        expected = codec.model.decode(z).sample[0].numpy()
+    chunks = list(codec.decode_chunks(latents))
+    assert [chunk.shape for chunk in chunks] == [(3, 1, 32, 48)] + 4 * [(3, 4, 32, 48)]
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), expected)
+    # Each of them depends on those before; what was kept of another video would show.
+    later = np.concatenate(list(codec.decode_chunks(latents[:, 1:])), axis=1)
+    assert np.abs(later[:, 1:] - expected[:, 5:]).max() > 0.01
+
+
+def test_two_videos_can_be_decoded_in_turn(checkpoints: Checkpoints):
+    """Nothing of a decode under way is kept in the model."""
+    codec = TorchVideoCodec.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
+    rng = np.random.default_rng(1)
+    one, two = rng.standard_normal((2, 16, 3, 4, 4)).astype(np.float32)
+    in_turn = zip(codec.decode_chunks(one), codec.decode_chunks(two), strict=True)
+    alone = zip(list(codec.decode_chunks(one)), list(codec.decode_chunks(two)), strict=True)
+    for (a, b), (c, d) in zip(in_turn, alone, strict=True):
+        np.testing.assert_array_equal(a, c)
+        np.testing.assert_array_equal(b, d)
+        assert np.abs(a - b).max() > 0.1
+
+
+def test_consumers_of_frames_are_not_in_inference_mode(checkpoints: Checkpoints):
+    codec = TorchVideoCodec.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
+    for _ in codec.decode_chunks(np.zeros((16, 2, 4, 4), np.float32)):
+        assert not torch.is_inference_mode_enabled()
+
+
 def broken(checkpoints: Checkpoints, tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """A copy of an original-layout folder, and the tensors of its VAE to spoil."""
     folder = tmp_path / "checkpoint"

@@ -160,14 +160,27 @@ class TorchVideoCodec:
         return (mode - mean) / std
 
     def decode_chunks(self, latents: HostLatents) -> Iterator[Pixels]:
-        """All frames in one piece, in [-1, 1]."""
-        import torch
+        """Frames in [-1, 1] as they are ready, in memory that does not grow with their number.
 
+        The loop is that of ``AutoencoderKLWan.decode``, which keeps every frame until the last.
+        """
+        import torch
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+        decoder = self.model.decoder
+        # What each causal convolution keeps of the frames before, in the order they are called.
+        cache = [None] * sum(isinstance(layer, WanCausalConv3d) for layer in decoder.modules())
         mean, std = self._statistics()
         with torch.inference_mode():
             z = torch.from_numpy(latents * std + mean)[None]
-            z = z.to(self.model.device, self.model.dtype)
-            yield self.model.decode(z, return_dict=False)[0][0].float().cpu().numpy()
+            z = self.model.post_quant_conv(z.to(self.model.device, self.model.dtype))
+        for i in range(z.shape[2]):
+            # Entered for each piece: who consumes the frames is not to be in it.
+            with torch.inference_mode():
+                chunk = z[:, :, i : i + 1]
+                out = decoder(chunk, feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
+                pixels = out.clamp(-1, 1)[0].float().cpu().numpy()
+            yield pixels
 
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
         config = self.model.config
