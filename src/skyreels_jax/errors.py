@@ -27,3 +27,10 @@ class UnsupportedError(SkyReelsError, NotImplementedError):
 
 class NumericsError(SkyReelsError, ArithmeticError):
     """A computation gave NaN or infinity; says where, and what may be the cause."""
+
+
+class Stopped(SkyReelsError):
+    """A generation ended early because somebody asked it to; says what is kept."""
+
+    # What a shell returns for a program that SIGINT ended.
+    exit_code: ClassVar[int] = 130

@@ -10,7 +10,7 @@ from flax import nnx
 
 from skyreels_jax.checkpoints import Checkpoint, Default, Defaults, Guess
 from skyreels_jax.generation.components import ImageCondition
-from skyreels_jax.models.transformer import WanModel
+from skyreels_jax.models.transformer import Passage, WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.weights.layout import Layout
 from skyreels_jax.weights.transformer_folder import abstract_transformer
@@ -50,7 +50,11 @@ class Linear(nnx.Module):
         image = 0.0 if clip_fea is None else jnp.mean(clip_fea, (1, 2))
         return jnp.mean(context, (1, 2)) + image
 
-    def __call__(self, x, t, context, *, y=None, fps=None, block_length=None, attention=None):
+    def __call__(self, x, t, context, **given):
+        passage = self.passage(x, t, context, **given)
+        return passage.head(passage.blocks(passage.tokens))
+
+    def passage(self, x, t, context, *, y=None, fps=None, block_length=None, attention=None):
         del attention
         level = t.reshape(t.shape[0], 1, -1, 1, 1).astype(jnp.float32) / 1000
         told = context.reshape(-1, 1, 1, 1, 1)
@@ -62,7 +66,8 @@ class Linear(nnx.Module):
             told = told * block_length
         shape = x.shape
         told, level = (jnp.broadcast_to(value, shape) for value in (told, level))
-        return self.gain[...] * x + level * told
+        none = jnp.zeros(())
+        return Passage(x, none, none, x, lambda x: self.gain[...] * x + level * told, lambda x: x)
 
 
 class Words:

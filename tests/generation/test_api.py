@@ -14,7 +14,7 @@ from skyreels_jax.diffusion.schedule import diffusers_sigmas, flow_sigmas
 from skyreels_jax.errors import NumericsError, RequestError
 from skyreels_jax.generation.api import Components, generate, starting_noise
 from skyreels_jax.generation.conditioning import condition_latents, prepare_image, to_frames
-from skyreels_jax.generation.denoise import Denoiser
+from skyreels_jax.generation.denoise import Denoiser, Sampling
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
 
@@ -52,7 +52,7 @@ def by_hand(denoiser, asked, *, clip_fea=None, y=None, fps=1):
         fps=jnp.array([fps], jnp.int32),
     )
     schedule = flow_sigmas(asked.steps, asked.shift)
-    latents = denoiser.run(starting_noise(asked), schedule, told, guidance).latents[0]
+    latents = denoiser.run(starting_noise(asked), told, Sampling(schedule, guidance)).latents[0]
     return np.concatenate([to_frames(x) for x in standins.Blocks().decode_chunks(latents)])
 
 

@@ -11,7 +11,7 @@ from skyreels_jax.diffusion.forcing import plan_blocks, timetable
 from skyreels_jax.diffusion.guidance import guidance_of
 from skyreels_jax.diffusion.schedule import flow_sigmas
 from skyreels_jax.errors import NumericsError, UnsupportedError
-from skyreels_jax.generation.denoise import Denoiser, draw_noise
+from skyreels_jax.generation.denoise import Denoiser, Sampling, draw_noise
 from skyreels_jax.generation.progress import Clock
 
 SHAPE = (1, 16, 3, 4, 4)
@@ -49,10 +49,12 @@ def by_hand(model, noise, schedule, scale, **given) -> np.ndarray:
     return np.asarray(jnp.moveaxis(x, 0, 2))
 
 
-def run(denoiser, noise, schedule, guidance, *, clip_fea=None, y=None, fps=None, **settings):
+def run(
+    denoiser, noise, schedule, guidance, *, attention=None, clip_fea=None, y=None, fps=None, **more
+):
     positive, negative = texts(noise.shape[0])
     told = denoiser.condition(guidance, positive, negative, clip_fea=clip_fea, y=y, fps=fps)
-    return denoiser.run(noise, schedule, told, guidance, **settings)
+    return denoiser.run(noise, told, Sampling(schedule, guidance, attention), **more)
 
 
 @pytest.fixture(scope="module")

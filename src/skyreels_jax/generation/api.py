@@ -28,7 +28,7 @@ from skyreels_jax.generation.conditioning import (
     prepare_image,
     to_frames,
 )
-from skyreels_jax.generation.denoise import Denoiser, draw_noise, together
+from skyreels_jax.generation.denoise import Denoiser, Sampling, draw_noise, together
 from skyreels_jax.generation.progress import Clock, NoProgress, Progress, Timings
 from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.generation.video import Video
@@ -148,15 +148,8 @@ def sample(
         fps=jnp.array([0 if request.fps == FIRST_FPS else 1], jnp.int32),
         clock=clock,
     )
-    denoised = denoiser.run(
-        noise,
-        schedule,
-        conditioning,
-        guidance,
-        frames=frames,
-        attention=request.attention,
-        clock=clock,
-    )
+    sampling = Sampling(schedule, guidance, request.attention)
+    denoised = denoiser.run(noise, conditioning, sampling, frames=frames, clock=clock)
     settings = request.settings() | {
         "generator": f"skyreels-jax {version('skyreels-jax')}",
         "sources": dict(request.sources),
@@ -296,3 +289,4 @@ def decode(codec: VideoCodec, sampled: Sample) -> Iterator[Frames]:
             done += len(frames)
             clock.progress.advance("decode", done)
             yield frames
+            clock.check()

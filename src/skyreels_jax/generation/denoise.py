@@ -6,12 +6,10 @@ only hands in the next row of the timetable; it stays a bounded number of steps 
 and looks at nothing but one flag a step.
 """
 
-import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 from skyreels_jax.diffusion import unipc
 from skyreels_jax.diffusion.forcing import Timetable, plan_blocks, timetable
 from skyreels_jax.diffusion.guidance import Guidance
-from skyreels_jax.diffusion.schedule import FlowSchedule
-from skyreels_jax.errors import NumericsError
+from skyreels_jax.diffusion.schedule import TRAIN_LEVELS, FlowSchedule
+from skyreels_jax.diffusion.step_cache import NoCache, Position, StepCache
 from skyreels_jax.generation.progress import Clock
+from skyreels_jax.generation.watch import Report, Watch
 from skyreels_jax.shapes import Context, Latents
-
-# Steps handed to the device before the first of them is waited for: enough that it never idles.
-IN_FLIGHT: Final = 2
 
 
 class Conditioning(NamedTuple):
@@ -43,13 +39,55 @@ class Conditioning(NamedTuple):
     fps: Int[Array, " B"] | None
 
 
-class Told(NamedTuple):
-    """Shapes of what :meth:`Denoiser.condition` is given for one video."""
+@dataclass(frozen=True)
+class Sampling:
+    """How a run is taken: the same for all windows of a video.
 
-    text: jax.ShapeDtypeStruct
-    clip_fea: jax.ShapeDtypeStruct | None
-    y: jax.ShapeDtypeStruct | None
-    fps: jax.ShapeDtypeStruct
+    Attributes:
+        schedule: the noise levels.
+        guidance: how a step's predictions are combined.
+        attention: name of an attention path; ``None`` chooses by platform and shape.
+        cache: which model calls are left out.
+    """
+
+    schedule: FlowSchedule
+    guidance: Guidance
+    attention: str | None = None
+    cache: StepCache = NoCache()
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixNoise:
+    """Noise that the model is shown on given frames, so that it does not copy their faults.
+
+    The latents themselves stay clean. Source: ``addnoise_condition`` of SkyReels-V2's diffusion
+    forcing; its noise is drawn from an unseeded generator, ours from ``key`` and the row.
+
+    Attributes:
+        level: timestep in 1 to 1000 that the frames are noised to, and that the model is told.
+        frames: how many, from the first.
+        key: of the noise.
+    """
+
+    level: int
+    frames: int
+    key: Array
+
+
+class Told(NamedTuple):
+    """What :meth:`Denoiser.condition` is given for one video: ``jax.ShapeDtypeStruct`` each."""
+
+    text: Any
+    clip_fea: Any
+    y: Any
+    fps: Any
+
+
+class Veil(NamedTuple):
+    """Noise over the model's input in one row: ``share`` of it in each frame."""
+
+    share: Float[np.ndarray, " F"]
+    key: Array
 
 
 class Row(NamedTuple):
@@ -58,21 +96,36 @@ class Row(NamedTuple):
     timestep: Int[Array | np.ndarray, " P"]
     update: Bool[Array | np.ndarray, " P"]
     coefficients: unipc.Coefficients
+    position: Position
+    veil: Veil | None
 
 
 class Running(NamedTuple):
-    """The loop's carry: latents, frames first as the solver wants them, and the solver's state."""
+    """The loop's carry: latents, frames first as the solver wants them, and what is remembered.
+
+    ``caches`` has an entry for each model call of a step.
+    """
 
     x: Float[Array, "F B C H W"]
     solver: unipc.State
+    caches: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Denoised:
-    """Finished latents, float32, and the seconds of each step (compilation is not in them)."""
+    """Finished latents, float32.
+
+    Attributes:
+        latents: of all frames.
+        step_seconds: of each step; compilation is not in them.
+        computed: model calls that ran.
+        calls: model calls that a run without a cache makes.
+    """
 
     latents: Latents
     step_seconds: tuple[float, ...]
+    computed: int
+    calls: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +135,7 @@ class Denoiser:
     Keep one for as long as the model: it is what saves a second video the compilation.
 
     Attributes:
-        model: takes ``(x, t, context, *, y, fps, block_length, attention)`` and has
+        model: has ``passage(x, t, context, *, y, fps, block_length, attention)`` and
             ``prepare_context``, as :class:`~skyreels_jax.models.transformer.WanModel` does.
         block_length: latent frames a block of block-causal attention, ``None`` for full attention.
     """
@@ -125,69 +178,87 @@ class Denoiser:
     def run(
         self,
         noise: Latents,
-        schedule: FlowSchedule,
         conditioning: Conditioning,
-        guidance: Guidance,
+        sampling: Sampling,
         *,
         frames: Timetable | None = None,
-        attention: str | None = None,
+        prefix_noise: PrefixNoise | None = None,
         clock: Clock | None = None,
     ) -> Denoised:
         """Take ``noise`` through the schedule.
 
         Args:
             noise: latents to start from, float32; frames the timetable never updates stay.
-            schedule: the noise levels.
             conditioning: from :meth:`condition`, with the same guidance.
-            guidance: how a step's predictions are combined.
+            sampling: how.
             frames: when each frame takes which step; ``None`` moves them all together.
-            attention: name of an attention path; ``None`` chooses by platform and shape.
+            prefix_noise: over given frames; takes a timetable with a column for every frame.
             clock: where stages are timed and reported.
 
         Raises:
             NumericsError: a prediction was not finite; says in which step.
+            Stopped: somebody asked the clock to.
         """
-        frames = together(schedule) if frames is None else frames
+        frames = together(sampling.schedule) if frames is None else frames
         clock = clock or Clock()
         graph, parameters = nnx.split(self.model)
-        carry = _start(noise)
-        rows = list(_rows(frames, unipc.tabulate(schedule)))
-        step = partial(_step, graph, self.block_length, attention)
-        fixed = (parameters, conditioning, guidance)
-        compiled = self._compiled(step, (*fixed, rows[0], carry), clock, donate=(4,))
+        rows = list(_rows(frames, unipc.tabulate(sampling.schedule), prefix_noise))
+        step = partial(_step, graph, self.block_length, sampling.attention)
+        fixed = (parameters, conditioning, sampling.guidance, sampling.cache)
+        carry = self._start(noise, fixed, rows[0], sampling)
+        compiled = self._compiled(step, (*fixed, rows[0], carry), clock, donate=(5,))
         with clock.stage("denoise", frames.rows):
-            watch = _Watch(clock, frames)
+            watch = Watch(clock, frames)
             for row in rows:
-                carry, finite = compiled(*fixed, row, carry)
-                watch.started(finite)
+                carry, report = compiled(*fixed, row, carry)
+                watch.started(report)
             watch.finish()
-        return Denoised(jnp.moveaxis(carry.x, 0, 2), tuple(watch.seconds))
+        latents = jnp.moveaxis(carry.x, 0, 2)
+        return Denoised(latents, tuple(watch.seconds), watch.computed, watch.calls)
 
     def trace(
         self,
         noise: jax.ShapeDtypeStruct,
-        schedule: FlowSchedule,
         told: Told,
-        guidance: Guidance,
+        sampling: Sampling,
         *,
         frames: Timetable,
-        attention: str | None,
     ) -> jax.stages.Traced:
         """The step that :meth:`run` would compile, from shapes alone; the model may be abstract."""
         graph, parameters = nnx.split(self.model)
 
         def condition(parameters: nnx.State, told: Told) -> Conditioning:
-            clip_fea, y, fps = _copied(guidance, told.clip_fea, told.y, told.fps)
+            guidance = sampling.guidance
+            clip_fea, y, fps = _copied(guidance, *told[1:])
             contexts = guidance.contexts(told.text, told.text)
             prepared = (_prepare(graph, parameters, context, clip_fea) for context in contexts)
             return Conditioning(tuple(prepared), y, fps)
 
-        row = next(_rows(frames, unipc.tabulate(schedule)))
-        step = partial(_step, graph, self.block_length, attention)
+        row = next(_rows(frames, unipc.tabulate(sampling.schedule), None))
+        step = partial(_step, graph, self.block_length, sampling.attention)
         conditioning = jax.eval_shape(condition, parameters, told)
-        carry = jax.eval_shape(_start, noise)
-        jitted = jax.jit(step, donate_argnums=(4,))
-        return jitted.trace(parameters, conditioning, guidance, row, carry)
+        fixed = (parameters, conditioning, sampling.guidance, sampling.cache)
+        carry = jax.eval_shape(
+            lambda x, *fixed: self._start(x, fixed, row, sampling), noise, *fixed
+        )
+        return jax.jit(step, donate_argnums=(5,)).trace(*fixed, row, carry)
+
+    def _start(
+        self, noise: Latents, fixed: tuple[Any, ...], row: Row, sampling: Sampling
+    ) -> Running:
+        """The carry before the first step."""
+        # A copy: the step donates its carry, and the caller's noise must survive.
+        x = jnp.array(jnp.moveaxis(noise, 2, 0), dtype=jnp.float32, copy=True)
+        graph = nnx.split(self.model)[0]
+
+        def caches(x: Array, parameters: Any, conditioning: Any, guidance: Any, cache: Any) -> Any:
+            call = partial(_passages, graph, self.block_length, sampling.attention)
+            passages = call(parameters, conditioning, guidance, row, x)
+            return tuple(cache.init(passage) for passage in passages)
+
+        shapes = jax.eval_shape(caches, x, *fixed)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return Running(x, unipc.init(x), zeros)
 
     def _compiled(
         self,
@@ -223,18 +294,22 @@ def draw_noise(seed: int, shape: tuple[int, ...]) -> Latents:
     return jax.random.normal(jax.random.key(seed, impl="threefry2x32"), shape, jnp.float32)
 
 
-def _rows(frames: Timetable, table: unipc.Coefficients) -> Iterator[Row]:
+def _rows(
+    frames: Timetable, table: unipc.Coefficients, prefix_noise: PrefixNoise | None
+) -> Iterator[Row]:
     last = len(table.sigma) - 1
-    for index, timestep, update in zip(frames.index, frames.timesteps, frames.update, strict=True):
+    columns = zip(frames.index, frames.timesteps, frames.update, strict=True)
+    for number, (index, timestep, update) in enumerate(columns):
         # The timetable counts steps from 1; frames that rest are given any row of the table.
-        step = np.clip(index - 1, 0, last)
-        yield Row(timestep.astype(np.int32), update, table.at(step))
-
-
-def _start(noise: Latents) -> Running:
-    # A copy: the step donates its carry, and the caller's noise must survive.
-    x = jnp.array(jnp.moveaxis(noise, 2, 0), dtype=jnp.float32, copy=True)
-    return Running(x, unipc.init(x))
+        coefficients = table.at(np.clip(index - 1, 0, last))
+        position = Position(np.array(number, np.int32), np.array(frames.rows, np.int32))
+        timestep, veil = timestep.astype(np.int32), None
+        if prefix_noise is not None:
+            hidden = np.arange(len(timestep)) < prefix_noise.frames
+            timestep = np.where(hidden, np.int32(prefix_noise.level), timestep)
+            share = np.where(hidden, np.float32(prefix_noise.level / TRAIN_LEVELS), np.float32(0))
+            veil = Veil(share, jax.random.fold_in(prefix_noise.key, number))
+        yield Row(timestep, update, coefficients, position, veil)
 
 
 def _copied(guidance: Guidance, *values: Array | None) -> tuple[Array | None, ...]:
@@ -253,7 +328,7 @@ def _prepare(
     return nnx.merge(graph, parameters).prepare_context(context, clip_fea)
 
 
-def _step(
+def _passages(
     graph: nnx.GraphDef[Any],
     block_length: int | None,
     attention: str | None,
@@ -261,17 +336,19 @@ def _step(
     conditioning: Conditioning,
     guidance: Guidance,
     row: Row,
-    carry: Running,
-) -> tuple[Running, Bool[Array, ""]]:
-    """The carry after one row, and whether the predictions were finite."""
+    x: Float[Array, "F B C H W"],
+) -> Iterator[Any]:
+    """The model calls of a step, each still to be carried out."""
     model = nnx.merge(graph, parameters)
-    x = jnp.concatenate([jnp.moveaxis(carry.x, 0, 2)] * guidance.copies)
-    batch = x.shape[0]
+    if row.veil is not None:
+        share = jnp.asarray(row.veil.share).reshape(-1, 1, 1, 1, 1)
+        x = (1 - share) * x + share * jax.random.normal(row.veil.key, x.shape, x.dtype)
+    x = jnp.concatenate([jnp.moveaxis(x, 0, 2)] * guidance.copies)
     # One timestep for all frames is told per video: the same result with less work.
-    shape = (batch,) if len(row.timestep) == 1 else (batch, len(row.timestep))
-    t = jnp.broadcast_to(row.timestep, shape)
-    predictions = tuple(
-        model(
+    batch, frames = x.shape[0], len(row.timestep)
+    t = jnp.broadcast_to(row.timestep, (batch,) if frames == 1 else (batch, frames))
+    for context in conditioning.contexts:
+        yield model.passage(
             x,
             t,
             context,
@@ -280,44 +357,29 @@ def _step(
             block_length=block_length,
             attention=attention,
         )
-        for context in conditioning.contexts
+
+
+def _step(
+    graph: nnx.GraphDef[Any],
+    block_length: int | None,
+    attention: str | None,
+    parameters: nnx.State,
+    conditioning: Conditioning,
+    guidance: Guidance,
+    cache: StepCache,
+    row: Row,
+    carry: Running,
+) -> tuple[Running, Report]:
+    """The carry after one row, and what the host is told of it."""
+    passages = _passages(
+        graph, block_length, attention, parameters, conditioning, guidance, row, carry.x
     )
+    answers = [
+        cache.call(state, row.position, passage)
+        for state, passage in zip(carry.caches, passages, strict=True)
+    ]
+    predictions, caches, computed = zip(*answers, strict=True)
     velocity = jnp.moveaxis(guidance.combine(predictions), 2, 0)
     following, solver = unipc.step(row.coefficients, carry.solver, carry.x, velocity, row.update)
-    return Running(following, solver), jnp.all(jnp.isfinite(velocity))
-
-
-@dataclass
-class _Watch:
-    """Follows the device: waits for old steps, checks and times them, reports progress."""
-
-    clock: Clock
-    frames: Timetable
-    pending: deque[Bool[Array, ""]] = field(default_factory=deque)
-    seconds: list[float] = field(default_factory=list)
-    last: float = field(default_factory=time.perf_counter)
-
-    def started(self, finite: Bool[Array, ""]) -> None:
-        self.pending.append(finite)
-        if len(self.pending) > IN_FLIGHT:
-            self.settle()
-
-    def finish(self) -> None:
-        while self.pending:
-            self.settle()
-
-    def settle(self) -> None:
-        finite = bool(self.pending.popleft())
-        now = time.perf_counter()
-        self.seconds.append(now - self.last)
-        self.last = now
-        done = len(self.seconds)
-        if not finite:
-            timestep = self.frames.timesteps[done - 1].max()
-            raise NumericsError(
-                f"the transformer's prediction in step {done} of {self.frames.rows} (timestep "
-                f"{timestep}) holds NaN or infinity: its weights, the conditioning or the given "
-                "noise do, or a value overflowed; check the weights (`skyreels-jax info`) and try "
-                "--dtype float32"
-            )
-        self.clock.progress.advance("denoise", done)
+    report = Report(jnp.all(jnp.isfinite(velocity)), jnp.stack(computed))
+    return Running(following, solver, caches), report

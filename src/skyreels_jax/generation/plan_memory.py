@@ -4,12 +4,14 @@ Each stage's largest program is compiled for the device that it would run on. No
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import ShapeDtypeStruct as Abstract
 
@@ -18,11 +20,13 @@ from skyreels_jax.diffusion.guidance import NoGuidance, guidance_of
 from skyreels_jax.diffusion.schedule import flow_sigmas
 from skyreels_jax.generation import sizes
 from skyreels_jax.generation.api import movement
-from skyreels_jax.generation.denoise import Denoiser, Told
+from skyreels_jax.generation.codec import VaeTiling, tiling_for
+from skyreels_jax.generation.denoise import Denoiser, Sampling, Told
+from skyreels_jax.generation.memory import Direction, vae_work
 from skyreels_jax.generation.operations import operations
 from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.models.vae import WanVae
-from skyreels_jax.models.vae_config import FRAME_STRIDE
+from skyreels_jax.models.vae_config import FRAME_STRIDE, PIXEL_STRIDE
 from skyreels_jax.prompts import TEXT_LEN
 from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
 from skyreels_jax.weights.transformer_folder import abstract_transformer
@@ -43,6 +47,24 @@ class Work:
     temporary: int | None
     compile_seconds: float
 
+    @property
+    def total(self) -> int:
+        """All bytes that are known of."""
+        return self.state + (self.temporary or 0)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a plan is made for.
+
+    Attributes:
+        free: bytes that there are; None if nobody can tell.
+        tiling: whether the VAE cuts frames into tiles.
+    """
+
+    free: int | None
+    tiling: VaeTiling = "auto"
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -52,29 +74,32 @@ class StagePlan:
         stage: its name, as in progress reports.
         weights: bytes of parameters.
         work: of its largest program; None where JAX does not run the stage.
-        operations: of all its calls.
+        operations: of all its calls; of text, for prompts of full length.
+        tiles: that the VAE cuts a frame into; 1 leaves it whole.
     """
 
     stage: str
     weights: int
     work: Work | None
     operations: int
+    tiles: int = 1
 
     @property
     def total(self) -> int:
         """All bytes that are known of."""
-        if self.work is None:
-            return self.weights
-        return self.weights + self.work.state + (self.work.temporary or 0)
+        return self.weights + (0 if self.work is None else self.work.total)
 
 
-def plan(checkpoint: Checkpoint, request: ResolvedRequest, *, hybrid: bool) -> Iterator[StagePlan]:
+def plan(
+    checkpoint: Checkpoint, request: ResolvedRequest, *, hybrid: bool, memory: Memory
+) -> Iterator[StagePlan]:
     """The stages in the order they run, each yielded as soon as it is analysed.
 
     Args:
         checkpoint: of which configurations and headers are read.
         request: settled.
         hybrid: whether PyTorch runs the encoders and the VAE; of these only weights are told.
+        memory: what there is, and how the VAE is to deal with it.
     """
     dtype, layout = jnp.dtype(request.dtype), checkpoint.layout
     images = sum(image is not None for image in (request.image, request.last_image))
@@ -93,17 +118,17 @@ def plan(checkpoint: Checkpoint, request: ResolvedRequest, *, hybrid: bool) -> I
         side = tower.config.image_size
         yield part("image", tower, images, Abstract((1, 3, side, side), jnp.float32))
     vae = stored_vae(layout).abstract(jnp.float32)
-    vae_weights = size_of(nnx.state(vae, nnx.Param))
+    size = (request.height, request.width)
+
+    def video(stage: str, direction: Direction, chunks: int) -> StagePlan:
+        if hybrid:
+            return StagePlan(stage, size_of(nnx.state(vae, nnx.Param)), None, 0)
+        return plan_vae(stage, vae, direction, size, chunks, memory)
+
     if images:
-        frames = request.latent_shape[0] if on_images else 1
-        shape = (1, 3, FRAME_STRIDE, request.height, request.width)
-        work = None if hybrid else _plan_chunks(vae, WanVae.encode_chunk, shape, frames)
-        yield StagePlan("condition", vae_weights, *(work or (None, 0)))
+        yield video("condition", "encode", request.latent_shape[0] if on_images else 1)
     yield plan_denoising(checkpoint, request)
-    frames, rows, columns = request.latent_shape
-    shape = (1, sizes.LATENT_CHANNELS, 1, rows, columns)
-    work = None if hybrid else _plan_chunks(vae, WanVae.decode_chunk, shape, frames)
-    yield StagePlan("decode", vae_weights, *(work or (None, 0)))
+    yield video("decode", "decode", request.latent_shape[0])
 
 
 def plan_denoising(checkpoint: Checkpoint, request: ResolvedRequest) -> StagePlan:
@@ -124,7 +149,8 @@ def plan_denoising(checkpoint: Checkpoint, request: ResolvedRequest) -> StagePla
     frames = movement(request, schedule)
 
     def traced(attention: str | None) -> jax.stages.Traced:
-        return denoiser.trace(latents, schedule, told, guidance, frames=frames, attention=attention)
+        sampling = Sampling(schedule, guidance, attention)
+        return denoiser.trace(latents, told, sampling, frames=frames)
 
     parameters = nnx.state(model, nnx.Param)
     program = traced(request.attention)
@@ -160,6 +186,37 @@ def _plan_module(stage: str, model: nnx.Module, calls: int, *inputs: Abstract) -
     traced = jax.jit(call).trace(parameters, *inputs)
     count = calls * operations(traced.jaxpr.jaxpr)
     return StagePlan(stage, size_of(parameters), analysed(traced, parameters), count)
+
+
+def plan_vae(
+    stage: str,
+    vae: WanVae,
+    direction: Direction,
+    size: tuple[int, int],
+    chunks: int,
+    memory: Memory,
+) -> StagePlan:
+    """A direction of the VAE over ``chunks`` of frames of ``size``, in tiles where need be."""
+    weights, (height, width) = size_of(nnx.state(vae, nnx.Param)), size
+    needed = vae_work(vae.config, direction, height, width)
+    free = None if memory.free is None else memory.free - weights
+    tiling = tiling_for(memory.tiling, needed, free)
+    if direction == "encode":
+        step, unit, chunk = WanVae.encode_chunk, 1, (1, 3, FRAME_STRIDE, height, width)
+    else:
+        step, unit = WanVae.decode_chunk, PIXEL_STRIDE
+        chunk = (1, vae.config.z_dim, 1, height // unit, width // unit)
+    # One number seen from everywhere: of the shape of a chunk, and without its memory.
+    rows = tiling.cut(np.broadcast_to(np.float32(0), chunk), unit)
+    shapes = Counter(tile.shape for row in rows for tile in row)
+    plans = {shape: _plan_chunks(vae, step, shape, chunks) for shape in shapes}
+    work = max((plan[0] for plan in plans.values()), key=lambda work: work.total)
+    if jax.default_backend() == "cpu":
+        # What tiles keep of their frames waits on the host while others are computed: here too.
+        kept = sum(count * plans[shape][0].state for shape, count in shapes.items())
+        work = replace(work, state=kept)
+    count = sum(count * plans[shape][1] for shape, count in shapes.items())
+    return StagePlan(stage, weights, work, count, tiles=shapes.total())
 
 
 def _plan_chunks(

@@ -4,7 +4,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Literal, Protocol, runtime_checkable
+
+from skyreels_jax.errors import Stopped
 
 Stage = Literal["text", "image", "condition", "load", "compile", "denoise", "decode"]
 
@@ -49,10 +52,24 @@ class Timings:
 
 @dataclass
 class Clock:
-    """Times the stages of one generation and passes them on to a :class:`Progress`."""
+    """Times the stages of one generation and passes them on to a :class:`Progress`.
+
+    Whoever sets ``stop``, from another thread or a signal handler, ends the generation after the
+    step or the frames under way.
+    """
 
     progress: Progress = field(default_factory=NoProgress)
     seconds: dict[str, float] = field(default_factory=dict)
+    stop: Event = field(default_factory=Event)
+
+    def check(self) -> None:
+        """Between two steps, and between two pieces of decoded video.
+
+        Raises:
+            Stopped: ``stop`` is set.
+        """
+        if self.stop.is_set():
+            raise Stopped("stopped, as asked")
 
     @contextmanager
     def stage(self, stage: Stage, total: int | None = None) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """The SkyReels-V2 transformer: Wan 2.1 with a timestep for every latent frame."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +45,21 @@ class Modulation(NamedTuple):
     shift: Float[Array, "B steps 1 D"]
     scale: Float[Array, "B steps 1 D"]
     gate: Float[Array, "B steps 1 D"]
+
+
+class Passage(NamedTuple):
+    """One evaluation of the transformer, cut where a cache of its steps may come between.
+
+    The prediction is ``head(blocks(tokens))``. ``latents`` are those given, without an image
+    condition; ``e`` and ``e0`` are the time embedding and its projection for the blocks.
+    """
+
+    latents: Latents
+    e: Float[Array, "B steps D"]
+    e0: Float[Array, "B steps 6 D"]
+    tokens: FrameTokens
+    blocks: Callable[[FrameTokens], FrameTokens]
+    head: Callable[[FrameTokens], Latents]
 
 
 class WanAttentionBlock(nnx.Module):
@@ -180,36 +196,70 @@ class WanModel(nnx.Module):
         Raises:
             ValueError: if shapes do not fit the configuration or each other.
         """
+        passage = self.passage(
+            x, t, context, clip_fea, y, fps, block_length=block_length, attention=attention
+        )
+        return passage.head(passage.blocks(passage.tokens))
+
+    def passage(
+        self,
+        x: Latents,
+        t: Timesteps,
+        context: Float[Array, "B S text_dim"] | CrossContext,
+        clip_fea: Float[Array, "B I image_dim"] | None = None,
+        y: Float[Array, "B Y F H W"] | None = None,
+        fps: Int[Array, " B"] | None = None,
+        *,
+        block_length: int | None = None,
+        attention: str | None = None,
+    ) -> Passage:
+        """What a call does, in parts; arguments and errors are those of a call."""
         check_video(self.config, x, t, y)
         if isinstance(context, CrossContext):
             if clip_fea is not None:
                 raise ValueError("clip_fea is part of a prepared context: give it there, not here")
         else:
             context = self.prepare_context(context, clip_fea)
-        if y is not None:
-            x = jnp.concatenate([x, y.astype(x.dtype)], axis=1)
         e, e0 = self.embed_time(t, fps)
-        tokens = self.patch_embedding(x)
+        tokens = self.patch_embedding(
+            x if y is None else jnp.concatenate([x, y.astype(x.dtype)], axis=1)
+        )
         batch, frames, rows, columns, dim = tokens.shape
-        tokens = tokens.reshape(batch, frames, rows * columns, dim)
         rope = rope_table((frames, rows, columns), self.config.head_dim)
         mask = None if block_length is None else BlockCausal(rows * columns, block_length)
 
+        def blocks(tokens: FrameTokens) -> FrameTokens:
+            return self.run_blocks(tokens, context, (e0, rope), mask, attention)
+
+        def head(tokens: FrameTokens) -> Latents:
+            return unpatchify(self.head(tokens, e), (rows, columns), self.config.patch_size)
+
+        tokens = tokens.reshape(batch, frames, rows * columns, dim)
+        return Passage(x, e, e0, tokens, blocks, head)
+
+    def run_blocks(
+        self,
+        tokens: FrameTokens,
+        context: CrossContext,
+        shared: tuple[Float[Array, "B steps 6 D"], RopeTable],
+        mask: BlockCausal | None,
+        attention: str | None,
+    ) -> FrameTokens:
+        """All blocks in turn; ``shared`` is what they have in common, ``e0`` and positions."""
         graph, parameters = nnx.split(self.blocks)
 
         def layer(
             x: Array, of_layer: tuple[nnx.State, CrossContext], shared: tuple[Array, RopeTable]
         ) -> tuple[Array, None]:
             parameters, context = of_layer
-            e0, rope = shared
             block = nnx.merge(graph, parameters)
-            return block(x, e0, context, rope, mask=mask, implementation=attention), None
+            return block(
+                x, shared[0], context, shared[1], mask=mask, implementation=attention
+            ), None
 
         if self.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
-        tokens, _ = scan_layers(layer, tokens, (parameters, context), (e0, rope))
-        patches = self.head(tokens, e)
-        return unpatchify(patches, (rows, columns), self.config.patch_size)
+        return scan_layers(layer, tokens, (parameters, context), shared)[0]
 
     def embed_time(
         self, t: Timesteps, fps: Int[Array, " B"] | None
