@@ -18,7 +18,7 @@ from jaxtyping import Float
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation import api
-from skyreels_jax.generation.codec import WanVideoCodec
+from skyreels_jax.generation.codec import VAE_TILINGS, VaeTiling, WanVideoCodec
 from skyreels_jax.generation.components import (
     ImageCondition,
     ImageEncoder,
@@ -27,6 +27,7 @@ from skyreels_jax.generation.components import (
 )
 from skyreels_jax.generation.denoise import Denoiser
 from skyreels_jax.generation.encoders import ClipImageEncoder, Umt5TextEncoder
+from skyreels_jax.generation.memory import refused_in_words
 from skyreels_jax.generation.progress import Progress
 from skyreels_jax.generation.prompt_cache import CachedTextEncoder, fingerprint
 from skyreels_jax.generation.request import Request, ResolvedRequest
@@ -40,6 +41,7 @@ from skyreels_jax.reference.components import (
     TorchVideoCodec,
 )
 from skyreels_jax.shapes import HostLatents, Pixels
+from skyreels_jax.weights.complete import verify_checkpoint
 from skyreels_jax.weights.convert_folder import convert_folder
 from skyreels_jax.weights.diffusers_folder import require_parts
 from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
@@ -47,6 +49,7 @@ from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder
 # Who runs the encoders and the VAE: JAX, or PyTorch (extra `torch`). The transformer is in JAX.
 Backend = Literal["jax", "hybrid"]
 BACKENDS: Final = get_args(Backend)
+SMALLER_DECODE: Final = "decode with vae_tiling (--vae-tiling on), or make a smaller size"
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class Pipeline:
 
     Attributes:
         checkpoint: the folder, understood.
+        dtype: of the transformer and the encoders.
+        verify: proves by headers that the checkpoint is complete, once; raises a WeightsError.
     """
 
     def __init__(
@@ -120,6 +125,7 @@ class Pipeline:
         device: str = "auto",
         keep: bool = False,
         prompt_cache: Path | None = None,
+        vae_tiling: VaeTiling = "auto",
     ):
         """Nothing is loaded yet.
 
@@ -132,16 +138,27 @@ class Pipeline:
             keep: keep every part in memory for the next call, instead of loading it again.
             prompt_cache: folder to keep encoded prompts in, for this and later processes; a prompt
                 found there does not load the text encoder. ``None`` keeps none.
+            vae_tiling: whether the VAE in JAX cuts frames into overlapping tiles, for less memory
+                and faint seams: ``auto`` where it would not hold a whole frame, ``on`` or ``off``.
 
         Raises:
-            RequestError: ``dtype`` or ``backend`` is unknown.
+            RequestError: ``dtype``, ``backend`` or ``vae_tiling`` is unknown or does not go with
+                the others.
         """
-        for name, value, known in (("dtype", dtype, DTYPES), ("backend", backend, BACKENDS)):
+        for name, value, known in (
+            ("dtype", dtype, DTYPES),
+            ("backend", backend, BACKENDS),
+            ("vae_tiling", vae_tiling, VAE_TILINGS),
+        ):
             if value not in known:
                 raise RequestError(f"{name} {value!r} is unknown; there are {', '.join(known)}")
+        if (backend, vae_tiling) == ("hybrid", "on"):
+            raise RequestError("the hybrid backend's VAE has no tiles: leave vae_tiling out")
         self.checkpoint = checkpoint
         self.dtype = dtype
-        parts = PARTS[backend](checkpoint, jnp.dtype(dtype), device)
+        parts = PARTS[backend](checkpoint, jnp.dtype(dtype), device, vae_tiling)
+        # What has been proved need not be proved for every video; a refusal is not remembered.
+        self.verify = cache(partial(verify_parts, checkpoint))
         kept = cache if keep else lambda load: load
         self._denoiser = kept(self._load_denoiser)
         load_text = kept(parts.text_encoder)
@@ -203,17 +220,26 @@ class Pipeline:
                 f"{', '.join(sorted(known))}"
             )
         request = Request(prompt=prompt, image=image, dtype=self.dtype, **settings)
-        return api.finish(
-            self._components.codec, self.sample(resolve(request, self.checkpoint), progress)
-        )
+        sampled = self.sample(resolve(request, self.checkpoint), progress)
+        with refused_in_words(SMALLER_DECODE):
+            return api.finish(self._components.codec, sampled)
 
     def sample(self, request: ResolvedRequest, progress: Progress | None = None) -> api.Sample:
-        """Everything but decoding; the transformer is out of memory again afterwards."""
-        return api.sample(self._components, self._denoiser, request, progress=progress)
+        """Everything but decoding; the transformer is out of memory again afterwards.
+
+        Raises:
+            WeightsError: a part is missing, unsound or incomplete; before anything is encoded.
+            UnsupportedError: the memory is not enough.
+            NumericsError: something was not finite; says what and where.
+        """
+        self.verify()
+        with refused_in_words("use fewer frames, a smaller size or a smaller dtype"):
+            return api.sample(self._components, self._denoiser, request, progress=progress)
 
     def write(self, sampled: api.Sample, path: Path, *, metadata: bool = True) -> None:
         """Decode into an MP4 piece by piece; see :func:`skyreels_jax.generation.api.write`."""
-        api.write(self._components.codec, sampled, path, metadata=metadata)
+        with refused_in_words(SMALLER_DECODE):
+            api.write(self._components.codec, sampled, path, metadata=metadata)
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: DTypeLike | None = None, overwrite: bool = False
@@ -263,7 +289,19 @@ def cached_text(
     return CachedTextEncoder(load, folder, fingerprint(files, *made_by))
 
 
-def jax_parts(checkpoint: Checkpoint, dtype: DTypeLike, device: str) -> Parts:
+def verify_parts(checkpoint: Checkpoint) -> None:
+    """Prove by headers that a checkpoint holds all that a generation takes; reads its tokenizer.
+
+    Raises:
+        WeightsError: a part is missing, unsound or incomplete.
+    """
+    Tokenizer.from_folder(checkpoint.tokenizer)
+    verify_checkpoint(checkpoint.layout, checkpoint.config)
+
+
+def jax_parts(
+    checkpoint: Checkpoint, dtype: DTypeLike, device: str, vae_tiling: VaeTiling
+) -> Parts:
     """Encoders and VAE in JAX, on the devices that JAX has; ``device`` is not theirs."""
     del device
     layout = checkpoint.layout
@@ -276,12 +314,15 @@ def jax_parts(checkpoint: Checkpoint, dtype: DTypeLike, device: str) -> Parts:
     return Parts(
         text_encoder=text_encoder,
         image_encoder=lambda: ClipImageEncoder(stored_image_encoder(layout).load(dtype)),
-        codec=lambda: WanVideoCodec(stored_vae(layout).load(jnp.float32)),
+        codec=lambda: WanVideoCodec(stored_vae(layout).load(jnp.float32), vae_tiling),
     )
 
 
-def hybrid_parts(checkpoint: Checkpoint, dtype: DTypeLike, device: str) -> Parts:
-    """Encoders and VAE in PyTorch."""
+def hybrid_parts(
+    checkpoint: Checkpoint, dtype: DTypeLike, device: str, vae_tiling: VaeTiling
+) -> Parts:
+    """Encoders and VAE in PyTorch, the VAE on whole frames."""
+    del vae_tiling
     return Parts(
         text_encoder=partial(TorchTextEncoder.load, checkpoint, device, dtype),
         image_encoder=partial(TorchImageEncoder.load, checkpoint, device, dtype),
@@ -289,7 +330,7 @@ def hybrid_parts(checkpoint: Checkpoint, dtype: DTypeLike, device: str) -> Parts
     )
 
 
-PARTS: Final[dict[Backend, Callable[[Checkpoint, DTypeLike, str], Parts]]] = {
+PARTS: Final[dict[Backend, Callable[[Checkpoint, DTypeLike, str, VaeTiling], Parts]]] = {
     "jax": jax_parts,
     "hybrid": hybrid_parts,
 }

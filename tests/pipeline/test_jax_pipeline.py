@@ -73,7 +73,7 @@ def denoiser(folder: Path) -> Denoiser:
 def by_backend(folder: Path, backend: Backend) -> Components:
     """Parts as :class:`Pipeline` has them."""
     checkpoint = Checkpoint.open(folder)
-    parts = PARTS[backend](checkpoint, jnp.dtype(jnp.float32), "cpu")
+    parts = PARTS[backend](checkpoint, jnp.dtype(jnp.float32), "cpu", "off")
     image = parts.image_encoder() if checkpoint.config.image_dim else None
     return Components(parts.text_encoder(), parts.codec(), image)
 

@@ -6,27 +6,37 @@ import jax
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.errors import UnsupportedError
+from skyreels_jax.generation.codec import VaeTiling
 from skyreels_jax.generation.memory import available_memory
-from skyreels_jax.generation.plan_memory import StagePlan, plan
+from skyreels_jax.generation.plan_memory import Memory, StagePlan, plan
 from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.pipeline import Backend
 
 GIB: Final = 2**30
 HEADINGS: Final = ("stage", "weights", "state", "work", "total", "operations", "compiled in")
-ROW: Final = "{:<10}{:>12}{:>12}{:>12}{:>12}{:>14}{:>13}"
+ROW: Final = "{:<20}{:>10}{:>12}{:>12}{:>12}{:>14}{:>13}"
 UNKNOWN: Final = "?"
 
 
-def report(checkpoint: Checkpoint, request: ResolvedRequest, backend: Backend) -> int:
+def report(
+    checkpoint: Checkpoint, request: ResolvedRequest, backend: Backend, tiling: VaeTiling
+) -> int:
     """Print a line a stage and the verdict; 0 if everything fits, or if nobody can tell.
+
+    Args:
+        checkpoint: to generate from.
+        request: settled.
+        backend: who runs the encoders and the VAE.
+        tiling: whether the VAE cuts frames into tiles.
 
     Raises:
         UnsupportedError: the largest stage takes more than is free.
     """
     print("memory in GiB: weights, state (latents, caches), work (the compiler's own count)")
     print(ROW.format(*HEADINGS))
+    free = available_memory()
     stages: list[StagePlan] = []
-    for stage in plan(checkpoint, request, hybrid=backend == "hybrid"):
+    for stage in plan(checkpoint, request, hybrid=backend == "hybrid", memory=Memory(free, tiling)):
         print(line(stage), flush=True)
         stages.append(stage)
     largest = max(stages, key=lambda stage: stage.total)
@@ -37,7 +47,6 @@ def report(checkpoint: Checkpoint, request: ResolvedRequest, backend: Backend) -
         "one stage is in memory at a time"
     )
     device = jax.local_devices()[0]
-    free = available_memory()
     if free is None:
         print(f"{needed}; {device.device_kind} does not tell what is free")
         return 0
@@ -57,7 +66,7 @@ def line(stage: StagePlan) -> str:
     work = stage.work
     temporary = None if work is None else work.temporary
     return ROW.format(
-        stage.stage,
+        stage.stage if stage.tiles == 1 else f"{stage.stage} ({stage.tiles} tiles)",
         gib(stage.weights),
         gib(None if work is None else work.state),
         gib(temporary),

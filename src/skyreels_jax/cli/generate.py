@@ -17,8 +17,9 @@ from skyreels_jax.cli import dry_run
 from skyreels_jax.cli.progress import console_progress
 from skyreels_jax.errors import RequestError, SkyReelsError, UnsupportedError
 from skyreels_jax.generation.api import Sample
+from skyreels_jax.generation.codec import VAE_TILINGS
 from skyreels_jax.generation.latents_file import load_latents, save_latents
-from skyreels_jax.generation.progress import Progress, Timings
+from skyreels_jax.generation.progress import Timings
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve import DTYPES, resolve
 from skyreels_jax.generation.sizes import RESOLUTIONS
@@ -26,8 +27,6 @@ from skyreels_jax.media import check_output, write_settings
 from skyreels_jax.ops.attention import PATHS
 from skyreels_jax.ops.kernels.contract import Call, this_device
 from skyreels_jax.pipeline import BACKENDS, Pipeline
-from skyreels_jax.prompts import Tokenizer
-from skyreels_jax.weights.complete import verify_checkpoint
 from skyreels_jax.weights.parts import stored_vae
 
 DEFAULT_OUTPUT: Final = Path("out.mp4")
@@ -115,6 +114,13 @@ def _add_running(group: Any) -> None:
         help="who runs the encoders and the VAE: JAX, or PyTorch (hybrid; default: jax)",
     )
     group.add_argument(
+        "--vae-tiling",
+        default="auto",
+        choices=VAE_TILINGS,
+        help="let the VAE cut frames into tiles, for less memory and faint seams (default: auto, "
+        "where a whole frame would not fit)",
+    )
+    group.add_argument(
         "--dry-run",
         action="store_true",
         help="say what each stage will take, and whether that is there; read no weight",
@@ -160,21 +166,24 @@ def run(args: argparse.Namespace) -> int:
         check_not_there(path, args.overwrite)
     enable_compilation_cache()
     checkpoint = Checkpoint.open(args.model, revision=args.revision, preset=args.preset)
-    if args.dry_run:
-        return dry_run.report(checkpoint, settle(args, checkpoint, memory=UNLIMITED), args.backend)
     pipeline = Pipeline(
         checkpoint,
         backend=args.backend,
         dtype=args.dtype,
         prompt_cache=None if args.no_prompt_cache else prompt_cache_folder(),
+        vae_tiling=args.vae_tiling,
     )
+    if args.dry_run:
+        request = settle(args, checkpoint, memory=UNLIMITED)
+        pipeline.verify()
+        return dry_run.report(checkpoint, request, args.backend, args.vae_tiling)
     with console_progress() as progress:
         if args.resume_latents:
             stored_vae(checkpoint.layout).verify()
             sampled = load_latents(latents)
             sampled.clock.progress = progress
         else:
-            sampled = sample(args, checkpoint, pipeline, progress)
+            sampled = pipeline.sample(settle(args, checkpoint), progress)
             save_latents(latents, sampled)
         decode(pipeline, sampled, args.output, latents, metadata=not args.no_metadata)
     if args.sidecar:
@@ -193,17 +202,10 @@ def check_not_there(path: Path, overwrite: bool) -> None:
         raise RequestError(f"{path} exists: give another --output, or --overwrite to replace it")
 
 
-def sample(
-    args: argparse.Namespace, checkpoint: Checkpoint, pipeline: Pipeline, progress: Progress
-) -> Sample:
-    """Settle the request and denoise."""
-    return pipeline.sample(settle(args, checkpoint), progress)
-
-
 def settle(
     args: argparse.Namespace, checkpoint: Checkpoint, *, memory: int | None = None
 ) -> ResolvedRequest:
-    """Decide every setting, say what it is, and prove the checkpoint complete by its headers.
+    """Decide every setting and say what it is.
 
     ``memory`` is what the transformer may take, in bytes; ``None`` for what is free.
     """
@@ -211,8 +213,6 @@ def settle(
     for line in describe(checkpoint, request):
         print(line, flush=True)
     check_attention(checkpoint, request)
-    Tokenizer.from_folder(checkpoint.tokenizer)
-    verify_checkpoint(checkpoint.layout, checkpoint.config)
     return request
 
 

@@ -1,22 +1,26 @@
 """``skyreels-jax``: one command with verbs.
 
 Exit codes: 0 done; 2 the request, the checkpoint or the machine does not allow it (one line on
-standard error says why); 130 stopped by Ctrl-C. Anything else is a bug and shows its traceback.
+standard error says why); 130 stopped by Ctrl-C, 143 by SIGTERM, both without leaving half files.
+Anything else is a bug and shows its traceback.
 """
 
 import argparse
 import difflib
 import importlib
 import logging
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from types import FrameType
 from typing import Any, Final, NoReturn
 
 from skyreels_jax.errors import SkyReelsError
 
 USAGE_ERROR: Final = 2
 INTERRUPTED: Final = 130
+TERMINATED: Final = 143
 # Each verb is a module of this package with `add_parser` and, set as the parser's default, `run`.
 # Its help stands here too: a list of verbs should not wait until the modules have imported JAX.
 VERBS: Final[Mapping[str, str]] = {
@@ -31,6 +35,16 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "--offload": "not needed: each part leaves memory before the next one comes",
     "--use_usp": "not needed to run on one device",
 }
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception: what is under way cleans up as it does after Ctrl-C."""
+
+
+def terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    """Handle SIGTERM."""
+    del signum, frame
+    raise Terminated
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Others' debug lines (compiler passes, plugins) would drown ours.
     for noisy in ("jax", "PIL", "filelock", "httpx", "httpcore", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         return args.run(args)
     except SkyReelsError as error:
@@ -121,9 +136,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = " ".join(part.strip() for part in str(error).splitlines())
         print(f"skyreels-jax: error: {line}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("skyreels-jax: stopped", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

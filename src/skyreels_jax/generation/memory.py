@@ -1,16 +1,25 @@
 """What a generation takes at the very least, and what there is."""
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import jax
 import numpy as np
 from flax import nnx
 
+from skyreels_jax.errors import UnsupportedError
 from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.models.vae_config import VaeConfig
 from skyreels_jax.weights.transformer_folder import abstract_transformer
+
+# How XLA's message begins where memory runs out.
+EXHAUSTED: Final = "RESOURCE_EXHAUSTED"
+
+Direction = Literal["encode", "decode"]
 
 # Of one block at work, by token: bytes per feature of the model and of its feed-forward. Fitted to
 # the compiler's own analysis of the 1.3B and 14B shapes in float32 (2,550 and 4,590 tokens).
@@ -18,6 +27,11 @@ BYTES_PER_FEATURE: Final = 20
 BYTES_PER_HIDDEN: Final = 4
 # Float32 copies of the latents: sample, three of solver state, prediction.
 LATENT_COPIES: Final = 5
+# Of the VAE at work on one chunk, by pixel of a frame and channel of its first level, in float32:
+# what it keeps of frames before, intermediate values and result. From the compiler's own analysis
+# of the released shape, which is 220, 216 and 216 (decode) and 177, 164 and 163 (encode) at 256 x
+# 256, 544 x 960 and 720 x 1280.
+VAE_BYTES: Final[Mapping[Direction, int]] = {"encode": 177, "decode": 220}
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,18 @@ def estimate(
     )
 
 
+def vae_work(config: VaeConfig, direction: Direction, height: int, width: int) -> int:
+    """Bytes that the VAE takes besides its weights to work on frames of this size, whole.
+
+    Args:
+        config: of the VAE; the number is calibrated on the multiples and depth of the released one.
+        direction: of the work.
+        height: in pixels.
+        width: in pixels.
+    """
+    return VAE_BYTES[direction] * config.base_dim * height * width
+
+
 def available_memory() -> int | None:
     """Bytes free where JAX computes: of the first device, or of the host if that is the CPU.
 
@@ -70,6 +96,23 @@ def available_memory() -> int | None:
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
     return min(_host_memory(), default=None)
+
+
+@contextmanager
+def refused_in_words(advice: str) -> Iterator[None]:
+    """A device's refusal to allot memory as one line instead of the compiler's report.
+
+    Raises:
+        UnsupportedError: memory ran out in the body; says how much was asked for, and ``advice``.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith(EXHAUSTED):
+            raise
+        asked = str(error).partition("\n")[0].removeprefix(EXHAUSTED).strip(": ")
+        device = jax.local_devices()[0].device_kind
+        raise UnsupportedError(f"{device} has not enough memory ({asked}): {advice}") from error
 
 
 def _host_memory() -> list[int]:
