@@ -126,13 +126,13 @@ class Pipeline:
         keep: bool = False,
         prompt_cache: Path | None = None,
         vae_tiling: VaeTiling = "auto",
+        vae_dtype: str = "float32",
     ):
         """Nothing is loaded yet.
 
         Args:
             checkpoint: from :meth:`Checkpoint.open`.
-            dtype: ``bfloat16`` or ``float32``, of the transformer and the encoders; the VAE runs
-                in float32.
+            dtype: ``bfloat16`` or ``float32``, of the transformer and the encoders.
             backend: who runs encoders and VAE.
             device: of PyTorch's parts (backend ``hybrid``): ``cpu``, ``cuda`` or ``auto``.
             keep: keep every part in memory for the next call, instead of loading it again.
@@ -140,23 +140,29 @@ class Pipeline:
                 found there does not load the text encoder. ``None`` keeps none.
             vae_tiling: whether the VAE in JAX cuts frames into overlapping tiles, for less memory
                 and faint seams: ``auto`` where it would not hold a whole frame, ``on`` or ``off``.
+            vae_dtype: ``float32``, or ``bfloat16`` for a VAE in JAX that takes less memory at the
+                cost in quality that ``docs/performance.md`` states.
 
         Raises:
-            RequestError: ``dtype``, ``backend`` or ``vae_tiling`` is unknown or does not go with
-                the others.
+            RequestError: ``dtype``, ``backend``, ``vae_tiling`` or ``vae_dtype`` is unknown or
+                does not go with the others.
         """
         for name, value, known in (
             ("dtype", dtype, DTYPES),
             ("backend", backend, BACKENDS),
             ("vae_tiling", vae_tiling, VAE_TILINGS),
+            ("vae_dtype", vae_dtype, DTYPES),
         ):
             if value not in known:
                 raise RequestError(f"{name} {value!r} is unknown; there are {', '.join(known)}")
         if (backend, vae_tiling) == ("hybrid", "on"):
             raise RequestError("the hybrid backend's VAE has no tiles: leave vae_tiling out")
+        if (backend, vae_dtype) == ("hybrid", "bfloat16"):
+            raise RequestError("the hybrid backend's VAE runs in float32: leave vae_dtype out")
         self.checkpoint = checkpoint
         self.dtype = dtype
-        parts = PARTS[backend](checkpoint, jnp.dtype(dtype), device, vae_tiling)
+        kinds = jnp.dtype(dtype), jnp.dtype(vae_dtype)
+        parts = PARTS[backend](checkpoint, *kinds, device, vae_tiling)
         # What has been proved need not be proved for every video; a refusal is not remembered.
         self.verify = cache(partial(verify_parts, checkpoint))
         kept = cache if keep else lambda load: load
@@ -300,7 +306,11 @@ def verify_parts(checkpoint: Checkpoint) -> None:
 
 
 def jax_parts(
-    checkpoint: Checkpoint, dtype: DTypeLike, device: str, vae_tiling: VaeTiling
+    checkpoint: Checkpoint,
+    dtype: DTypeLike,
+    vae_dtype: DTypeLike,
+    device: str,
+    vae_tiling: VaeTiling,
 ) -> Parts:
     """Encoders and VAE in JAX, on the devices that JAX has; ``device`` is not theirs."""
     del device
@@ -314,15 +324,19 @@ def jax_parts(
     return Parts(
         text_encoder=text_encoder,
         image_encoder=lambda: ClipImageEncoder(stored_image_encoder(layout).load(dtype)),
-        codec=lambda: WanVideoCodec(stored_vae(layout).load(jnp.float32), vae_tiling),
+        codec=lambda: WanVideoCodec(stored_vae(layout).load(vae_dtype), vae_tiling),
     )
 
 
 def hybrid_parts(
-    checkpoint: Checkpoint, dtype: DTypeLike, device: str, vae_tiling: VaeTiling
+    checkpoint: Checkpoint,
+    dtype: DTypeLike,
+    vae_dtype: DTypeLike,
+    device: str,
+    vae_tiling: VaeTiling,
 ) -> Parts:
-    """Encoders and VAE in PyTorch, the VAE on whole frames."""
-    del vae_tiling
+    """Encoders and VAE in PyTorch, the VAE on whole frames and in float32."""
+    del vae_dtype, vae_tiling
     return Parts(
         text_encoder=partial(TorchTextEncoder.load, checkpoint, device, dtype),
         image_encoder=partial(TorchImageEncoder.load, checkpoint, device, dtype),
@@ -330,7 +344,7 @@ def hybrid_parts(
     )
 
 
-PARTS: Final[dict[Backend, Callable[[Checkpoint, DTypeLike, str, VaeTiling], Parts]]] = {
+PARTS: Final[dict[Backend, Callable[[Checkpoint, DTypeLike, DTypeLike, str, VaeTiling], Parts]]] = {
     "jax": jax_parts,
     "hybrid": hybrid_parts,
 }

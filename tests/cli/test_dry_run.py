@@ -115,6 +115,18 @@ def test_tiles_show_in_the_table(command: Command, checkpoints: Checkpoints, out
     assert list(rows) == ["text", "denoise", "decode (2 tiles)"]
 
 
+def test_a_vae_in_bfloat16_keeps_half_as_much_of_frames(
+    command: Command, checkpoints: Checkpoints, out: Path
+):
+    wide = ("--width", "1280", "--height", "720")
+    exact, half = (
+        table(run(command, checkpoints("t2v", "original"), out, *wide, "--vae-dtype", dtype))
+        for dtype in ("float32", "bfloat16")
+    )
+    assert exact["denoise"][:4] == half["denoise"][:4]
+    assert float(half["decode"][1]) == pytest.approx(float(exact["decode"][1]) / 2, rel=0.1)
+
+
 def test_a_checkpoint_that_lacks_a_part_is_refused(
     command: Command, checkpoints: Checkpoints, out: Path, tmp_path: Path
 ):

@@ -31,6 +31,7 @@ from skyreels_jax.generation.denoise import Denoiser
 from skyreels_jax.generation.encoders import ClipImageEncoder, Umt5TextEncoder
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.models.vae_layers import CausalConv
 from skyreels_jax.pipeline import PARTS, Backend, Pipeline
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.reference.random_checkpoint import Kind, make_checkpoint
@@ -73,7 +74,8 @@ def denoiser(folder: Path) -> Denoiser:
 def by_backend(folder: Path, backend: Backend) -> Components:
     """Parts as :class:`Pipeline` has them."""
     checkpoint = Checkpoint.open(folder)
-    parts = PARTS[backend](checkpoint, jnp.dtype(jnp.float32), "cpu", "off")
+    float32 = jnp.dtype(jnp.float32)
+    parts = PARTS[backend](checkpoint, float32, float32, "cpu", "off")
     image = parts.image_encoder() if checkpoint.config.image_dim else None
     return Components(parts.text_encoder(), parts.codec(), image)
 
@@ -265,6 +267,27 @@ def test_a_prompt_seen_before_does_not_load_the_text_encoder(
     for options, prompt in (({}, "a dog"), ({"dtype": "float32"}, "a cat")):
         with pytest.raises(RuntimeError, match="was loaded"):
             encode(prompt, **options)
+
+
+def test_the_vae_has_a_dtype_of_its_own(checkpoints):
+    folder = checkpoints("t2v", "original")
+
+    def first(**options: str) -> CausalConv:
+        codec = Pipeline.from_pretrained(folder, **options)._components.codec
+        return codec.load().model.decoder.conv_in
+
+    for options, dtype in (
+        ({}, "float32"),
+        ({"dtype": "float32", "vae_dtype": "bfloat16"}, "bfloat16"),
+    ):
+        layer = first(**options)
+        assert (layer.dtype, layer.kernel.dtype) == (dtype, dtype)
+    for options, says in (
+        ({"vae_dtype": "float16"}, "vae_dtype 'float16' is unknown; there are"),
+        ({"vae_dtype": "bfloat16", "backend": "hybrid"}, "leave vae_dtype out"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            Pipeline.from_pretrained(folder, **options)
 
 
 @pytest.mark.parametrize("part", ["Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"])

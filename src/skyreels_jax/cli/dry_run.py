@@ -19,7 +19,11 @@ UNKNOWN: Final = "?"
 
 
 def report(
-    checkpoint: Checkpoint, request: ResolvedRequest, backend: Backend, tiling: VaeTiling
+    checkpoint: Checkpoint,
+    request: ResolvedRequest,
+    backend: Backend,
+    tiling: VaeTiling,
+    vae_dtype: str,
 ) -> int:
     """Print a line a stage and the verdict; 0 if everything fits, or if nobody can tell.
 
@@ -28,6 +32,7 @@ def report(
         request: settled.
         backend: who runs the encoders and the VAE.
         tiling: whether the VAE cuts frames into tiles.
+        vae_dtype: of the VAE.
 
     Raises:
         UnsupportedError: the largest stage takes more than is free.
@@ -36,7 +41,8 @@ def report(
     print(ROW.format(*HEADINGS))
     free = available_memory()
     stages: list[StagePlan] = []
-    for stage in plan(checkpoint, request, hybrid=backend == "hybrid", memory=Memory(free, tiling)):
+    memory, hybrid = Memory(free, tiling), backend == "hybrid"
+    for stage in plan(checkpoint, request, hybrid=hybrid, memory=memory, vae_dtype=vae_dtype):
         print(line(stage), flush=True)
         stages.append(stage)
     largest = max(stages, key=lambda stage: stage.total)

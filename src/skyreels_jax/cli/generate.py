@@ -121,6 +121,12 @@ def _add_running(group: Any) -> None:
         "where a whole frame would not fit)",
     )
     group.add_argument(
+        "--vae-dtype",
+        default="float32",
+        metavar="|".join(DTYPES),
+        help="of the VAE; bfloat16 saves memory and costs quality (default: float32)",
+    )
+    group.add_argument(
         "--dry-run",
         action="store_true",
         help="say what each stage will take, and whether that is there; read no weight",
@@ -172,11 +178,13 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         prompt_cache=None if args.no_prompt_cache else prompt_cache_folder(),
         vae_tiling=args.vae_tiling,
+        vae_dtype=args.vae_dtype,
     )
     if args.dry_run:
         request = settle(args, checkpoint, memory=UNLIMITED)
         pipeline.verify()
-        return dry_run.report(checkpoint, request, args.backend, args.vae_tiling)
+        vae = (args.vae_tiling, args.vae_dtype)
+        return dry_run.report(checkpoint, request, args.backend, *vae)
     with console_progress() as progress:
         if args.resume_latents:
             stored_vae(checkpoint.layout).verify()

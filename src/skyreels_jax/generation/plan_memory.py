@@ -91,7 +91,12 @@ class StagePlan:
 
 
 def plan(
-    checkpoint: Checkpoint, request: ResolvedRequest, *, hybrid: bool, memory: Memory
+    checkpoint: Checkpoint,
+    request: ResolvedRequest,
+    *,
+    hybrid: bool,
+    memory: Memory,
+    vae_dtype: str = "float32",
 ) -> Iterator[StagePlan]:
     """The stages in the order they run, each yielded as soon as it is analysed.
 
@@ -100,6 +105,7 @@ def plan(
         request: settled.
         hybrid: whether PyTorch runs the encoders and the VAE; of these only weights are told.
         memory: what there is, and how the VAE is to deal with it.
+        vae_dtype: of the VAE.
     """
     dtype, layout = jnp.dtype(request.dtype), checkpoint.layout
     images = sum(image is not None for image in (request.image, request.last_image))
@@ -117,7 +123,7 @@ def plan(
         tower = stored_image_encoder(layout).abstract(dtype)
         side = tower.config.image_size
         yield part("image", tower, images, Abstract((1, 3, side, side), jnp.float32))
-    vae = stored_vae(layout).abstract(jnp.float32)
+    vae = stored_vae(layout).abstract(jnp.dtype(vae_dtype))
     size = (request.height, request.width)
 
     def video(stage: str, direction: Direction, chunks: int) -> StagePlan:
