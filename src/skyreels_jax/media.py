@@ -239,6 +239,34 @@ def read_video(path: str | Path) -> tuple[Frames, Fraction]:
     return np.stack(frames), rate
 
 
+def stream_video(path: str | Path) -> Iterator[RgbImage]:
+    """The frames of a video one by one, in memory that does not grow with their number.
+
+    Raises:
+        RequestError: the file is missing or holds no video that can be decoded.
+    """
+    with _opened(Path(path)) as container:
+        for frame in container.decode(container.streams.video[0]):
+            yield frame.to_ndarray(format="rgb24")
+
+
+def survey_video(path: str | Path) -> tuple[int, Fraction, RgbImage]:
+    """How many frames a video really has, how many a second, and the first of them.
+
+    Raises:
+        RequestError: as for :func:`stream_video`, or the video has no frame.
+    """
+    with _opened(Path(path)) as container:
+        stream = container.streams.video[0]
+        rate, count, first = stream.average_rate, 0, None
+        for frame in container.decode(stream):
+            first = frame.to_ndarray(format="rgb24") if first is None else first
+            count += 1
+    if first is None or rate is None:
+        raise RequestError(f"video {path} has no frames")
+    return count, rate, first
+
+
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings a video of ours carries.
 

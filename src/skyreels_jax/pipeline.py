@@ -4,7 +4,7 @@ Parts are loaded when a stage needs them and let go of after it, in the order te
 encoder, transformer, VAE: memory holds one large model at a time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from skyreels_jax.errors import RequestError
 from skyreels_jax.generation import api
 from skyreels_jax.generation.codec import VAE_TILINGS, VaeTiling, WanVideoCodec
 from skyreels_jax.generation.components import (
+    Components,
     ImageCondition,
     ImageEncoder,
     TextEncoder,
@@ -93,9 +94,9 @@ class CodecOnDemand:
         """Load, encode, let go."""
         return self.load().encode(pixels)
 
-    def decode_chunks(self, latents: HostLatents) -> Iterator[Pixels]:
+    def decode_pieces(self, pieces: Iterable[HostLatents]) -> Iterator[Pixels]:
         """Load, decode, let go."""
-        yield from self.load().decode_chunks(latents)
+        yield from self.load().decode_pieces(pieces)
 
 
 class Pipeline:
@@ -171,7 +172,7 @@ class Pipeline:
         if prompt_cache is not None:
             made_by = (backend, dtype)
             load_text = partial(cached_text, load_text, checkpoint, prompt_cache, made_by)
-        self._components = api.Components(
+        self._components = Components(
             TextOnDemand(load_text),
             CodecOnDemand(kept(parts.codec)),
             ImageOnDemand(kept(parts.image_encoder)),

@@ -1,6 +1,6 @@
 """Small things that stand in for the transformer and the other components in tests."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -100,11 +100,11 @@ class Blocks:
         keep = pixels[:, ::4].reshape(3, -1, height // 8, 8, width // 8, 8).mean((3, 5))
         return np.repeat(keep, 6, axis=0)[:CHANNELS].astype(np.float32)
 
-    def decode_chunks(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        colours = np.tanh(latents[:3])
-        for frame in range(latents.shape[1]):
-            big = colours[:, frame].repeat(8, axis=1).repeat(8, axis=2)
-            yield np.repeat(big[:, None], 1 if frame == 0 else 4, axis=1).astype(np.float32)
+    def decode_pieces(self, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        frames = (piece[:3, i] for piece in pieces for i in range(piece.shape[1]))
+        for number, frame in enumerate(frames):
+            big = np.tanh(frame).repeat(8, axis=1).repeat(8, axis=2)
+            yield np.repeat(big[:, None], 1 if number == 0 else 4, axis=1).astype(np.float32)
 
 
 def checkpoint(task: str = "t2v", folder: Path = Path("model"), **changes) -> Checkpoint:

@@ -12,11 +12,13 @@ from skyreels_jax import media
 from skyreels_jax.diffusion.guidance import guidance_of
 from skyreels_jax.diffusion.schedule import diffusers_sigmas, flow_sigmas
 from skyreels_jax.errors import NumericsError, RequestError
-from skyreels_jax.generation.api import Components, generate, starting_noise
+from skyreels_jax.generation.api import generate
+from skyreels_jax.generation.components import Components
 from skyreels_jax.generation.conditioning import condition_latents, prepare_image, to_frames
 from skyreels_jax.generation.denoise import Denoiser, Sampling
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.rollout import starting_noise
 
 COMPONENTS = Components(standins.Words(), standins.Blocks(), standins.Glance())
 
@@ -53,7 +55,7 @@ def by_hand(denoiser, asked, *, clip_fea=None, y=None, fps=1):
     )
     schedule = flow_sigmas(asked.steps, asked.shift)
     latents = denoiser.run(starting_noise(asked), told, Sampling(schedule, guidance)).latents[0]
-    return np.concatenate([to_frames(x) for x in standins.Blocks().decode_chunks(latents)])
+    return np.concatenate([to_frames(x) for x in standins.Blocks().decode_pieces([latents])])
 
 
 def test_text_becomes_a_video(text_denoiser):
@@ -201,8 +203,8 @@ def test_a_saved_video_carries_its_settings(text_denoiser, tmp_path: Path):
 
 
 class Damaged(standins.Blocks):
-    def decode_chunks(self, latents):
-        for number, chunk in enumerate(super().decode_chunks(latents)):
+    def decode_pieces(self, pieces):
+        for number, chunk in enumerate(super().decode_pieces(pieces)):
             yield chunk if number < 1 else chunk * np.float32("nan")
 
 

@@ -31,7 +31,7 @@ def has(monkeypatch: pytest.MonkeyPatch, free: int | None) -> None:
 
 
 def decoded(codec: WanVideoCodec) -> np.ndarray:
-    return np.concatenate(list(codec.decode_chunks(LATENTS)), axis=1)
+    return np.concatenate(list(codec.decode_pieces([LATENTS])), axis=1)
 
 
 def test_tiles_where_memory_would_not_do():

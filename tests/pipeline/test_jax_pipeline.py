@@ -25,8 +25,9 @@ from skyreels_jax import pipeline as pipeline_module
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
 from skyreels_jax.diffusion.schedule import flow_sigmas
 from skyreels_jax.errors import RequestError, WeightsError
-from skyreels_jax.generation.api import Components, generate
+from skyreels_jax.generation.api import generate
 from skyreels_jax.generation.codec import WanVideoCodec
+from skyreels_jax.generation.components import Components
 from skyreels_jax.generation.denoise import Denoiser
 from skyreels_jax.generation.encoders import ClipImageEncoder, Umt5TextEncoder
 from skyreels_jax.generation.request import Request

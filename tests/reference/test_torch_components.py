@@ -130,7 +130,7 @@ def test_latents_and_frames_are_those_of_diffusers(checkpoints: Checkpoints, dia
     ours = codec.encode(video[0].numpy())
     assert ours.shape == (16, 2, 4, 6)
     np.testing.assert_allclose(ours, latents[0].numpy(), atol=2e-6)  # measured 0
-    decoded = np.concatenate(list(codec.decode_chunks(latents[0].numpy())), axis=1)
+    decoded = np.concatenate(list(codec.decode_pieces([latents[0].numpy()])), axis=1)
     np.testing.assert_allclose(decoded, frames[0].numpy(), atol=2e-5)  # measured 0
     assert np.abs(decoded - video[0].numpy()).max() > 0.1
 
@@ -142,11 +142,11 @@ def test_frames_come_one_by_one_and_are_those_of_diffusers(checkpoints: Checkpoi
     z = torch.from_numpy(latents * std + mean)[None]
     with torch.inference_mode():
         expected = codec.model.decode(z).sample[0].numpy()
-    chunks = list(codec.decode_chunks(latents))
+    chunks = list(codec.decode_pieces([latents]))
     assert [chunk.shape for chunk in chunks] == [(3, 1, 32, 48)] + 4 * [(3, 4, 32, 48)]
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), expected)
     # Each of them depends on those before; what was kept of another video would show.
-    later = np.concatenate(list(codec.decode_chunks(latents[:, 1:])), axis=1)
+    later = np.concatenate(list(codec.decode_pieces([latents[:, 1:]])), axis=1)
     assert np.abs(later[:, 1:] - expected[:, 5:]).max() > 0.01
 
 
@@ -155,8 +155,8 @@ def test_two_videos_can_be_decoded_in_turn(checkpoints: Checkpoints):
     codec = TorchVideoCodec.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
     rng = np.random.default_rng(1)
     one, two = rng.standard_normal((2, 16, 3, 4, 4)).astype(np.float32)
-    in_turn = zip(codec.decode_chunks(one), codec.decode_chunks(two), strict=True)
-    alone = zip(list(codec.decode_chunks(one)), list(codec.decode_chunks(two)), strict=True)
+    in_turn = zip(codec.decode_pieces([one]), codec.decode_pieces([two]), strict=True)
+    alone = zip(list(codec.decode_pieces([one])), list(codec.decode_pieces([two])), strict=True)
     for (a, b), (c, d) in zip(in_turn, alone, strict=True):
         np.testing.assert_array_equal(a, c)
         np.testing.assert_array_equal(b, d)
@@ -165,7 +165,7 @@ def test_two_videos_can_be_decoded_in_turn(checkpoints: Checkpoints):
 
 def test_consumers_of_frames_are_not_in_inference_mode(checkpoints: Checkpoints):
     codec = TorchVideoCodec.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
-    for _ in codec.decode_chunks(np.zeros((16, 2, 4, 4), np.float32)):
+    for _ in codec.decode_pieces([np.zeros((16, 2, 4, 4), np.float32)]):
         assert not torch.is_inference_mode_enabled()
 
 

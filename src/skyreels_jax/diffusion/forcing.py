@@ -26,20 +26,24 @@ CLEAN_TIMESTEP: Final = 0
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How latent frames are grouped: ``lengths`` of the blocks in order, ``ready`` of them clean.
+    """How latent frames are grouped: ``lengths`` of the blocks in order.
 
-    ``lengths`` may differ: a prefix is a block of its own, and the last one may be short.
+    The first ``ready`` blocks are clean from the start, and so are the last ``ends``: an end frame
+    is a block of its own. ``lengths`` may differ: a prefix is cut by itself, and the last block of
+    the rest may be short.
     """
 
     lengths: tuple[int, ...]
     ready: int = 0
+    ends: int = 0
 
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1:
             raise RequestError(f"{self.lengths=} should be at least one block of at least 1 frame")
-        if not 0 <= self.ready < len(self.lengths):
+        if min(self.ready, self.ends) < 0 or self.ready + self.ends >= len(self.lengths):
             raise RequestError(
-                f"{self.ready=} clean blocks of {len(self.lengths)} leave nothing to generate"
+                f"{self.ready=} and {self.ends=} clean blocks of {len(self.lengths)} leave nothing "
+                "to generate"
             )
 
     @property
@@ -53,13 +57,16 @@ class BlockPlan:
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
 
-def plan_blocks(frames: int, block: int, *, prefix: int = 0) -> BlockPlan:
+def plan_blocks(frames: int, block: int, *, prefix: int = 0, end: int = 0) -> BlockPlan:
     """Blocks of ``block`` frames after ``prefix`` clean ones; the last block may be short.
+
+    ``end`` clean frames follow the ``frames``, as one more block.
 
     Where ``block`` divides both numbers this is the original's grouping. Where it does not, the
     original loses frames: a prefix shorter than a block is overwritten with noise, and frames after
     the last whole block are never denoised. Here an image prefix of one frame gives blocks
-    ``1, k, k, ..., rest``.
+    ``1, k, k, ..., rest``. The original's end frame makes the number of frames indivisible, which
+    leaves the last real frame noise and hides the end frame from the model.
 
     Raises:
         RequestError: a number is out of range.
@@ -69,8 +76,9 @@ def plan_blocks(frames: int, block: int, *, prefix: int = 0) -> BlockPlan:
     if not 0 <= prefix < frames:
         raise RequestError(f"a prefix of {prefix} of {frames} latent frames leaves none to make")
     return BlockPlan(
-        lengths=(*pieces(prefix, block), *pieces(frames - prefix, block)),
+        lengths=(*pieces(prefix, block), *pieces(frames - prefix, block), *[end][: end > 0]),
         ready=len(tuple(pieces(prefix, block))),
+        ends=int(end > 0),
     )
 
 
@@ -132,10 +140,12 @@ def timetable(
         )
     lag = min(ar_step, steps)
     waiting = np.arange(blocks) - plan.ready
-    rows = steps + (blocks - plan.ready - 1) * lag
+    moving = blocks - plan.ready - plan.ends
+    clean = (waiting < 0) | (waiting >= moving)
+    rows = steps + (moving - 1) * lag
     started = np.arange(1, rows + 1)[:, None] - waiting * lag
-    index = np.where(waiting < 0, steps + 1, np.clip(started, 0, steps + 1))
-    before = np.vstack([np.where(waiting < 0, steps + 1, 0), index[:-1]])
+    index = np.where(clean, steps + 1, np.clip(started, 0, steps + 1))
+    before = np.vstack([np.where(clean, steps + 1, 0), index[:-1]])
     update = (index != before) & (index <= steps)
     told = np.array([NOT_STARTED_TIMESTEP, *timesteps, CLEAN_TIMESTEP], np.int32)
 

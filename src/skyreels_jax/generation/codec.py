@@ -1,8 +1,9 @@
 """The VAE in JAX, as generation takes it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final, Literal, get_args
 
 from skyreels_jax.generation.memory import Direction, available_memory, vae_work
@@ -52,11 +53,14 @@ class WanVideoCodec:
         tiling = self._tiling("encode", *pixels.shape[-2:])
         return vae.encode(self.model, pixels[None], tiling=tiling)[0]
 
-    def decode_chunks(self, latents: HostLatents) -> Iterator[Pixels]:
+    def decode_pieces(self, pieces: Iterable[HostLatents]) -> Iterator[Pixels]:
         """Frames in [-1, 1] as they are ready, in memory that does not grow with their number."""
-        height, width = (PIXEL_STRIDE * side for side in latents.shape[-2:])
+        pieces = iter(pieces)
+        first = next(pieces)
+        height, width = (PIXEL_STRIDE * side for side in first.shape[-2:])
         tiling = self._tiling("decode", height, width)
-        for chunk in vae.decode_chunks(self.model, latents[None], tiling=tiling):
+        batches = (piece[None] for piece in chain([first], pieces))
+        for chunk in vae.decode_pieces(self.model, batches, tiling=tiling):
             yield chunk[0]
 
     def _tiling(self, direction: Direction, height: int, width: int) -> Tiling:

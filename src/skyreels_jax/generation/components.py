@@ -4,7 +4,7 @@ The all-JAX modules and the PyTorch ones of the hybrid pipeline both satisfy the
 generation code path; arrays cross as NumPy.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -51,6 +51,19 @@ class VideoCodec(Protocol):
         """Posterior mean of ``4k + 1`` frames in [-1, 1], normalised: ``(mu - mean) / std``."""
         ...
 
-    def decode_chunks(self, latents: HostLatents) -> Iterator[Pixels]:
-        """Frames in [-1, 1], in order, in pieces of any length; ``4F - 3`` frames in all."""
+    def decode_pieces(self, pieces: Iterable[HostLatents]) -> Iterator[Pixels]:
+        """Frames in [-1, 1], in order, in chunks of any length; ``4F - 3`` frames in all.
+
+        The pieces are one video's latents. The next is asked for only when all frames of those
+        before it are taken, so that it may still have to be made.
+        """
         ...
+
+
+@dataclass(frozen=True)
+class Components:
+    """All parts but the transformer; ``image_encoder`` only where the checkpoint has one."""
+
+    text_encoder: TextEncoder
+    codec: VideoCodec
+    image_encoder: ImageEncoder | None = None

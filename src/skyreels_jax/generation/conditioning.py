@@ -4,13 +4,16 @@ Source: SkyReels-V2's image-to-video pipeline (``resizecrop``, ``VideoProcessor.
 Wan 2.1's mask.
 """
 
+from collections import deque
+from pathlib import Path
+
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
 from skyreels_jax.generation.components import ImageCondition, VideoCodec
 from skyreels_jax.generation.sizes import FRAMES_PER_LATENT
-from skyreels_jax.media import RgbImage
+from skyreels_jax.media import RgbImage, stream_video
 from skyreels_jax.shapes import Frames, HostLatents, Pixels
 
 
@@ -73,3 +76,15 @@ def to_frames(pixels: Pixels) -> Frames:
 def encode_first_frame(codec: VideoCodec, image: ImageCondition) -> HostLatents:
     """The single latent frame of an image, as diffusion forcing continues it."""
     return codec.encode(image.pixels[:, None]).astype(np.float32)
+
+
+def encode_last_frames(
+    codec: VideoCodec, video: Path, count: int, size: tuple[int, int]
+) -> HostLatents:
+    """Latents of the last ``count`` frames (``4k + 1``) of a file, as a video of their own.
+
+    Frames are cropped to the aspect of ``size``, where the original stretches them.
+    """
+    last = deque(stream_video(video), maxlen=count)
+    images = [prepare_image(frame, *size, Image.Resampling.BICUBIC) for frame in last]
+    return codec.encode(np.stack([image.pixels for image in images], axis=1)).astype(np.float32)

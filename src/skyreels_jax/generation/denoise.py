@@ -284,14 +284,21 @@ def together(schedule: FlowSchedule) -> Timetable:
     return timetable(plan_blocks(frames=1, block=1), schedule.timesteps, ar_step=0)
 
 
-def draw_noise(seed: int, shape: tuple[int, ...]) -> Latents:
-    """Standard normal latents; the generator is named so that the seed means the same everywhere.
+def draw_noise(seed: int, shape: tuple[int, ...], window: int = 0) -> Latents:
+    """Standard normal latents of one window of a video.
 
     Args:
         seed: 0 to 2**32 - 1.
         shape: of the latents, ``(B, C, F, H, W)``.
+        window: its number; each has noise of its own.
     """
-    return jax.random.normal(jax.random.key(seed, impl="threefry2x32"), shape, jnp.float32)
+    return jax.random.normal(noise_key(seed, window), shape, jnp.float32)
+
+
+def noise_key(seed: int, window: int) -> Array:
+    """The generator is named so that a seed means the same everywhere."""
+    key = jax.random.key(seed, impl="threefry2x32")
+    return jax.random.fold_in(key, window) if window else key
 
 
 def _rows(

@@ -23,12 +23,16 @@ def operations(jaxpr: Jaxpr) -> int:
 def _of_equation(equation: JaxprEqn) -> int:
     name, parameters = equation.primitive.name, equation.params
     if name in ("dot_general", "conv_general_dilated"):
-        out = math.prod(equation.outvars[0].aval.shape)
-        return 2 * out * _terms(name, parameters, *(v.aval.shape for v in equation.invars[:2]))
+        out = math.prod(_shape(equation.outvars[0]))
+        return 2 * out * _terms(name, parameters, *map(_shape, equation.invars[:2]))
     inner = [operations(body) for body in _bodies(parameters)]
     if name == "cond":
         return max(inner)
     return parameters.get("length", 1) * sum(inner) if name == "scan" else sum(inner)
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _terms(name: str, parameters: Any, left: tuple[int, ...], right: tuple[int, ...]) -> int:

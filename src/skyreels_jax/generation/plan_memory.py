@@ -19,12 +19,12 @@ from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.diffusion.guidance import NoGuidance, guidance_of
 from skyreels_jax.diffusion.schedule import flow_sigmas
 from skyreels_jax.generation import sizes
-from skyreels_jax.generation.api import movement
 from skyreels_jax.generation.codec import VaeTiling, tiling_for
 from skyreels_jax.generation.denoise import Denoiser, Sampling, Told
 from skyreels_jax.generation.memory import Direction, vae_work
 from skyreels_jax.generation.operations import operations
 from skyreels_jax.generation.request import ResolvedRequest
+from skyreels_jax.generation.rollout import movement
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_config import FRAME_STRIDE, PIXEL_STRIDE
 from skyreels_jax.prompts import TEXT_LEN

@@ -44,10 +44,15 @@ class NoProgress:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds by stage; ``compile`` is apart from ``denoise``, and ``steps`` are its parts."""
+    """Seconds by stage; ``compile`` is apart from ``denoise``, and ``steps`` are its parts.
+
+    Of ``calls`` of the transformer, ``computed`` ran; a step cache answered the rest.
+    """
 
     stages: dict[str, float]
     steps: tuple[float, ...]
+    computed: int = 0
+    calls: int = 0
 
 
 @dataclass
@@ -60,7 +65,11 @@ class Clock:
 
     progress: Progress = field(default_factory=NoProgress)
     seconds: dict[str, float] = field(default_factory=dict)
+    steps: list[float] = field(default_factory=list)
+    computed: int = 0
+    calls: int = 0
     stop: Event = field(default_factory=Event)
+    _inside: float = 0.0
 
     def check(self) -> None:
         """Between two steps, and between two pieces of decoded video.
@@ -71,12 +80,28 @@ class Clock:
         if self.stop.is_set():
             raise Stopped("stopped, as asked")
 
+    def ran(self, steps: tuple[float, ...], computed: int, calls: int) -> None:
+        """A run of the transformer: seconds of its steps; of so many calls, so many computed."""
+        self.steps.extend(steps)
+        self.computed += computed
+        self.calls += calls
+
+    @property
+    def timings(self) -> "Timings":
+        """All so far."""
+        return Timings(dict(self.seconds), tuple(self.steps), self.computed, self.calls)
+
     @contextmanager
     def stage(self, stage: Stage, total: int | None = None) -> Iterator[None]:
-        """Time the body. A stage entered again adds to its seconds."""
+        """Time the body, without stages inside it. A stage entered again adds to its seconds."""
         self.progress.begin(stage, total)
+        outer, self._inside = self._inside, 0.0
         start = time.perf_counter()
-        yield
-        elapsed = time.perf_counter() - start
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
-        self.progress.end(stage, elapsed)
+        try:
+            yield
+        finally:
+            whole = time.perf_counter() - start
+            own = whole - self._inside
+            self._inside = outer + whole
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + own
+        self.progress.end(stage, own)

@@ -4,14 +4,20 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, get_args
 
 from skyreels_jax.generation import sizes
+from skyreels_jax.generation.windows import Window, latent_frames, plan_windows
 from skyreels_jax.media import ImageInput, RgbImage
 from skyreels_jax.presets import Task
+
+# What a window is given of the one before: its last latents, or their decoded pixels encoded anew.
+HandOver = Literal["latents", "pixels"]
+HAND_OVERS: Final = get_args(HandOver)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,15 +25,18 @@ class Request:
     """A video somebody wants; ``None`` leaves a setting to the checkpoint.
 
     Attributes:
-        prompt: what to show.
+        prompt: what to show; several are for the windows of a long video in turn, or by the frame
+            from which on each holds.
         negative_prompt: what to keep away from; ``""`` for nothing in particular.
         image: the first frame, for checkpoints that take one.
-        last_image: the last frame, for first-last-frame checkpoints.
+        last_image: the last frame (first-last-frame checkpoints), or what comes right after it
+            (diffusion forcing).
+        video: a file to continue (diffusion forcing).
         resolution: ``540P`` or ``720P``, in place of height and width.
         aspect: width to height such as ``9:16``, with or without ``resolution``.
         height: in pixels, a multiple of 16; together with ``width``.
         width: in pixels, a multiple of 16; together with ``height``.
-        num_frames: ``4 k + 1``.
+        num_frames: ``4 k + 1``. Where a video is continued, with the frames taken over from it.
         seconds: in place of ``num_frames``; the nearest legal number is taken.
         steps: of the solver.
         guidance_scale: of classifier-free guidance; at exactly 1 it is off.
@@ -38,12 +47,21 @@ class Request:
         attention: name of an attention path; chosen by device and shape if not given.
         batched_guidance: both prompts in one call of the transformer, for twice the memory.
         output: the file to write, if one is to be written.
+        base_num_frames: most frames that are made at once (diffusion forcing, as all below).
+        overlap_history: frames that a window takes over from what is there.
+        ar_step: steps by which each block of frames runs behind the one before; 0 for none.
+        causal_block_size: latent frames in a block.
+        addnoise_condition: timestep to which given frames are noised where the model sees them.
+        hand_over: ``latents`` or ``pixels``: what a window is given of the one before.
+        causal_attention: latent frames a block of block-causal attention, for models that learned
+            with it.
     """
 
-    prompt: str
+    prompt: str | Sequence[str] | Mapping[int, str]
     negative_prompt: str | None = None
     image: ImageInput | None = field(default=None, compare=False)
     last_image: ImageInput | None = field(default=None, compare=False)
+    video: str | Path | None = None
     resolution: str | None = None
     aspect: str | None = None
     height: int | None = None
@@ -59,23 +77,54 @@ class Request:
     attention: str | None = None
     batched_guidance: bool = False
     output: str | Path | None = None
+    base_num_frames: int | None = None
+    overlap_history: int | None = None
+    ar_step: int | None = None
+    causal_block_size: int | None = None
+    addnoise_condition: int | None = None
+    hand_over: HandOver | None = None
+    causal_attention: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forcing:
+    """How diffusion forcing goes about a video; all numbers legal, in the units of the request."""
+
+    base_num_frames: int
+    overlap_history: int
+    ar_step: int
+    causal_block_size: int
+    addnoise_condition: int
+    hand_over: HandOver
+    causal_attention: int | None
+
+
+@dataclass(frozen=True)
+class GivenVideo:
+    """A video to continue: where it is, and how many frames it has."""
+
+    path: Path
+    frames: int
+    fps: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest:
     """A request in which every setting is decided and legal.
 
-    ``model`` names the checkpoint and ``task`` what it was made for; ``sources`` says of each
-    setting where it came from; ``notices`` are remarks for the user. The rest is as in
-    :class:`Request`.
+    ``model`` names the checkpoint and ``task`` what it was made for; ``prompts`` has one for each
+    window; ``forcing`` is ``None`` where the task is another; ``sources`` says of each setting
+    where it came from; ``notices`` are remarks for the user. The rest is as in :class:`Request`.
     """
 
     model: str
     task: Task
-    prompt: str
+    prompts: tuple[str, ...]
     negative_prompt: str
     image: RgbImage | None = field(compare=False)
     last_image: RgbImage | None = field(compare=False)
+    video: GivenVideo | None
+    forcing: Forcing | None
     height: int
     width: int
     num_frames: int
@@ -92,17 +141,58 @@ class ResolvedRequest:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Latent frames, rows and columns."""
+        """Latent frames, rows and columns of the whole video."""
         return sizes.latent_shape(self.num_frames, self.height, self.width)
+
+    @property
+    def window_shape(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of the most that the transformer sees at once."""
+        frames = max(window.columns for window in self.windows)
+        return (frames, *self.latent_shape[1:])
+
+    @cached_property
+    def windows(self) -> tuple[Window, ...]:
+        """The runs of the transformer; one, unless diffusion forcing cuts a long video."""
+        total = self.latent_shape[0]
+        if self.forcing is None:
+            return plan_windows(total, total, 0)
+        overlap = latent_frames(self.forcing.overlap_history)
+        return plan_windows(
+            total,
+            min(total, latent_frames(self.forcing.base_num_frames)),
+            overlap,
+            prefix=overlap if self.video else int(self.image is not None),
+            end=self.last_image is not None,
+        )
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the video is made window by window, or continues another."""
+        return len(self.windows) > 1 or self.video is not None
+
+    @property
+    def output_frames(self) -> int:
+        """Frames of the finished video, those of a video that is continued included."""
+        if self.video is None or self.forcing is None:
+            return self.num_frames
+        return self.video.frames + self.num_frames - self.forcing.overlap_history
+
+    @property
+    def prompt(self) -> str:
+        """The first window's."""
+        return self.prompts[0]
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the video, as JSON values; images by their size."""
-        skipped = {"sources", "notices"}
+        skipped = {"prompts", "sources", "notices"}
         values = {
             entry.name: getattr(self, entry.name)
             for entry in dataclasses.fields(self)
             if entry.name not in skipped
         }
+        values["prompt"] = self.prompt if len(set(self.prompts)) == 1 else list(self.prompts)
+        values["forcing"] = None if self.forcing is None else dataclasses.asdict(self.forcing)
+        values["video"] = None if self.video is None else self.video.path.name
         for name in ("image", "last_image"):
             if (image := values[name]) is not None:
                 values[name] = f"{image.shape[1]} x {image.shape[0]}"

@@ -7,24 +7,25 @@ rule and legal values.
 import math
 import secrets
 from collections.abc import Mapping
-from typing import Any, Final, TypeVar
+from dataclasses import replace
+from typing import Any, Final
 
 from skyreels_jax.checkpoints import Checkpoint, Default
 from skyreels_jax.diffusion.schedule import TRAIN_LEVELS, flow_sigmas
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation import sizes
+from skyreels_jax.generation.draft import Draft
 from skyreels_jax.generation.memory import available_memory, estimate
 from skyreels_jax.generation.request import Request, ResolvedRequest
-from skyreels_jax.media import ImageInput, RgbImage, check_output, read_image
+from skyreels_jax.generation.resolve_forcing import listed, resolve_forcing
+from skyreels_jax.generation.windows import pixel_frames, prompts_by_window
+from skyreels_jax.media import check_output
 from skyreels_jax.ops.attention import PATHS
 from skyreels_jax.prompts import NEGATIVE_PROMPT_EN, NEGATIVE_PROMPT_ZH
 
 DTYPES: Final = ("bfloat16", "float32")
 MAX_SEED: Final = 2**32 - 1
 MAX_FPS: Final = 240
-GIVEN: Final = "given"
-
-T = TypeVar("T")
 
 
 def resolve(
@@ -40,16 +41,17 @@ def resolve(
     Raises:
         RequestError: with everything that is wrong, a line each.
     """
-    draft = _Draft(request, checkpoint)
+    draft = Draft(request, checkpoint)
     defaults = checkpoint.defaults
     image, last_image = draft.images()
+    video, still = draft.given_video()
     fps = draft.choose("fps", defaults.fps)
-    height, width = draft.size(image)
+    height, width = draft.size(still if image is None else image)
     chinese = checkpoint.task == "df"
     values: dict[str, Any] = {
         "model": checkpoint.repo or checkpoint.folder.resolve().name,
         "task": checkpoint.task,
-        "prompt": request.prompt,
+        "prompts": (),
         "negative_prompt": draft.choose(
             "negative_prompt",
             Default(
@@ -59,6 +61,8 @@ def resolve(
         ),
         "image": image,
         "last_image": last_image,
+        "video": video,
+        "forcing": None,
         "height": height,
         "width": width,
         "num_frames": draft.frames(fps),
@@ -71,113 +75,25 @@ def resolve(
         "attention": request.attention,
         "batched_guidance": request.batched_guidance,
     }
+    values["forcing"] = resolve_forcing(draft, values)
     problems = [*draft.problems, *_violations(request, values)]
-    resolved = ResolvedRequest(**values, sources=draft.sources, notices=tuple(draft.notices))
     if not problems:
+        resolved = ResolvedRequest(**values, sources=draft.sources, notices=tuple(draft.notices))
+        resolved = replace(
+            resolved, prompts=prompts_by_window(listed(request.prompt), resolved.windows)
+        )
         problems = _memory_violations(resolved, checkpoint, memory)
-    if problems:
-        raise RequestError("\n".join(problems))
-    return resolved
-
-
-class _Draft:
-    """Collects sources, notices and problems while the settings are being decided."""
-
-    def __init__(self, request: Request, checkpoint: Checkpoint):
-        self.request = request
-        self.checkpoint = checkpoint
-        self.sources: dict[str, str] = {}
-        self.notices: list[str] = []
-        self.problems: list[str] = []
-
-    def choose(self, name: str, default: Default[T]) -> T:
-        """What was given under ``name``, else the default; its source is noted."""
-        given = getattr(self.request, name)
-        self.sources[name] = default.source if given is None else GIVEN
-        return default.value if given is None else given
-
-    def images(self) -> tuple[RgbImage | None, RgbImage | None]:
-        """Both images, read; what the task needs and refuses is checked."""
-        task = self.checkpoint.task
-        found: list[RgbImage | None] = []
-        for name, needed, taken in (
-            ("image", task in ("i2v", "flf2v"), task != "t2v"),
-            ("last_image", task == "flf2v", task == "flf2v"),
-        ):
-            given: ImageInput | None = getattr(self.request, name)
-            what = f"{name.replace('_', ' ')} (--{name.replace('_', '-')})"
-            if given is None and needed:
-                self.problems.append(f"{what}: {task.upper()} checkpoints need one")
-            if given is not None and not taken:
-                self.problems.append(
-                    f"{what}: {task.upper()} checkpoints take none; leave it out, or use "
-                    f"{'an I2V or DF' if name == 'image' else 'an FLF2V'} checkpoint"
-                )
-            found.append(None if given is None else self._read(given))
-        return found[0], found[1]
-
-    def _read(self, image: ImageInput) -> RgbImage | None:
-        try:
-            return read_image(image)
-        except RequestError as error:
-            self.problems.append(str(error))
-            return None
-
-    def size(self, image: RgbImage | None) -> tuple[int, int]:
-        """Height and width; a default or named size is turned to a portrait image."""
-        request, default = self.request, self.checkpoint.defaults.resolution
-        named = request.resolution is not None or request.aspect is not None
-        if request.height is not None or request.width is not None:
-            return self._given_size(named)
-        source = GIVEN if request.resolution else default.source
-        try:
-            height, width = sizes.with_aspect(
-                sizes.resolution(request.resolution) if request.resolution else default.value,
-                request.aspect,
-            )
-        except RequestError as error:
-            self.problems.append(str(error))
-            return default.value
-        if request.aspect is None and image is not None and image.shape[0] > image.shape[1]:
-            height, width = max(height, width), min(height, width)
-            self.notices.append(
-                f"the image is upright, so the video is {height} high and {width} wide; "
-                "give --height and --width, or --aspect, to have it otherwise"
-            )
-        self.sources["height"] = self.sources["width"] = source
-        return height, width
-
-    def _given_size(self, named: bool) -> tuple[int, int]:
-        height, width = self.request.height, self.request.width
-        self.sources["height"] = self.sources["width"] = GIVEN
-        if named:
-            self.problems.append(
-                "height and width (--height, --width) exclude --resolution and --aspect"
-            )
-        if height is None or width is None:
-            given, missing = ("height", "width") if width is None else ("width", "height")
-            self.problems.append(f"--{given} was given without --{missing}: give both or neither")
-            return self.checkpoint.defaults.resolution.value
-        return height, width
-
-    def frames(self, fps: int) -> int:
-        """The number of frames, possibly from seconds."""
-        request = self.request
-        if request.seconds is None:
-            return self.choose("num_frames", self.checkpoint.defaults.num_frames)
-        if request.num_frames is not None:
-            self.problems.append("--num-frames and --seconds exclude each other: give one")
-        self.sources["num_frames"] = f"{request.seconds:g} seconds at {fps} frames a second"
-        if not (math.isfinite(request.seconds) and request.seconds > 0):
-            self.problems.append(f"--seconds {request.seconds} must be a number above 0")
-            return 1
-        return sizes.frames_in(request.seconds, fps)
+        if not problems:
+            return resolved
+    raise RequestError("\n".join(problems))
 
 
 def _violations(request: Request, values: Mapping[str, Any]) -> list[str]:
     """One line for each setting that is illegal by itself."""
     found = []
-    if not request.prompt.strip():
+    prompts = listed(request.prompt)
+    texts = prompts.values() if isinstance(prompts, Mapping) else prompts
+    if not texts or not all(text.strip() for text in texts):
         found.append("--prompt is empty; say what the video should show")
     for name in ("height", "width"):
         if values[name] < 1 or values[name] % sizes.SIZE_MULTIPLE:
@@ -237,11 +153,12 @@ def _memory_violations(
 ) -> list[str]:
     free = available_memory() if memory is None else memory
     copies = 2 if resolved.batched_guidance and resolved.guidance_scale != 1 else 1
-    needed = estimate(checkpoint.config, resolved.latent_shape, dtype=resolved.dtype, copies=copies)
+    needed = estimate(checkpoint.config, resolved.window_shape, dtype=resolved.dtype, copies=copies)
     if free is None or needed.total <= free:
         return []
+    frames = pixel_frames(resolved.window_shape[0])
     return [
-        f"not enough memory: {resolved.num_frames} frames of {resolved.height} x {resolved.width} "
+        f"not enough memory: {frames} frames of {resolved.height} x {resolved.width} "
         f"in {resolved.dtype} take at least {needed.total / 2**30:.1f} GiB (weights "
         f"{needed.weights / 2**30:.1f}, work {(needed.total - needed.weights) / 2**30:.1f}) and "
         f"{free / 2**30:.1f} GiB are free; use fewer frames, a smaller size"

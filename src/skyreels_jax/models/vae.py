@@ -204,12 +204,26 @@ def decode_chunks(
     Raises:
         RequestError: latents of another number of channels.
     """
-    if latents.shape[1] != vae.config.z_dim:
-        raise RequestError(
-            f"latents of {latents.shape[1]} channels; this VAE's have {vae.config.z_dim}"
-        )
-    chunks = (latents[:, :, i : i + 1] for i in range(latents.shape[2]))
-    return _stream(_decode_step, vae, chunks, tiling, units=(PIXEL_STRIDE, 1))
+    return decode_pieces(vae, [latents], tiling=tiling)
+
+
+def decode_pieces(
+    vae: WanVae, pieces: Iterable[Latents], *, tiling: Tiling = WHOLE
+) -> Iterator[Float[np.ndarray, "B 3 T height width"]]:
+    """As :func:`decode_chunks`, of latents that are given piece by piece.
+
+    A piece is asked for when the frames of those before it are taken; its frames continue theirs.
+    """
+
+    def chunks() -> Iterator[Latents]:
+        for latents in pieces:
+            if latents.shape[1] != vae.config.z_dim:
+                raise RequestError(
+                    f"latents of {latents.shape[1]} channels; this VAE's have {vae.config.z_dim}"
+                )
+            yield from (latents[:, :, i : i + 1] for i in range(latents.shape[2]))
+
+    return _stream(_decode_step, vae, chunks(), tiling, units=(PIXEL_STRIDE, 1))
 
 
 def decode(

@@ -1,6 +1,6 @@
 """What generation needs besides the transformer, run by PyTorch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -9,9 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.generation.api import Components
 from skyreels_jax.generation.clip_input import ClipPreprocessing
-from skyreels_jax.generation.components import ImageCondition
+from skyreels_jax.generation.components import Components, ImageCondition
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.reference.modules import (
     load_clip,
@@ -159,7 +158,7 @@ class TorchVideoCodec:
         mean, std = self._statistics()
         return (mode - mean) / std
 
-    def decode_chunks(self, latents: HostLatents) -> Iterator[Pixels]:
+    def decode_pieces(self, pieces: Iterable[HostLatents]) -> Iterator[Pixels]:
         """Frames in [-1, 1] as they are ready, in memory that does not grow with their number.
 
         The loop is that of ``AutoencoderKLWan.decode``, which keeps every frame until the last.
@@ -171,14 +170,13 @@ class TorchVideoCodec:
         # What each causal convolution keeps of the frames before, in the order they are called.
         cache = [None] * sum(isinstance(layer, WanCausalConv3d) for layer in decoder.modules())
         mean, std = self._statistics()
-        with torch.inference_mode():
-            z = torch.from_numpy(latents * std + mean)[None]
-            z = self.model.post_quant_conv(z.to(self.model.device, self.model.dtype))
-        for i in range(z.shape[2]):
-            # Entered for each piece: who consumes the frames is not to be in it.
+        frames = (piece[:, i : i + 1] for piece in pieces for i in range(piece.shape[1]))
+        for number, latents in enumerate(frames):
+            # Entered for each frame: who consumes the pixels is not to be in it.
             with torch.inference_mode():
-                chunk = z[:, :, i : i + 1]
-                out = decoder(chunk, feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
+                z = torch.from_numpy(latents * std + mean)[None]
+                z = self.model.post_quant_conv(z.to(self.model.device, self.model.dtype))
+                out = decoder(z, feat_cache=cache, feat_idx=[0], first_chunk=number == 0)
                 pixels = out.clamp(-1, 1)[0].float().cpu().numpy()
             yield pixels
 
