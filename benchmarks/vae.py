@@ -1,0 +1,365 @@
+"""The VAE beside diffusers', its memory by length of video, and what bfloat16 costs.
+
+``speed``: the next latent frame (four frames) encoded and decoded at the released width, 272 x 480.
+Each side lives in a process of its own, so that its peak memory is its own, and chunks alternate.
+``length``: whole decodings, each in a process of its own. ``quality``: bfloat16 against float32 on
+the same latents. ``convolutions``: formulations of the causal convolution. Weights are random.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+from benchmarks.measure import Taken, interleaved, middle, peak_gib, timed, versions
+
+THREADS = 2
+HEIGHT, WIDTH = 272, 480
+# Seconds a frame are those of the first and of the last steady chunks, this many.
+STEADY = 4
+# Channels in and out, frames, rows and columns: what decoding spends most on, as it is called.
+SHAPES = (
+    (96, 96, 1, 272, 480),
+    (192, 192, 1, 136, 240),
+    (384, 384, 2, 68, 120),
+    (384, 384, 1, 34, 60),
+)
+
+
+def jax_vae(dtype: str) -> Any:
+    """A VAE of the released shape, with weights that keep the variance of what passes through."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from skyreels_jax.models.vae import WanVae
+    from skyreels_jax.models.vae_config import WAN_VAE
+
+    kinds = {"dtype": dtype, "param_dtype": dtype}
+    graph, state = nnx.split(nnx.eval_shape(lambda: WanVae(WAN_VAE, rngs=nnx.Rngs(0), **kinds)))
+    rng = np.random.default_rng(0)
+
+    def leaf(spec: jax.ShapeDtypeStruct) -> jax.Array:
+        if len(spec.shape) == 1:
+            return jnp.ones(spec.shape, spec.dtype)
+        scale = np.float32(np.prod(spec.shape[:-1]) ** -0.5)
+        return jnp.asarray(scale * rng.standard_normal(spec.shape, np.float32), spec.dtype)
+
+    vae = nnx.merge(graph, jax.tree.map(leaf, state))
+    last = vae.decoder.head.conv.kernel
+    last.set_value(last.get_value() / 4)  # or most pixels would be clipped
+    return vae
+
+
+def latents(frames: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """Normalised ones."""
+    shape = (1, 16, frames, height // 8, width // 8)
+    return np.random.default_rng(1).standard_normal(shape, np.float32)
+
+
+def pixels(frames: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """In [-1, 1]."""
+    shape = (1, 3, frames, height, width)
+    return np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
+
+
+def jax_chunks(dtype: str, what: str) -> Iterator[np.ndarray]:
+    """Each the next chunk's result, without end."""
+    import jax
+    from flax import nnx
+
+    from skyreels_jax.models.vae import WanVae, decode_chunks
+
+    vae = jax_vae(dtype)
+    if what == "decode":
+        return decode_chunks(vae, latents(256))
+    graph, parameters = nnx.split(vae)
+    step = jax.jit(
+        lambda parameters, chunk, cache: WanVae.encode_chunk(
+            nnx.merge(graph, parameters), chunk, cache
+        ),
+        donate_argnums=2,
+    )
+
+    def encoded() -> Iterator[np.ndarray]:
+        video, cache = pixels(5), None
+        while True:
+            chunk = video[:, :, :1] if cache is None else video[:, :, 1:]
+            out, cache = step(parameters, chunk, cache)
+            yield np.asarray(out)
+
+    return encoded()
+
+
+def torch_chunks(what: str) -> Iterator[np.ndarray]:
+    """The same of diffusers: its own loop, taken apart."""
+    import diffusers
+    import torch
+
+    torch.set_num_threads(THREADS)
+    vae = diffusers.AutoencoderKLWan().eval().requires_grad_(False)
+    vae.clear_cache()
+    z, video = torch.from_numpy(latents(1)), torch.from_numpy(pixels(5))
+
+    @torch.inference_mode()
+    def step(first: bool) -> np.ndarray:
+        if what == "decode":
+            arguments = {"feat_cache": vae._feat_map, "feat_idx": [0], "first_chunk": first}
+            return vae.decoder(vae.post_quant_conv(z), **arguments).numpy()
+        chunk = video[:, :, :1] if first else video[:, :, 1:]
+        return vae.quant_conv(
+            vae.encoder(chunk, feat_cache=vae._enc_feat_map, feat_idx=[0])
+        ).numpy()
+
+    yield step(first=True)
+    while True:
+        yield step(first=False)
+
+
+SIDES: dict[str, Callable[[str], Iterator[np.ndarray]]] = {
+    "JAX": partial(jax_chunks, "float32"),
+    "JAX bfloat16": partial(jax_chunks, "bfloat16"),
+    "diffusers": torch_chunks,
+}
+
+
+def serve(side: str, what: str) -> None:
+    """Time one chunk for each line on standard input: the process of one side."""
+    chunks = SIDES[side](what)
+    for _ in sys.stdin:
+        chunk, taken = timed(lambda: next(chunks))
+        answer = {"taken": taken, "peak": peak_gib(), "frames": chunk.shape[2]}
+        print(json.dumps(answer), flush=True)
+
+
+class Side:
+    """The parent's end of one process."""
+
+    def __init__(self, name: str, what: str):
+        self.process = subprocess.Popen(
+            command("--side", name, "--what", what),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.name = name
+        self.peak = 0.0
+        # The first chunk and the two after it are compiled, or find the caches without pages.
+        for _ in range(3):
+            self.next_chunk()
+
+    def next_chunk(self) -> Taken:
+        """What it took."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print("next", file=self.process.stdin, flush=True)
+        answer = json.loads(self.process.stdout.readline())
+        self.peak = answer["peak"]
+        return Taken(*answer["taken"])
+
+
+def command(*arguments: str) -> list[str]:
+    """This module again."""
+    return [sys.executable, "-m", "benchmarks.vae", *arguments]
+
+
+def row(*cells: object) -> None:
+    """Print one of a table."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def head(*names: str) -> None:
+    """Begin a table."""
+    row(*names)
+    row(*len(names) * ["---"])
+
+
+def speed(rounds: int) -> None:
+    """Print a row for each direction and side."""
+    head("four frames", "side", "s", "times as fast", "processor s", "times as little", "peak GiB")
+    for what in ("encode", "decode"):
+        sides = [Side(name, what) for name in SIDES]
+        taken = [[side.next_chunk() for side in sides] for _ in range(rounds)]
+        for k, side in enumerate(sides):
+            cells = []
+            for kind in Taken._fields:
+                mine, theirs = ([getattr(each[j], kind) for each in taken] for j in (k, -1))
+                ratio = middle([b / a for a, b in zip(mine, theirs, strict=True)])
+                cells += [f"{middle(mine):.1f}", f"{ratio:.2f}"]
+            row(what, side.name, *cells, f"{side.peak:.2f}")
+        for side in sides:
+            side.process.communicate()
+
+
+def decode_one(frames: int) -> None:
+    """Decode a video as the writer does, keeping nothing: the process of one length."""
+    from skyreels_jax.models.vae import decode_chunks
+
+    seconds, start, count = [], time.perf_counter(), 0
+    for chunk in decode_chunks(jax_vae("float32"), latents((frames + 3) // 4)):
+        seconds.append((time.perf_counter() - start) / chunk.shape[2])
+        start = time.perf_counter()
+        count += chunk.shape[2]
+    assert count == frames
+    # The first three are compiled, or find the caches without pages.
+    first, last = middle(seconds[3 : 3 + STEADY]), middle(seconds[-STEADY:])
+    row(frames, f"{peak_gib():.3f}", f"{first:.2f}", f"{last:.2f}")
+
+
+def length(frames: list[int]) -> None:
+    """Print a row for each."""
+    head("frames", "peak GiB", "s a frame at the beginning", "at the end")
+    for count in frames:
+        subprocess.run(command("--decode-one", str(count)), check=True)
+
+
+def quality() -> None:
+    """Print what bfloat16 costs, in dB, on two sizes."""
+    from skyreels_jax.models.vae import decode, encode
+
+    exact, half = jax_vae("float32"), jax_vae("bfloat16")
+
+    def decibels(a: np.ndarray, b: np.ndarray, peak: float) -> str:
+        return f"{10 * np.log10(peak**2 / np.mean((a - b) ** 2)):.1f}"
+
+    head("frames", "decode, PSNR dB", "pixels' standard deviation", "encode, dB below the latents")
+    for frames, height, width in ((1, 128, 128), (9, 64, 64)):
+        z, video = latents((frames + 3) // 4, height, width), pixels(frames, height, width)
+        a, b = decode(exact, z), encode(exact, video)
+        psnr = decibels(a, decode(half, z), 2)
+        below = decibels(b, encode(half, video), float(b.std()))
+        row(f"{frames} of {height} x {width}", psnr, f"{a.std():.2f}", below)
+
+
+def formulations() -> dict[str, Callable[[Any, Any], Any]]:
+    """Ways to convolve frames [1, 2 + T, height, width, I] with a kernel [3, 3, 3, I, O]."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    from skyreels_jax.ops.causal_conv import causal_conv, conv2d
+
+    def taps(x: Any, kernel: Any) -> Any:
+        bias = jnp.zeros(kernel.shape[-1])
+        return causal_conv(x[:, 2:], kernel, bias, x[:, :2], dtype=jnp.float32)[0]
+
+    def channels(x: Any, kernel: Any) -> Any:
+        frames = jnp.concatenate([x[0, k : x.shape[1] - 2 + k] for k in range(3)], axis=-1)
+        flat = jnp.moveaxis(kernel, 0, 2).reshape(3, 3, -1, kernel.shape[-1])
+        return conv2d(frames, flat, padding=(1, 1))[None]
+
+    def conv3d(x: Any, kernel: Any) -> Any:
+        names = ("NDHWC", "DHWIO", "NDHWC")
+        pads = ((0, 0), (1, 1), (1, 1))
+        return lax.conv_general_dilated(x, kernel, (1, 1, 1), pads, dimension_numbers=names)
+
+    def channels_first(x: Any, kernel: Any) -> Any:
+        x, names = jnp.moveaxis(x[0], -1, 1), ("NCHW", "HWIO", "NCHW")
+        frames = [x[k : x.shape[0] - 2 + k] for k in range(3)]
+        parts = [
+            lax.conv_general_dilated(f, k, (1, 1), ((1, 1), (1, 1)), dimension_numbers=names)
+            for f, k in zip(frames, kernel, strict=True)
+        ]
+        return jnp.moveaxis(parts[0] + parts[1] + parts[2], 1, -1)[None]
+
+    def products(x: Any, kernel: Any) -> Any:
+        x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+        frames, height, width = x.shape[1] - 2, x.shape[2] - 2, x.shape[3] - 2
+        parts = [
+            x[:, t : t + frames, i : i + height, j : j + width] @ kernel[t, i, j]
+            for t, i, j in np.ndindex(3, 3, 3)
+        ]
+        return sum(parts[1:], start=parts[0])
+
+    def patches(x: Any, kernel: Any) -> Any:
+        # Two rows at a time, so that what is multiplied stays in cache.
+        x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+        frames, height, width = x.shape[1] - 2, x.shape[2] - 2, x.shape[3] - 2
+        flat = kernel.reshape(-1, kernel.shape[-1])
+
+        def rows(k: Any) -> Any:
+            seen = lax.dynamic_slice_in_dim(x[0], 2 * k, 4, axis=1)
+            parts = [
+                seen[t : t + frames, i : i + 2, j : j + width] for t, i, j in np.ndindex(3, 3, 3)
+            ]
+            return jnp.concatenate(parts, axis=-1) @ flat
+
+        out = lax.map(rows, jnp.arange(height // 2))
+        return jnp.moveaxis(out, 0, 1).reshape(1, frames, height, width, -1)
+
+    return {
+        "a 2-D convolution a tap": taps,
+        "taps as channels": channels,
+        "3-D": conv3d,
+        "channels first": channels_first,
+        "27 products": products,
+        "patches and a product": patches,
+    }
+
+
+def convolutions(rounds: int) -> None:
+    """Print how fast each formulation is, in units of PyTorch's 3-D convolution."""
+    import jax
+    import torch
+
+    torch.set_num_threads(THREADS)
+    ways = {name: jax.jit(way) for name, way in formulations().items()}
+    head("channels, frames, size", "PyTorch s", *ways)
+    for before, after, frames, height, width in SHAPES:
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((1, frames + 2, height, width, before), np.float32)
+        kernel = rng.standard_normal((3, 3, 3, before, after), np.float32) / np.float32(50)
+        theirs = torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+        weights = torch.from_numpy(np.moveaxis(kernel, (4, 3), (0, 1)).copy())
+        ours = jax.device_put((x, kernel))
+
+        @torch.inference_mode()
+        def reference(x: Any = theirs, weights: Any = weights) -> Any:
+            return torch.nn.functional.conv3d(x, weights, padding=(0, 1, 1))
+
+        expected = np.moveaxis(reference().numpy(), 1, -1)
+        sides: dict[str, Callable[[], Any]] = {"PyTorch": reference}
+        for name, way in ways.items():
+            np.testing.assert_allclose(way(*ours), expected, atol=1e-4, rtol=1e-4)
+            sides[name] = partial(lambda way, ours: way(*ours).block_until_ready(), way, ours)
+        taken = interleaved(sides, rounds)
+        clock = taken["PyTorch"].clock
+        ratios = (f"{clock / taken[name].clock:.2f}" for name in ways)
+        row(f"{before}, {frames}, {height} x {width}", f"{clock:.3f}", *ratios)
+
+
+def main(arguments: list[str]) -> None:
+    """Run the parts asked for."""
+    parts = ("speed", "length", "quality", "convolutions")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=parts, help="which (all)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--frames", type=int, nargs="+", default=[33], help="of length (default: 33)"
+    )
+    parser.add_argument("--side", choices=SIDES, help="internal: be one side")
+    parser.add_argument("--what", choices=("encode", "decode"), help="internal: of that side")
+    parser.add_argument("--decode-one", type=int, help="internal: decode that many frames")
+    options = parser.parse_args(arguments)
+    if options.side:
+        return serve(options.side, options.what)
+    if options.decode_one:
+        return decode_one(options.decode_one)
+    runs: dict[str, Callable[[], None]] = {
+        "speed": lambda: speed(options.rounds),
+        "length": lambda: length(options.frames),
+        "quality": quality,
+        "convolutions": lambda: convolutions(options.rounds),
+    }
+    print(f"\n{versions()}, {THREADS} threads, {HEIGHT} x {WIDTH}")
+    for part in (options.part,) if options.part else parts:
+        print(f"\n{part}\n", flush=True)
+        runs[part]()
+    return None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
