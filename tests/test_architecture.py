@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "caches": set(),
     "cli": {
         *{"pipeline", "hybrid", "generation", "weights", "models", "checkpoints", "hub"},
-        *{"media", "prompts", "caches", "ops", "errors"},
+        *{"media", "prompts", "caches", "ops", "shapes", "errors"},
     },
     "__init__": {"pipeline", "errors", "generation", "checkpoints", "media", "models"},
 }

@@ -5,7 +5,7 @@ encoder, transformer, VAE: memory holds one large model at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -28,11 +28,13 @@ from skyreels_jax.generation.components import (
 )
 from skyreels_jax.generation.denoise import Denoiser
 from skyreels_jax.generation.encoders import ClipImageEncoder, Umt5TextEncoder
+from skyreels_jax.generation.long_video import frames_in_turn
 from skyreels_jax.generation.memory import refused_in_words
-from skyreels_jax.generation.progress import Progress
+from skyreels_jax.generation.progress import Clock, Progress
 from skyreels_jax.generation.prompt_cache import CachedTextEncoder, fingerprint
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve import DTYPES, resolve
+from skyreels_jax.generation.rollout import Kept, roll_out
 from skyreels_jax.generation.video import Video
 from skyreels_jax.media import ImageInput
 from skyreels_jax.prompts import Tokenizer
@@ -41,7 +43,7 @@ from skyreels_jax.reference.components import (
     TorchTextEncoder,
     TorchVideoCodec,
 )
-from skyreels_jax.shapes import HostLatents, Pixels
+from skyreels_jax.shapes import Frames, HostLatents, Pixels
 from skyreels_jax.weights.complete import verify_checkpoint
 from skyreels_jax.weights.convert_folder import convert_folder
 from skyreels_jax.weights.diffusers_folder import require_parts
@@ -50,6 +52,9 @@ from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder
 # Who runs the encoders and the VAE: JAX, or PyTorch (extra `torch`). The transformer is in JAX.
 Backend = Literal["jax", "hybrid"]
 BACKENDS: Final = get_args(Backend)
+# Whose change changes a video.
+MODEL_FILES: Final = frozenset({".safetensors", ".pth", ".bin", ".json", ".model"})
+SMALLER_WINDOWS: Final = "use shorter windows (--base-num-frames), a smaller size or dtype"
 SMALLER_DECODE: Final = "decode with vae_tiling (--vae-tiling on), or make a smaller size"
 
 
@@ -172,9 +177,10 @@ class Pipeline:
         if prompt_cache is not None:
             made_by = (backend, dtype)
             load_text = partial(cached_text, load_text, checkpoint, prompt_cache, made_by)
+        self._codec = kept(parts.codec)
         self._components = Components(
             TextOnDemand(load_text),
-            CodecOnDemand(kept(parts.codec)),
+            CodecOnDemand(self._codec),
             ImageOnDemand(kept(parts.image_encoder)),
         )
 
@@ -227,7 +233,13 @@ class Pipeline:
                 f"{', '.join(sorted(known))}"
             )
         request = Request(prompt=prompt, image=image, dtype=self.dtype, **settings)
-        sampled = self.sample(resolve(request, self.checkpoint), progress)
+        resolved = resolve(request, self.checkpoint)
+        if resolved.is_long:
+            self.verify()
+            with refused_in_words(SMALLER_WINDOWS):
+                components = self._with_codec()
+                return api.generate_long(components, self._denoiser, resolved, progress=progress)
+        sampled = self.sample(resolved, progress)
         with refused_in_words(SMALLER_DECODE):
             return api.finish(self._components.codec, sampled)
 
@@ -242,6 +254,40 @@ class Pipeline:
         self.verify()
         with refused_in_words("use fewer frames, a smaller size or a smaller dtype"):
             return api.sample(self._components, self._denoiser, request, progress=progress)
+
+    def frames(
+        self, request: ResolvedRequest, *, kept: Kept | None = None, clock: Clock | None = None
+    ) -> Iterator[Frames]:
+        """The frames of a video of any length, as they are finished.
+
+        Memory does not grow with the length. The transformer stays in memory until the last
+        window is made, and the VAE beside it.
+
+        Args:
+            request: settled.
+            kept: where finished windows are kept and taken from.
+            clock: times, reports, and may be asked to stop.
+
+        Raises:
+            WeightsError: a part is missing, unsound or incomplete; before anything is encoded.
+            UnsupportedError: the memory is not enough.
+            NumericsError: something was not finite; says what and where.
+            Stopped: the clock was asked to.
+        """
+        self.verify()
+        components = self._with_codec()
+        rollout = roll_out(components, self._denoiser, request, clock or Clock(), kept=kept)
+        with refused_in_words(SMALLER_WINDOWS):
+            yield from frames_in_turn(rollout)
+
+    def fingerprint(self) -> str:
+        """A hash of all weights and settings that decide a video."""
+        files = self.checkpoint.folder.rglob("*")
+        return fingerprint((file for file in files if file.suffix in MODEL_FILES), self.dtype)
+
+    def _with_codec(self) -> Components:
+        """The VAE loaded: once for all windows, which need it in turn."""
+        return replace(self._components, codec=self._codec())
 
     def write(self, sampled: api.Sample, path: Path, *, metadata: bool = True) -> None:
         """Decode into an MP4 piece by piece; see :func:`skyreels_jax.generation.api.write`."""

@@ -106,7 +106,7 @@ def test_a_value_that_looks_like_a_flag_is_a_value():
     words = ["generate", "--model", "m", "--prompt", "--- a fox ---"]
     parser = build_parser("generate")
     parser.check_flags(words)
-    assert parser.parse_args(words).prompt == "--- a fox ---"
+    assert parser.parse_args(words).prompt == ["--- a fox ---"]
 
 
 def test_ctrl_c_is_exit_code_130(command: Command, monkeypatch: pytest.MonkeyPatch):

@@ -5,39 +5,30 @@ Flags of the original's scripts are accepted as they are, beside ours.
 
 import argparse
 import math
-import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from skyreels_jax.caches import enable_compilation_cache, prompt_cache_folder
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.cli import dry_run
+from skyreels_jax.cli import dry_run, long
+from skyreels_jax.cli.flags import LATENTS_SUFFIX, add_flags
+from skyreels_jax.cli.opening import open_pipeline
 from skyreels_jax.cli.progress import console_progress
+from skyreels_jax.cli.report import describe, summarise
 from skyreels_jax.errors import RequestError, SkyReelsError, UnsupportedError
 from skyreels_jax.generation.api import Sample
-from skyreels_jax.generation.codec import VAE_TILINGS
 from skyreels_jax.generation.latents_file import load_latents, save_latents
-from skyreels_jax.generation.progress import Timings
 from skyreels_jax.generation.request import Request, ResolvedRequest
-from skyreels_jax.generation.resolve import DTYPES, resolve
-from skyreels_jax.generation.sizes import RESOLUTIONS
+from skyreels_jax.generation.resolve import resolve
 from skyreels_jax.media import check_output, write_settings
 from skyreels_jax.ops.attention import PATHS
 from skyreels_jax.ops.kernels.contract import Call, this_device
-from skyreels_jax.pipeline import BACKENDS, Pipeline
+from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.weights.parts import stored_vae
 
-DEFAULT_OUTPUT: Final = Path("out.mp4")
-LATENTS_SUFFIX: Final = ".latents.safetensors"
 # A dry run tells what does not fit by itself, stage by stage.
 UNLIMITED: Final = sys.maxsize
-# In the order they are printed; the rest of a request has no default worth telling.
-REPORTED: Final = (
-    *("height", "width", "num_frames", "fps", "steps", "guidance_scale", "shift", "seed"),
-    "negative_prompt",
-)
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -48,116 +39,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Make a video. Settings that are not given come from the checkpoint's preset "
         "and are printed with their source.",
     )
-    _add_checkpoint(parser.add_argument_group("checkpoint"))
-    _add_content(parser.add_argument_group("what to show"))
-    _add_size(parser.add_argument_group("size and length"))
-    _add_sampling(parser.add_argument_group("sampling"))
-    _add_running(parser.add_argument_group("running"))
-    _add_output(parser.add_argument_group("output"))
+    add_flags(parser)
     parser.set_defaults(run=run)
-
-
-def _add_checkpoint(group: Any) -> None:
-    group.add_argument(
-        "--model",
-        "--model_id",
-        required=True,
-        metavar="DIR_OR_ID",
-        help="checkpoint folder (original or diffusers layout) or Hugging Face id",
-    )
-    group.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
-    group.add_argument("--preset", help="which released checkpoint it is, if that is not plain")
-
-
-def _add_content(group: Any) -> None:
-    group.add_argument("--prompt", required=True, help="what the video shows")
-    group.add_argument("--negative-prompt", "--negative_prompt", metavar="TEXT")
-    group.add_argument("--image", metavar="FILE", help="the first frame")
-    group.add_argument(
-        "--last-image", "--end_image", metavar="FILE", help="the last frame (FLF2V checkpoints)"
-    )
-
-
-def _add_size(group: Any) -> None:
-    group.add_argument("--resolution", metavar="|".join(RESOLUTIONS))
-    group.add_argument("--aspect", metavar="W:H", help="for example 9:16; keeps the area")
-    group.add_argument("--height", type=int, metavar="PIXELS", help="a multiple of 16")
-    group.add_argument("--width", type=int, metavar="PIXELS", help="a multiple of 16")
-    group.add_argument("--num-frames", "--num_frames", type=int, metavar="N", help="4 k + 1")
-    group.add_argument("--seconds", type=float, help="in place of --num-frames")
-    group.add_argument("--fps", type=int)
-
-
-def _add_sampling(group: Any) -> None:
-    group.add_argument("--steps", "--inference_steps", "--num_inference_steps", type=int)
-    group.add_argument("--guidance-scale", "--guidance_scale", type=float, metavar="X")
-    group.add_argument("--shift", type=float, help="of the noise levels")
-    group.add_argument("--seed", type=int)
-
-
-def _add_running(group: Any) -> None:
-    group.add_argument("--dtype", default="bfloat16", metavar="|".join(DTYPES))
-    group.add_argument(
-        "--attention",
-        metavar="PATH",
-        help=f"{', '.join(PATHS)}; chosen by device and shape if not given",
-    )
-    group.add_argument(
-        "--batched-guidance",
-        action="store_true",
-        help="both prompts in one call of the transformer, for twice the memory",
-    )
-    group.add_argument(
-        "--backend",
-        default="jax",
-        choices=BACKENDS,
-        help="who runs the encoders and the VAE: JAX, or PyTorch (hybrid; default: jax)",
-    )
-    group.add_argument(
-        "--vae-tiling",
-        default="auto",
-        choices=VAE_TILINGS,
-        help="let the VAE cut frames into tiles, for less memory and faint seams (default: auto, "
-        "where a whole frame would not fit)",
-    )
-    group.add_argument(
-        "--vae-dtype",
-        default="float32",
-        metavar="|".join(DTYPES),
-        help="of the VAE; bfloat16 saves memory and costs quality (default: float32)",
-    )
-    group.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="say what each stage will take, and whether that is there; read no weight",
-    )
-    group.add_argument(
-        "--no-prompt-cache",
-        action="store_true",
-        help="neither look up nor keep encoded prompts on disk",
-    )
-
-
-def _add_output(group: Any) -> None:
-    group.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="FILE.mp4")
-    group.add_argument(
-        "--overwrite", action="store_true", help="replace the output file if there is one"
-    )
-    group.add_argument(
-        "--keep-latents",
-        action="store_true",
-        help=f"keep the denoised latents beside the video ({LATENTS_SUFFIX})",
-    )
-    group.add_argument(
-        "--resume-latents",
-        type=Path,
-        metavar="FILE",
-        help="decode latents that an earlier run left, instead of denoising",
-    )
-    group.add_argument("--sidecar", action="store_true", help="write the settings as .json too")
-    group.add_argument(
-        "--no-metadata", action="store_true", help="leave the settings out of the video file"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -165,37 +48,37 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run and args.resume_latents:
         raise RequestError("--dry-run plans a whole generation: leave --resume-latents out")
     check_output(args.output)
-    sidecar = args.output.with_suffix(".json")
     latents = args.resume_latents or args.output.with_suffix(LATENTS_SUFFIX)
-    made = [args.output, *([sidecar] if args.sidecar else [])]
+    made = [args.output, *([args.output.with_suffix(".json")] if args.sidecar else [])]
     for path in made if args.resume_latents else [*made, latents]:
         check_not_there(path, args.overwrite)
-    enable_compilation_cache()
-    checkpoint = Checkpoint.open(args.model, revision=args.revision, preset=args.preset)
-    pipeline = Pipeline(
-        checkpoint,
-        backend=args.backend,
-        dtype=args.dtype,
-        prompt_cache=None if args.no_prompt_cache else prompt_cache_folder(),
-        vae_tiling=args.vae_tiling,
-        vae_dtype=args.vae_dtype,
-    )
+    pipeline = open_pipeline(vars(args))
+    checkpoint = pipeline.checkpoint
     if args.dry_run:
         request = settle(args, checkpoint, memory=UNLIMITED)
         pipeline.verify()
         vae = (args.vae_tiling, args.vae_dtype)
         return dry_run.report(checkpoint, request, args.backend, *vae)
+    if args.resume_latents:
+        return finish(args, pipeline, load_latents(latents), latents)
+    request = settle(args, checkpoint)
+    if request.is_long:
+        return long.begin(args, pipeline, request)
     with console_progress() as progress:
-        if args.resume_latents:
-            stored_vae(checkpoint.layout).verify()
-            sampled = load_latents(latents)
-            sampled.clock.progress = progress
-        else:
-            sampled = pipeline.sample(settle(args, checkpoint), progress)
-            save_latents(latents, sampled)
+        sampled = pipeline.sample(request, progress)
+        save_latents(latents, sampled)
+    return finish(args, pipeline, sampled, latents)
+
+
+def finish(args: argparse.Namespace, pipeline: Pipeline, sampled: Sample, latents: Path) -> int:
+    """Decode, write and report."""
+    if args.resume_latents:
+        stored_vae(pipeline.checkpoint.layout).verify()
+    with console_progress() as progress:
+        sampled.clock.progress = progress
         decode(pipeline, sampled, args.output, latents, metadata=not args.no_metadata)
     if args.sidecar:
-        write_settings(sidecar, sampled.settings)
+        write_settings(args.output.with_suffix(".json"), sampled.settings)
     if not (args.keep_latents or args.resume_latents):
         latents.unlink(missing_ok=True)
     for line in summarise(sampled.timings):
@@ -254,7 +137,7 @@ def decode(
 def request_of(args: argparse.Namespace) -> Request:
     """The request that the flags spell."""
     return Request(
-        prompt=args.prompt,
+        prompt=prompts_of(args),
         negative_prompt=args.negative_prompt,
         image=args.image,
         last_image=args.last_image,
@@ -273,30 +156,39 @@ def request_of(args: argparse.Namespace) -> Request:
         attention=args.attention,
         batched_guidance=args.batched_guidance,
         output=args.output,
+        video=args.video,
+        base_num_frames=args.base_num_frames,
+        overlap_history=args.overlap_history,
+        ar_step=args.ar_step,
+        causal_block_size=args.causal_block_size,
+        addnoise_condition=args.addnoise_condition,
+        hand_over=args.hand_over,
+        causal_attention=args.causal_attention,
     )
 
 
-def describe(checkpoint: Checkpoint, request: ResolvedRequest) -> Iterator[str]:
-    """What will be done, each setting with where it came from."""
-    name = checkpoint.guess.preset.name if checkpoint.guess.preset else "no released checkpoint"
-    yield f"checkpoint: {request.model} ({name}: {checkpoint.guess.reason})"
-    for setting in REPORTED:
-        value = getattr(request, setting)
-        shown = shortened(value) if isinstance(value, str) else value
-        yield f"  {setting.replace('_', '-'):<16} {shown}  [{request.sources[setting]}]"
-    for notice in request.notices:
-        yield f"note: {notice}"
-
-
-def shortened(text: str, limit: int = 60) -> str:
-    """``text`` in quotes, cut with its length named."""
-    return repr(text) if len(text) <= limit else f"{text[:limit]!r}... ({len(text)} characters)"
-
-
-def summarise(timings: Timings) -> Iterator[str]:
-    """Seconds by stage, compilation apart from running."""
-    for stage, seconds in timings.stages.items():
-        detail = ""
-        if stage == "denoise" and timings.steps:
-            detail = f" ({statistics.median(timings.steps):.2f} s a step)"
-        yield f"  {stage:<10} {seconds:8.2f} s{detail}"
+def prompts_of(args: argparse.Namespace) -> Sequence[str] | Mapping[int, str]:
+    """The prompts in order, or by frame from a file."""
+    if args.prompt_file is None:
+        return args.prompt
+    try:
+        lines = args.prompt_file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--prompt-file {args.prompt_file} cannot be read: {error}") from error
+    prompts: dict[int, str] = {}
+    for number, line in enumerate(lines, 1):
+        frame, colon, prompt = line.partition(":")
+        if not line.strip():
+            continue
+        if not (colon and frame.strip().isdecimal() and prompt.strip()):
+            raise RequestError(
+                f"--prompt-file {args.prompt_file}, line {number}: {line!r}; expected `frame: "
+                "prompt`, for example `0: a cat sleeps`"
+            )
+        if int(frame) in prompts:
+            raise RequestError(
+                f"--prompt-file {args.prompt_file}, line {number}: frame {int(frame)} has a prompt "
+                "already"
+            )
+        prompts[int(frame)] = prompt.strip()
+    return prompts

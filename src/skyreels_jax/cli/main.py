@@ -25,6 +25,7 @@ TERMINATED: Final = 143
 # Its help stands here too: a list of verbs should not wait until the modules have imported JAX.
 VERBS: Final[Mapping[str, str]] = {
     "generate": "make a video from a prompt, and an image where the checkpoint takes one",
+    "resume": "go on with a long video that was interrupted",
     "convert": "translate a checkpoint into the other layout or another dtype",
     "info": "what a checkpoint is and what it lacks",
     "doctor": "versions, devices, memory and caches",

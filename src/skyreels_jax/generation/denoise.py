@@ -269,7 +269,7 @@ class Denoiser:
     ) -> jax.stages.Compiled:
         """``function`` for the shapes of ``arguments``, compiled now or kept from before."""
         leaves, structure = jax.tree.flatten(arguments)
-        shapes = tuple((np.shape(leaf), np.dtype(leaf.dtype)) for leaf in leaves)
+        shapes = tuple((np.shape(leaf), leaf.dtype) for leaf in leaves)
         # Of what is bound, the graph comes first; it is this model's in every call.
         key = (function.func, function.args[1:], structure, shapes)
         if key not in self._executables:

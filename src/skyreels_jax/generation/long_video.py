@@ -16,7 +16,7 @@ from PIL import Image
 from skyreels_jax.errors import NumericsError
 from skyreels_jax.generation.conditioning import prepare_image, to_frames
 from skyreels_jax.generation.progress import Clock
-from skyreels_jax.generation.request import HandOver, ResolvedRequest
+from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.generation.rollout import Rollout
 from skyreels_jax.generation.windows import pixel_frames
 from skyreels_jax.media import stream_video
@@ -135,7 +135,7 @@ def counted(pixels: Iterable[Pixels], total: int, clock: Clock) -> Iterator[Fram
             clock.check()
 
 
-HAND_OVERS: Final[dict[HandOver, Callable[[Rollout], Iterator[Pixels]]]] = {
+HAND_OVERS: Final[dict[str, Callable[[Rollout], Iterator[Pixels]]]] = {
     "latents": from_latents,
     "pixels": from_pixels,
 }

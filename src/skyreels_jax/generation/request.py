@@ -82,7 +82,7 @@ class Request:
     ar_step: int | None = None
     causal_block_size: int | None = None
     addnoise_condition: int | None = None
-    hand_over: HandOver | None = None
+    hand_over: str | None = None
     causal_attention: int | None = None
 
 
@@ -95,7 +95,7 @@ class Forcing:
     ar_step: int
     causal_block_size: int
     addnoise_condition: int
-    hand_over: HandOver
+    hand_over: str
     causal_attention: int | None
 
 

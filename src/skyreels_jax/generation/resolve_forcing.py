@@ -7,11 +7,11 @@ from skyreels_jax.checkpoints import Default
 from skyreels_jax.diffusion.schedule import TRAIN_LEVELS
 from skyreels_jax.generation import sizes
 from skyreels_jax.generation.draft import Draft
-from skyreels_jax.generation.request import HAND_OVERS, Forcing, HandOver, Request
+from skyreels_jax.generation.request import HAND_OVERS, Forcing, Request
 from skyreels_jax.generation.windows import latent_frames
 
-# As in the original's examples.
-OVERLAP: Final = Default(17, "the original's examples")
+# As in the original's examples; of short windows less than half.
+OVERLAP: Final = 17
 # From here on the original warns that joins become visible.
 MUCH_NOISE: Final = 60
 # Settings that only diffusion forcing has.
@@ -38,17 +38,21 @@ def resolve_forcing(draft: Draft, values: Mapping[str, Any]) -> Forcing | None:
     overlapping = request.video is not None or values["num_frames"] > (
         request.base_num_frames or at_once.value
     )
-    hand_over: HandOver = "latents"
     forcing = Forcing(
         base_num_frames=draft.choose("base_num_frames", at_once),
         # A short video has no windows to overlap; one latent frame is the least that is legal.
-        overlap_history=draft.choose("overlap_history", OVERLAP if overlapping else Default(1, "")),
+        overlap_history=draft.choose(
+            "overlap_history",
+            Default(usual_overlap(request.base_num_frames or at_once.value), "the original's usage")
+            if overlapping
+            else Default(1, "one window"),
+        ),
         ar_step=draft.choose("ar_step", Default(0, "all frames together")),
         causal_block_size=draft.choose("causal_block_size", Default(1, "frame by frame")),
         addnoise_condition=draft.choose(
             "addnoise_condition", Default(0, "given frames stay clean")
         ),
-        hand_over=draft.choose("hand_over", Default(hand_over, "no VAE between windows")),
+        hand_over=draft.choose("hand_over", Default("latents", "no VAE between windows")),
         causal_attention=draft.choose(
             "causal_attention", Default(draft.checkpoint.block_length, "the checkpoint's config")
         ),
@@ -58,6 +62,12 @@ def resolve_forcing(draft: Draft, values: Mapping[str, Any]) -> Forcing | None:
     if not found:
         draft.notices.extend(_remarks(forcing, values, overlapping, request.overlap_history))
     return forcing
+
+
+def usual_overlap(at_once: int) -> int:
+    """The overlap of windows of ``at_once`` frames, if none is asked for."""
+    half = at_once // 2
+    return min(OVERLAP, max(1, (half - 1) // sizes.FRAMES_PER_LATENT * sizes.FRAMES_PER_LATENT + 1))
 
 
 def _length_violations(
@@ -77,7 +87,8 @@ def _length_violations(
     if overlap >= at_once and (request.video is not None or values["num_frames"] > at_once):
         found.append(
             f"--overlap-history {overlap} must be less than --base-num-frames {at_once}: a window "
-            f"would have no new frame; at most {at_once - sizes.FRAMES_PER_LATENT}"
+            "would have no new frame; "
+            + (f"at most {at_once - 4}" if at_once > 4 else "give windows of at least 5")
         )
     given = values["video"]
     if given is not None and given.frames < overlap:
