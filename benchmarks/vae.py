@@ -44,16 +44,13 @@ def jax_vae(dtype: str) -> Any:
     graph, state = nnx.split(nnx.eval_shape(lambda: WanVae(WAN_VAE, rngs=nnx.Rngs(0), **kinds)))
     rng = np.random.default_rng(0)
 
-    def leaf(spec: jax.ShapeDtypeStruct) -> jax.Array:
+    def leaf(path: tuple[Any, ...], spec: jax.ShapeDtypeStruct) -> jax.Array:
         if len(spec.shape) == 1:
-            return jnp.ones(spec.shape, spec.dtype)
+            return jnp.full(spec.shape, "scale" in jax.tree_util.keystr(path), spec.dtype)
         scale = np.float32(np.prod(spec.shape[:-1]) ** -0.5)
         return jnp.asarray(scale * rng.standard_normal(spec.shape, np.float32), spec.dtype)
 
-    vae = nnx.merge(graph, jax.tree.map(leaf, state))
-    last = vae.decoder.head.conv.kernel
-    last.set_value(last.get_value() / 4)  # or most pixels would be clipped
-    return vae
+    return nnx.merge(graph, jax.tree.map_with_path(leaf, state))
 
 
 def latents(frames: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:

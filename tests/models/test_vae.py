@@ -172,6 +172,71 @@ def test_two_traces_serve_videos_of_every_length(vae: WanVae, monkeypatch: pytes
     assert len(traces) == 6
 
 
+# What JAX says of each program that it compiles.
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def test_two_programs_are_compiled_whatever_the_length():
+    """Nothing else is compiled either: between chunks there is no arithmetic on the device."""
+    seen: list[str] = []
+
+    def listen(event: str, seconds: float, **details: object) -> None:
+        seen.append(event)
+
+    # Another standard deviation makes another graph: what other tests compiled does not serve it.
+    config = dataclasses.replace(TINY, latents_std=(1.5,) * 16)
+    fresh = ours(config, tensors_of(oracle(TINY)))
+    counts = {}
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for case in ((2, 3), (3, 3), (10, 3), (2, 4)):
+            seen.clear()
+            frames, height = case
+            decode(fresh, latents(frames, height=height))
+            counts[case] = seen.count(COMPILED)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert counts == {(2, 3): 2, (3, 3): 0, (10, 3): 0, (2, 4): 2}
+
+
+def test_memory_of_the_steady_chunk_does_not_depend_on_the_length(
+    vae: WanVae, monkeypatch: pytest.MonkeyPatch
+):
+    """By the compiler's own count: arguments, results and what it takes between them."""
+    step, calls = module._decode_step, []
+
+    def recorded(graph, *arguments):
+        calls.append((graph, *jax.eval_shape(lambda *same: same, *arguments)))
+        return step(graph, *arguments)
+
+    def taken(program, *arguments) -> int:
+        memory = program.lower(*arguments).compile().memory_analysis()
+        return (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes
+        )
+
+    monkeypatch.setattr(module, "_decode_step", recorded)
+    sizes = {}
+    for frames in (3, 10):
+        decode(vae, latents(frames))
+        sizes[frames] = taken(step, *calls[-1])
+    assert len(calls) == 13
+    assert sizes[10] == sizes[3]
+
+    # A program that holds the frames of two chunks takes those of one more.
+    graph, parameters, z, cache = calls[-1]
+
+    def two(parameters, z, cache):
+        frames, cache = step(graph, parameters, z, cache)
+        return (frames, *step(graph, parameters, z, cache))
+
+    more = taken(jax.jit(two, donate_argnums=2), parameters, z, cache) - sizes[3]
+    assert more >= 4 * 3 * 24 * 40 * 4  # measured 1.3 times that
+
+
 def test_a_batch_is_its_videos(vae: WanVae):
     z = latents(1, batch=2)
     apart = np.concatenate([decode(vae, z[:1]), decode(vae, z[1:])])
