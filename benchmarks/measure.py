@@ -47,6 +47,17 @@ def middle(seconds: list[float]) -> float:
     return statistics.median(seconds)
 
 
+def row(*cells: object) -> None:
+    """Print one row of a Markdown table."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def head(*names: str) -> None:
+    """Begin a table."""
+    row(*names)
+    row(*len(names) * ["---"])
+
+
 def versions() -> str:
     """Of everything that is compared."""
     packages = ("jax", "jaxlib", "flax", "torch", "diffusers")
