@@ -25,7 +25,7 @@ from skyreels_jax.hybrid import HybridPipeline
 
 STEPS, SHIFT = 4, 5.0
 HEIGHT, WIDTH = 32, 48
-COMMON = {"prompt": "A cat on the lake", "negative_prompt": "sky", "height": HEIGHT, "width": WIDTH}
+COMMON: dict[str, Any] = {"prompt": "A cat on the lake", "negative_prompt": "sky", "height": HEIGHT, "width": WIDTH}
 # dB. Measured 82.9 (together) to 89.3 (image and end); the mildest twin has 63.4.
 ENOUGH = 75.0
 
@@ -42,7 +42,7 @@ def noise(window: int, frames: int) -> np.ndarray:
 
 
 # Settings of both sides; blocks of one frame are never masked by diffusers.
-LONG = {"num_frames": 41, "base_num_frames": 17, "overlap_history": 5}
+LONG: dict[str, Any] = {"num_frames": 41, "base_num_frames": 17, "overlap_history": 5}
 CASES: dict[str, dict[str, Any]] = {
     "together": {"num_frames": 21},
     "frame by frame": {"num_frames": 21, "ar_step": 1},

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import importlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -144,5 +145,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
+def program() -> NoReturn:
+    """The program: :func:`main`, and the end of the process.
+
+    An interrupted one ends at once. Its computation may still be running in threads of XLA, which
+    crash now and then if the interpreter is taken down around them.
+    """
+    code = main()
+    if code in (INTERRUPTED, TERMINATED):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

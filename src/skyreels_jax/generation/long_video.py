@@ -28,7 +28,7 @@ def frames_in_turn(rollout: Rollout) -> Iterator[Frames]:
 
     Raises:
         NumericsError: something was not finite; says what and where.
-        Stopped: somebody asked the clock to, between two steps or pieces.
+        Stopped: somebody asked the clock to, between two steps; all finished windows were given.
     """
     request, clock = rollout.request, rollout.clock
     if request.video is not None:
@@ -118,7 +118,6 @@ def counted(pixels: Iterable[Pixels], total: int, clock: Clock) -> Iterator[Fram
 
     Raises:
         NumericsError: the VAE's output is not finite.
-        Stopped: somebody asked the clock to.
     """
     done = 0
     with clock.stage("decode", total):
@@ -132,7 +131,6 @@ def counted(pixels: Iterable[Pixels], total: int, clock: Clock) -> Iterator[Fram
             done += len(frames)
             clock.progress.advance("decode", done)
             yield frames
-            clock.check()
 
 
 HAND_OVERS: Final[dict[str, Callable[[Rollout], Iterator[Pixels]]]] = {

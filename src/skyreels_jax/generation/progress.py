@@ -59,8 +59,8 @@ class Timings:
 class Clock:
     """Times the stages of one generation and passes them on to a :class:`Progress`.
 
-    Whoever sets ``stop``, from another thread or a signal handler, ends the generation after the
-    step or the frames under way.
+    Whoever sets ``stop``, from another thread or a signal handler, ends the denoising after the
+    step under way.
     """
 
     progress: Progress = field(default_factory=NoProgress)
@@ -72,7 +72,7 @@ class Clock:
     _inside: float = 0.0
 
     def check(self) -> None:
-        """Between two steps, and between two pieces of decoded video.
+        """Between two steps.
 
         Raises:
             Stopped: ``stop`` is set.
