@@ -7,6 +7,7 @@ the same latents. Weights are random.
 """
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -20,12 +21,13 @@ from benchmarks.measure import Taken, head, middle, peak_gib, row, timed, versio
 
 THREADS = 2
 HEIGHT, WIDTH = 272, 480
+RELEASED = 96  # channels at full resolution
 # Seconds a frame are those of the first and of the last steady chunks, this many.
 STEADY = 4
 
 
-def jax_vae(dtype: str) -> Any:
-    """A VAE of the released shape, with weights that keep the variance of what passes through."""
+def jax_vae(dtype: str, base_dim: int = RELEASED) -> Any:
+    """The released shape but for its width; weights keep the variance of what passes through."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -34,7 +36,8 @@ def jax_vae(dtype: str) -> Any:
     from skyreels_jax.models.vae_config import WAN_VAE
 
     kinds = {"dtype": dtype, "param_dtype": dtype}
-    graph, state = nnx.split(nnx.eval_shape(lambda: WanVae(WAN_VAE, rngs=nnx.Rngs(0), **kinds)))
+    config = dataclasses.replace(WAN_VAE, base_dim=base_dim)
+    graph, state = nnx.split(nnx.eval_shape(lambda: WanVae(config, rngs=nnx.Rngs(0), **kinds)))
     rng = np.random.default_rng(0)
 
     def leaf(path: tuple[Any, ...], spec: jax.ShapeDtypeStruct) -> jax.Array:
@@ -174,12 +177,12 @@ def speed(rounds: int) -> None:
             side.process.communicate()
 
 
-def decode_one(frames: int) -> None:
+def decode_one(frames: int, base_dim: int) -> None:
     """Decode a video as the writer does, keeping nothing: the process of one length."""
     from skyreels_jax.models.vae import decode_chunks
 
     seconds, start, count = [], time.perf_counter(), 0
-    for chunk in decode_chunks(jax_vae("float32"), latents((frames + 3) // 4)):
+    for chunk in decode_chunks(jax_vae("float32", base_dim), latents((frames + 3) // 4)):
         seconds.append((time.perf_counter() - start) / chunk.shape[2])
         start = time.perf_counter()
         count += chunk.shape[2]
@@ -189,11 +192,12 @@ def decode_one(frames: int) -> None:
     row(frames, f"{peak_gib():.3f}", f"{first:.2f}", f"{last:.2f}")
 
 
-def length(frames: list[int]) -> None:
+def length(frames: list[int], base_dim: int) -> None:
     """Print a row for each."""
     head("frames", "peak GiB", "s a frame at the beginning", "at the end")
     for count in frames:
-        subprocess.run(command("--decode-one", str(count)), check=True)
+        width = ("--base-dim", str(base_dim))
+        subprocess.run(command("--decode-one", str(count), *width), check=True)
 
 
 def quality() -> None:
@@ -223,6 +227,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--frames", type=int, nargs="+", default=[33], help="of length (default: 33)"
     )
+    parser.add_argument("--base-dim", type=int, default=RELEASED, help="of length's VAE")
     parser.add_argument("--side", choices=SIDES, help="internal: be one side")
     parser.add_argument("--what", choices=("encode", "decode"), help="internal: of that side")
     parser.add_argument("--decode-one", type=int, help="internal: decode that many frames")
@@ -230,10 +235,10 @@ def main(arguments: list[str]) -> None:
     if options.side:
         return serve(options.side, options.what)
     if options.decode_one:
-        return decode_one(options.decode_one)
+        return decode_one(options.decode_one, options.base_dim)
     runs: dict[str, Callable[[], None]] = {
         "speed": lambda: speed(options.rounds),
-        "length": lambda: length(options.frames),
+        "length": lambda: length(options.frames, options.base_dim),
         "quality": quality,
     }
     print(f"\n{versions()}, {THREADS} threads, {HEIGHT} x {WIDTH}")
