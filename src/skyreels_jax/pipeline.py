@@ -4,16 +4,14 @@ Parts are loaded when a stage needs them and let go of after it, in the order te
 encoder, transformer, VAE: memory holds one large model at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Float
 
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
 from skyreels_jax.errors import RequestError
@@ -21,7 +19,6 @@ from skyreels_jax.generation import api
 from skyreels_jax.generation.codec import VAE_TILINGS, VaeTiling, WanVideoCodec
 from skyreels_jax.generation.components import (
     Components,
-    ImageCondition,
     ImageEncoder,
     TextEncoder,
     VideoCodec,
@@ -30,6 +27,12 @@ from skyreels_jax.generation.denoise import Denoiser
 from skyreels_jax.generation.encoders import ClipImageEncoder, Umt5TextEncoder
 from skyreels_jax.generation.long_video import frames_in_turn
 from skyreels_jax.generation.memory import refused_in_words
+from skyreels_jax.generation.on_demand import (
+    CodecOnDemand,
+    ImageOnDemand,
+    TextOnDemand,
+    making_room,
+)
 from skyreels_jax.generation.progress import Clock, Progress
 from skyreels_jax.generation.prompt_cache import CachedTextEncoder, fingerprint
 from skyreels_jax.generation.request import Request, ResolvedRequest
@@ -43,7 +46,7 @@ from skyreels_jax.reference.components import (
     TorchTextEncoder,
     TorchVideoCodec,
 )
-from skyreels_jax.shapes import Frames, HostLatents, Pixels
+from skyreels_jax.shapes import Frames
 from skyreels_jax.weights.complete import verify_checkpoint
 from skyreels_jax.weights.convert_folder import convert_folder
 from skyreels_jax.weights.diffusers_folder import require_parts
@@ -65,43 +68,6 @@ class Parts:
     text_encoder: Callable[[], TextEncoder]
     image_encoder: Callable[[], ImageEncoder]
     codec: Callable[[], VideoCodec]
-
-
-@dataclass(frozen=True)
-class TextOnDemand:
-    """A text encoder that is in memory only while it encodes."""
-
-    load: Callable[[], TextEncoder]
-
-    def encode(self, prompts: Sequence[str]) -> Float[np.ndarray, "B S text_dim"]:
-        """Load, encode, let go."""
-        return self.load().encode(prompts)
-
-
-@dataclass(frozen=True)
-class ImageOnDemand:
-    """An image encoder that is in memory only while it encodes."""
-
-    load: Callable[[], ImageEncoder]
-
-    def encode(self, image: ImageCondition) -> Float[np.ndarray, "S image_dim"]:
-        """Load, encode, let go."""
-        return self.load().encode(image)
-
-
-@dataclass(frozen=True)
-class CodecOnDemand:
-    """A VAE that is in memory only while it encodes or decodes."""
-
-    load: Callable[[], VideoCodec]
-
-    def encode(self, pixels: Pixels) -> HostLatents:
-        """Load, encode, let go."""
-        return self.load().encode(pixels)
-
-    def decode_pieces(self, pieces: Iterable[HostLatents]) -> Iterator[Pixels]:
-        """Load, decode, let go."""
-        yield from self.load().decode_pieces(pieces)
 
 
 class Pipeline:
@@ -171,7 +137,7 @@ class Pipeline:
         parts = PARTS[backend](checkpoint, *kinds, device, vae_tiling)
         # What has been proved need not be proved for every video; a refusal is not remembered.
         self.verify = cache(partial(verify_parts, checkpoint))
-        kept = cache if keep else lambda load: load
+        kept = (lambda load: cache(making_room(load))) if keep else making_room
         self._denoiser = kept(self._load_denoiser)
         load_text = kept(parts.text_encoder)
         if prompt_cache is not None:

@@ -17,8 +17,8 @@ from skyreels_jax.models.vae_tiling import WHOLE, Tiles
 from skyreels_jax.weights.parts import stored_vae
 
 # Two tiles of 256 pixels, side by side.
-LATENTS = np.random.default_rng(0).standard_normal((16, 2, 4, 40)).astype(np.float32)
-PIXELS = np.random.default_rng(1).uniform(-1, 1, (3, 5, 32, 320)).astype(np.float32)
+LATENTS = np.random.default_rng(0).standard_normal((16, 1, 4, 40)).astype(np.float32)
+PIXELS = np.random.default_rng(1).uniform(-1, 1, (3, 1, 32, 320)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")

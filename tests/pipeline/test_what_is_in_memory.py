@@ -1,0 +1,113 @@
+"""Which models are in memory when the next one is loaded, and how often each is."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tests.fabricate import Checkpoints
+
+from skyreels_jax import pipeline as pipeline_module
+from skyreels_jax.checkpoints import load_transformer
+from skyreels_jax.pipeline import Pipeline
+from skyreels_jax.weights.parts import StoredPart
+
+SMALL = {"height": 32, "width": 48, "num_frames": 5, "steps": 2, "seed": 1}
+IMAGE = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+
+
+class Watch:
+    """Follows the parameters of each model that is loaded."""
+
+    def __init__(self):
+        self.parameters: dict[str, list[weakref.ref[jax.Array]]] = {}
+        self.loads: list[tuple[str, set[str]]] = []
+
+    def load(self, name: str, load: Callable[[], nnx.Module]) -> nnx.Module:
+        """``load()``, with what was in memory before noted."""
+        self.loads.append((name, self.resident()))
+        model = load()
+        leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+        self.parameters[name] = [weakref.ref(leaf) for leaf in leaves]
+        return model
+
+    def resident(self) -> set[str]:
+        """Models of which any parameter is in memory."""
+        return {
+            name
+            for name, references in self.parameters.items()
+            if any(reference() is not None for reference in references)
+        }
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    watch, load = Watch(), StoredPart.load
+
+    def load_part(self: StoredPart, *given: Any) -> nnx.Module:
+        return watch.load(self.model.__name__, lambda: load(self, *given))
+
+    def load_main(checkpoint: Any, **given: Any) -> nnx.Module:
+        return watch.load("WanModel", lambda: load_transformer(checkpoint, **given))
+
+    monkeypatch.setattr(StoredPart, "load", load_part)
+    monkeypatch.setattr(pipeline_module, "load_transformer", load_main)
+    return watch
+
+
+IN_TURN = ["Umt5Encoder", "ClipVision", "WanVae", "WanModel", "WanVae"]
+
+
+def test_every_model_is_gone_before_the_next_one_comes(checkpoints: Checkpoints, watch: Watch):
+    pipe = Pipeline.from_pretrained(checkpoints("i2v", "original"))
+    pipe("a fox", image=IMAGE, **SMALL)
+    # Where parts are kept (below), they are seen to be there.
+    assert watch.loads == [(name, set()) for name in IN_TURN]
+
+
+def test_the_transformer_is_gone_before_a_file_is_decoded(
+    checkpoints: Checkpoints, watch: Watch, tmp_path
+):
+    """As the command line does it, in two calls."""
+    pipe = Pipeline.from_pretrained(checkpoints("t2v", "diffusers"))
+    request = pipeline_module.resolve(
+        pipeline_module.Request(prompt="a fox", dtype=pipe.dtype, **SMALL), pipe.checkpoint
+    )
+    sampled = pipe.sample(request)
+    pipe.write(sampled, tmp_path / "x.mp4")
+    assert watch.loads == [(name, set()) for name in ("Umt5Encoder", "WanModel", "WanVae")]
+
+
+def test_what_is_kept_is_loaded_once(checkpoints: Checkpoints, watch: Watch):
+    pipe = Pipeline.from_pretrained(checkpoints("i2v", "original"), keep=True)
+    first, again = (pipe(prompt, image=IMAGE, **SMALL) for prompt in ("a fox", "a fox"))
+    assert [name for name, _ in watch.loads] == IN_TURN[:-1]
+    assert watch.loads[-1][1] == watch.resident() - {"WanModel"} == set(IN_TURN[:3])
+    np.testing.assert_array_equal(first.frames, again.frames)
+
+
+def test_without_keeping_a_second_video_loads_again(checkpoints: Checkpoints, watch: Watch):
+    pipe = Pipeline.from_pretrained(checkpoints("t2v", "diffusers"))
+    for _ in range(2):
+        pipe("a fox", **SMALL)
+    assert [name for name, _ in watch.loads] == 2 * ["Umt5Encoder", "WanModel", "WanVae"]
+
+
+def test_a_checkpoint_is_proved_complete_once_and_before_anything_is_loaded(
+    checkpoints: Checkpoints, watch: Watch, monkeypatch: pytest.MonkeyPatch
+):
+    proved: list[int] = []
+    verify = pipeline_module.verify_checkpoint
+
+    def counted(*given: Any) -> None:
+        proved.append(len(watch.loads))
+        verify(*given)
+
+    monkeypatch.setattr(pipeline_module, "verify_checkpoint", counted)
+    pipe = Pipeline.from_pretrained(checkpoints("t2v", "diffusers"))
+    for _ in range(2):
+        pipe("a fox", **SMALL)
+    assert proved == [0]
