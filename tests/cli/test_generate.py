@@ -1,6 +1,7 @@
 """``skyreels-jax generate`` from a checkpoint folder to a file, and what stops it on the way."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -102,21 +103,37 @@ def test_what_fails_while_decoding_keeps_the_latents(
     assert media.read_video(out / "x.mp4")[0].shape == (5, 32, 48, 3)
 
 
-def test_ctrl_c_while_frames_are_written_leaves_no_half_file(
-    command: Command, checkpoints: Checkpoints, out: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_frames_are_written_leaves_no_half_file(
+    command: Command,
+    checkpoints: Checkpoints,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
 ):
+    half: list[str] = []
+
     def stop(self: media.VideoWriter, frames: np.ndarray) -> None:
-        raise KeyboardInterrupt
+        self._container.start_encoding()
+        half.extend(path.name for path in out.glob(".*"))
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(media.VideoWriter, "append", stop)
     words = ("--model", checkpoints("t2v", "original"), "--prompt", "a fox", *SMALL)
+    handler = signal.getsignal(signal.SIGTERM)
     outcome = command("generate", *words, "--output", out / "x.mp4")
-    assert outcome.code == 130
+    assert outcome.code == code
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert len(half) == 1  # there was something to leave
     assert [path.name for path in out.iterdir()] == ["x.latents.safetensors"]
     assert "--resume-latents" in outcome.err
 
 
-def test_an_interrupted_process_leaves_nothing(checkpoints: Checkpoints, out: Path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_process_leaves_nothing(
+    checkpoints: Checkpoints, out: Path, number: int, code: int
+):
     """A real process, interrupted by a real signal while it compiles or denoises."""
     folder = checkpoints("t2v", "original")
     words = [sys.executable, "-m", "skyreels_jax.cli.main", "generate", "--model", str(folder)]
@@ -129,9 +146,9 @@ def test_an_interrupted_process_leaves_nothing(checkpoints: Checkpoints, out: Pa
         if line.startswith("load: done"):
             break
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert "Traceback" not in err
     assert list(out.iterdir()) == []
 
