@@ -30,7 +30,7 @@ def request_for(checkpoint: Checkpoint, **changes) -> ResolvedRequest:
     photo = Image.fromarray(np.zeros((32, 48, 3), np.uint8))
     settings = {"height": 32, "width": 48, "num_frames": 9, "steps": STEPS, "dtype": "float32"}
     settings["image"] = photo if checkpoint.task == "i2v" else None
-    return resolve(Request(prompt="a fox", **(settings | changes)), checkpoint)
+    return resolve(Request(**({"prompt": "a fox"} | settings | changes)), checkpoint)
 
 
 def stages(folder: Path, *, hybrid=False, memory=PLENTY, **changes) -> dict[str, StagePlan]:
@@ -230,7 +230,7 @@ def test_the_state_of_denoising_is_its_latents_solver_and_texts(checkpoints):
 def test_the_estimate_of_the_vae_is_what_the_compiler_counts(direction: Direction, size):
     """Of the released shape; never less, or tiles would come too late."""
     model = nnx.eval_shape(lambda: WanVae(WAN_VAE, rngs=nnx.Rngs(0)))
-    planned = plan_vae(direction, model, direction, size, 3, Memory(None))
+    planned = plan_vae(direction, model, direction, (size, 3), Memory(None))
     assert planned.work is not None
     # Measured 0.92 to 0.999.
     assert 0.85 < planned.work.total / vae_work(WAN_VAE, direction, *size) <= 1
@@ -243,7 +243,7 @@ def test_a_plan_in_tiles_is_that_of_its_tiles():
 
     def planned(height: int, width: int, free: float | None = None) -> StagePlan:
         memory = Memory(None if free is None else int(free))
-        return plan_vae("decode", model, "decode", (height, width), 2, memory)
+        return plan_vae("decode", model, "decode", ((height, width), 2), memory)
 
     needed = vae_work(VAE, "decode", 320, 448)
     tiled, whole = (planned(320, 448, weights + share * needed) for share in (0.9, 1.1))
@@ -256,6 +256,29 @@ def test_a_plan_in_tiles_is_that_of_its_tiles():
     assert tiled.work.temporary == upper.work.temporary
     assert whole.work.state < tiled.work.state
     assert tiled.total < whole.total
+
+
+LONG = {"num_frames": 21, "base_num_frames": 9, "overlap_history": 1, "hand_over": "latents"}
+
+
+def test_a_long_video_is_planned_by_its_windows(checkpoints):
+    """Six latent frames in windows of 3, 3 and 2, each but the first with one that is given."""
+    folder = checkpoints("df", "diffusers")
+    prompts = ["a fox", "a crow"]
+    planned = stages(folder, hybrid=True, prompt=prompts, **LONG)
+    request = request_for(Checkpoint.open(folder), prompt=prompts, **LONG)
+    assert [window.columns for window in request.windows] == [3, 3, 2]
+    one, shorter = (stages(folder, hybrid=True, num_frames=frames)["denoise"] for frames in (9, 5))
+    # Each window's frames have timesteps of their own, where all frames together have one.
+    dim, frequencies = transformer_of("df").dim, transformer_of("df").freq_dim
+    times = STEPS * 2 * (2 + 2 + 1) * 2 * (frequencies * dim + 7 * dim * dim)
+    assert planned["denoise"].operations == 2 * one.operations + shorter.operations + times
+    assert planned["denoise"].work and one.work and shorter.work
+    assert shorter.work.total < one.work.total <= planned["denoise"].work.total
+    # Both models are there until the last window is decoded.
+    alone = stages(folder, hybrid=True)
+    both = alone["denoise"].weights + alone["decode"].weights
+    assert planned["denoise"].weights == planned["decode"].weights == both
 
 
 def test_pytorch_is_not_asked_for_its_work(checkpoints):
@@ -291,7 +314,7 @@ def test_a_process_takes_what_was_planned():
     """Peak of a process that decodes, beside its peak before, when the weights were there."""
     side, config = 384, {"base_dim": 16, "z_dim": 16, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 1}
     model = nnx.eval_shape(lambda: WanVae(VaeConfig(**config), rngs=nnx.Rngs(0)))
-    planned = plan_vae("decode", model, "decode", (side, side), 3, Memory(None)).work
+    planned = plan_vae("decode", model, "decode", ((side, side), 3), Memory(None)).work
     assert planned is not None
     spelled = ", ".join(f"{name}={value}" for name, value in config.items())
     code = PEAK.format(config=spelled, side=side)

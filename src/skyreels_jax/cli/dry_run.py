@@ -48,9 +48,10 @@ def report(
     largest = max(stages, key=lambda stage: stage.total)
     partial = any(stage.work is None or stage.work.temporary is None for stage in stages)
     least = "at least " if partial else ""
+    together = "transformer and VAE are" if request.is_long else "one stage is"
     needed = (
         f"the largest stage, {largest.stage}, takes {least}{largest.total / GIB:.2f} GiB; "
-        "one stage is in memory at a time"
+        f"{together} in memory at a time"
     )
     device = jax.local_devices()[0]
     if free is None:

@@ -25,6 +25,7 @@ from skyreels_jax.generation.memory import Direction, vae_work
 from skyreels_jax.generation.operations import operations
 from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.generation.rollout import movement
+from skyreels_jax.generation.windows import Window, latent_frames
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_config import FRAME_STRIDE, PIXEL_STRIDE
 from skyreels_jax.prompts import TEXT_LEN
@@ -110,7 +111,8 @@ def plan(
     dtype, layout = jnp.dtype(request.dtype), checkpoint.layout
     images = sum(image is not None for image in (request.image, request.last_image))
     on_images = request.task in ("i2v", "flf2v")
-    prompts = 1 if isinstance(guidance_of(request.guidance_scale), NoGuidance) else 2
+    unguided = isinstance(guidance_of(request.guidance_scale), NoGuidance)
+    prompts = len(set(request.prompts)) + (0 if unguided else 1)
 
     def part(stage: str, model: nnx.Module, calls: int, *inputs: Abstract) -> StagePlan:
         if hybrid:
@@ -126,42 +128,70 @@ def plan(
     vae = stored_vae(layout).abstract(jnp.dtype(vae_dtype))
     size = (request.height, request.width)
 
-    def video(stage: str, direction: Direction, chunks: int) -> StagePlan:
-        if hybrid:
-            return StagePlan(stage, size_of(nnx.state(vae, nnx.Param)), None, 0)
-        return plan_vae(stage, vae, direction, size, chunks, memory)
+    vae_weights = size_of(nnx.state(vae, nnx.Param))
 
-    if images:
-        yield video("condition", "encode", request.latent_shape[0] if on_images else 1)
-    yield plan_denoising(checkpoint, request)
-    yield video("decode", "decode", request.latent_shape[0])
+    def video(stage: str, direction: Direction, chunks: int, beside: int = 0) -> StagePlan:
+        if hybrid:
+            return StagePlan(stage, vae_weights + beside, None, 0)
+        return plan_vae(stage, vae, direction, (size, chunks), memory, beside)
+
+    if given := _given_latents(request):
+        yield video("condition", "encode", given)
+    # Windows of a long video are decoded in turn: both models are in memory all the while.
+    denoising = plan_denoising(checkpoint, request)
+    if request.is_long:
+        yield replace(denoising, weights=denoising.weights + vae_weights)
+    else:
+        yield denoising
+    beside = denoising.weights if request.is_long else 0
+    yield video("decode", "decode", request.latent_shape[0], beside)
+
+
+def _given_latents(request: ResolvedRequest) -> int:
+    """Latent frames that are encoded before anything is denoised."""
+    if request.task in ("i2v", "flf2v"):
+        return request.latent_shape[0]
+    if request.video is not None and request.forcing is not None:
+        return latent_frames(request.forcing.overlap_history)
+    return sum(image is not None for image in (request.image, request.last_image))
 
 
 def plan_denoising(checkpoint: Checkpoint, request: ResolvedRequest) -> StagePlan:
-    """The transformer and the very step that sampling would compile."""
+    """The transformer and the very step that sampling would compile, of the largest window."""
     config = checkpoint.config
     model = abstract_transformer(config, jnp.dtype(request.dtype))
-    denoiser = Denoiser(model, checkpoint.block_length)
+    forcing = request.forcing
+    denoiser = Denoiser(model, forcing.causal_attention if forcing else checkpoint.block_length)
     schedule = flow_sigmas(request.steps, request.shift)
-    latents = Abstract((1, sizes.LATENT_CHANNELS, *request.latent_shape), jnp.float32)
     guidance = guidance_of(request.guidance_scale, batched=request.batched_guidance)
     text = Abstract((1, config.text_len, config.text_dim), jnp.float32)
-    features, y = None, None
+    features = None
     if config.model_type == "i2v":
         features = Abstract((1, config.image_tokens, config.image_dim), jnp.float32)
-        channels = config.in_dim - sizes.LATENT_CHANNELS
-        y = Abstract((1, channels, *request.latent_shape), jnp.float32)
-    told = Told(text, features, y, Abstract((1,), jnp.int32))
-    frames = movement(request, schedule)
 
-    def traced(attention: str | None) -> jax.stages.Traced:
-        sampling = Sampling(schedule, guidance, attention)
-        return denoiser.trace(latents, told, sampling, frames=frames)
+    def traced(window: Window, attention: str | None) -> jax.stages.Traced:
+        shape = (window.columns, *request.latent_shape[1:])
+        channels = config.in_dim - sizes.LATENT_CHANNELS
+        y = Abstract((1, channels, *shape), jnp.float32) if channels else None
+        return denoiser.trace(
+            Abstract((1, sizes.LATENT_CHANNELS, *shape), jnp.float32),
+            Told(text, features, y, Abstract((1,), jnp.int32)),
+            Sampling(schedule, guidance, attention),
+            frames=movement(request, schedule, window),
+        )
 
     parameters = nnx.state(model, nnx.Param)
-    program = traced(request.attention)
+    largest = max(request.windows, key=lambda window: window.columns)
+    program = traced(largest, request.attention)
     # Counted on a path whose products can be seen, which those inside a kernel cannot.
-    count = frames.rows * operations(traced("chunked").jaxpr.jaxpr)
+    of_step = {
+        columns: operations(traced(window, "chunked").jaxpr.jaxpr)
+        for columns, window in {window.columns: window for window in request.windows}.items()
+    }
+    count = sum(
+        movement(request, schedule, window).rows * of_step[window.columns]
+        for window in request.windows
+    )
     return StagePlan("denoise", size_of(parameters), analysed(program, parameters), count)
 
 
@@ -198,12 +228,22 @@ def plan_vae(
     stage: str,
     vae: WanVae,
     direction: Direction,
-    size: tuple[int, int],
-    chunks: int,
+    video: tuple[tuple[int, int], int],
     memory: Memory,
+    beside: int = 0,
 ) -> StagePlan:
-    """A direction of the VAE over ``chunks`` of frames of ``size``, in tiles where need be."""
-    weights, (height, width) = size_of(nnx.state(vae, nnx.Param)), size
+    """A direction of the VAE over a video, in tiles where need be.
+
+    Args:
+        stage: its name.
+        vae: the model, of shapes alone.
+        direction: of the work.
+        video: height and width in pixels, and latent frames.
+        memory: decides whether there are tiles.
+        beside: bytes of weights that are in memory besides the VAE's.
+    """
+    weights = size_of(nnx.state(vae, nnx.Param)) + beside
+    (height, width), chunks = video
     needed = vae_work(vae.config, direction, height, width)
     free = None if memory.free is None else memory.free - weights
     tiling = tiling_for(memory.tiling, needed, free)
