@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Final
 
+from skyreels_jax.generation.caching import CACHES
 from skyreels_jax.generation.codec import VAE_TILINGS
 from skyreels_jax.generation.request import HAND_OVERS
 from skyreels_jax.generation.resolve import DTYPES
@@ -109,6 +110,31 @@ def _add_running(group: Any) -> None:
         "--attention",
         metavar="PATH",
         help=f"{', '.join(PATHS)}; chosen by device and shape if not given",
+    )
+    group.add_argument(
+        "--cache",
+        metavar="|".join(CACHES),
+        help="leave calls of the transformer out where little changes (default: none)",
+    )
+    group.add_argument(
+        "--teacache",
+        dest="cache",
+        action="store_const",
+        const="teacache",
+        help="the same as --cache teacache",
+    )
+    group.add_argument(
+        "--cache-threshold",
+        "--teacache_thresh",
+        type=float,
+        metavar="X",
+        help="how much change may go by; 0.2 for teacache, 0.05 for easycache",
+    )
+    group.add_argument(
+        "--use-ret-steps",
+        "--use_ret_steps",
+        action="store_true",
+        help="teacache looks at the time embedding that the blocks take",
     )
     group.add_argument(
         "--batched-guidance",

@@ -164,6 +164,9 @@ def request_of(args: argparse.Namespace) -> Request:
         addnoise_condition=args.addnoise_condition,
         hand_over=args.hand_over,
         causal_attention=args.causal_attention,
+        cache=args.cache,
+        cache_threshold=args.cache_threshold,
+        use_ret_steps=args.use_ret_steps,
     )
 
 

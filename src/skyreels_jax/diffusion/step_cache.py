@@ -50,10 +50,11 @@ class Passage(Protocol):
 
 
 class Position(NamedTuple):
-    """Where in a run a step is: ``step`` counts from 0 to ``steps - 1``."""
+    """Where in a run a call is: in ``step`` of ``steps``, the ``call``-th; all from 0."""
 
     step: Int[Array | np.ndarray, ""]
     steps: Int[Array | np.ndarray, ""]
+    call: Int[Array | np.ndarray, ""]
 
 
 @runtime_checkable

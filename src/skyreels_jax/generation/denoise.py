@@ -309,7 +309,7 @@ def _rows(
     for number, (index, timestep, update) in enumerate(columns):
         # The timetable counts steps from 1; frames that rest are given any row of the table.
         coefficients = table.at(np.clip(index - 1, 0, last))
-        position = Position(np.array(number, np.int32), np.array(frames.rows, np.int32))
+        position = Position(*(np.array(n, np.int32) for n in (number, frames.rows, 0)))
         timestep, veil = timestep.astype(np.int32), None
         if prefix_noise is not None:
             hidden = np.arange(len(timestep)) < prefix_noise.frames
@@ -382,8 +382,8 @@ def _step(
         graph, block_length, attention, parameters, conditioning, guidance, row, carry.x
     )
     answers = [
-        cache.call(state, row.position, passage)
-        for state, passage in zip(carry.caches, passages, strict=True)
+        cache.call(state, row.position._replace(call=jnp.int32(number)), passage)
+        for number, (state, passage) in enumerate(zip(carry.caches, passages, strict=True))
     ]
     predictions, caches, computed = zip(*answers, strict=True)
     velocity = jnp.moveaxis(guidance.combine(predictions), 2, 0)

@@ -7,6 +7,7 @@ from typing import Final, TypeVar
 from skyreels_jax.checkpoints import Checkpoint, Default
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation import sizes
+from skyreels_jax.generation.caching import CacheSettings, resolve_cache
 from skyreels_jax.generation.request import GivenVideo, Request
 from skyreels_jax.media import ImageInput, RgbImage, read_image, survey_video
 
@@ -113,6 +114,20 @@ class Draft:
             self.problems.append(f"--{given} was given without --{missing}: give both or neither")
             return self.checkpoint.defaults.resolution.value
         return height, width
+
+    def cache(self) -> CacheSettings:
+        """The step cache."""
+        request = self.request
+        try:
+            return resolve_cache(
+                request.cache,
+                request.cache_threshold,
+                self.checkpoint,
+                use_ret_steps=request.use_ret_steps,
+            )
+        except RequestError as error:
+            self.problems.append(str(error))
+            return CacheSettings()
 
     def frames(self, fps: int) -> int:
         """The number of frames, possibly from seconds."""

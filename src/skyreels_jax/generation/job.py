@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation import sizes
+from skyreels_jax.generation.caching import CacheSettings
 from skyreels_jax.generation.request import Forcing, GivenVideo, ResolvedRequest
 from skyreels_jax.generation.windows import Window
 from skyreels_jax.media import read_image, whole_file, write_image
@@ -167,6 +168,7 @@ def to_json(request: ResolvedRequest) -> dict[str, Any]:
     }
     for name in IMAGES:
         values[name] = None if getattr(request, name) is None else f"{name}.png"
+    values["cache"] = dataclasses.asdict(request.cache)
     values["forcing"] = None if request.forcing is None else dataclasses.asdict(request.forcing)
     if (video := request.video) is not None:
         values["video"] = {**dataclasses.asdict(video), "path": str(video.path.resolve())}
@@ -180,12 +182,14 @@ def from_json(values: Mapping[str, Any], images: Mapping[str, Any]) -> ResolvedR
     Raises:
         TypeError: fields are missing or unknown.
     """
-    forcing, video = values["forcing"], values["video"]
+    forcing, video, cache = values["forcing"], values["video"], values["cache"]
+    coefficients = None if cache["coefficients"] is None else tuple(cache["coefficients"])
     return ResolvedRequest(
         **{
             **values,
             "prompts": tuple(values["prompts"]),
             "notices": tuple(values["notices"]),
+            "cache": CacheSettings(**{**cache, "coefficients": coefficients}),
             "forcing": None if forcing is None else Forcing(**forcing),
             "video": None
             if video is None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from skyreels_jax.generation import sizes
+from skyreels_jax.generation.caching import CacheSettings
 from skyreels_jax.generation.windows import Window, latent_frames, plan_windows
 from skyreels_jax.media import ImageInput, RgbImage
 from skyreels_jax.presets import Task
@@ -55,6 +56,9 @@ class Request:
         hand_over: ``latents`` or ``pixels``: what a window is given of the one before.
         causal_attention: latent frames a block of block-causal attention, for models that learned
             with it.
+        cache: ``teacache`` or ``easycache``, to leave calls of the transformer out (every task).
+        cache_threshold: how much change may go by before the transformer runs again.
+        use_ret_steps: TeaCache looks at the time embedding that the blocks take.
     """
 
     prompt: str | Sequence[str] | Mapping[int, str]
@@ -84,6 +88,9 @@ class Request:
     addnoise_condition: int | None = None
     hand_over: str | None = None
     causal_attention: int | None = None
+    cache: str | None = None
+    cache_threshold: float | None = None
+    use_ret_steps: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +143,7 @@ class ResolvedRequest:
     dtype: str
     attention: str | None
     batched_guidance: bool
+    cache: CacheSettings
     sources: Mapping[str, str]
     notices: tuple[str, ...]
 
@@ -191,6 +199,7 @@ class ResolvedRequest:
             if entry.name not in skipped
         }
         values["prompt"] = self.prompt if len(set(self.prompts)) == 1 else list(self.prompts)
+        values["cache"] = dataclasses.asdict(self.cache)
         values["forcing"] = None if self.forcing is None else dataclasses.asdict(self.forcing)
         values["video"] = None if self.video is None else self.video.path.name
         for name in ("image", "last_image"):

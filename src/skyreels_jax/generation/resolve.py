@@ -74,6 +74,7 @@ def resolve(
         "dtype": request.dtype,
         "attention": request.attention,
         "batched_guidance": request.batched_guidance,
+        "cache": draft.cache(),
     }
     values["forcing"] = resolve_forcing(draft, values)
     problems = [*draft.problems, *_violations(request, values)]

@@ -19,6 +19,7 @@ from skyreels_jax.diffusion.forcing import Timetable, plan_blocks, timetable
 from skyreels_jax.diffusion.guidance import Guidance, NoGuidance, guidance_of
 from skyreels_jax.diffusion.schedule import FlowSchedule, flow_sigmas
 from skyreels_jax.generation import sizes
+from skyreels_jax.generation.caching import step_cache
 from skyreels_jax.generation.components import Components
 from skyreels_jax.generation.conditioning import (
     condition_latents,
@@ -168,11 +169,13 @@ class Rollout:
             end = self._known().end
             assert end is not None
             noise = jnp.concatenate([noise, jnp.asarray(end)[None]], axis=2)
+        frames = movement(request, self.schedule, window)
+        cache = step_cache(request.cache, request.steps, frames.rows)
         denoised = denoiser.run(
             noise,
             self._transformer.conditioning(request, window, self.clock),
-            sampling,
-            frames=movement(request, self.schedule, window),
+            dataclasses.replace(sampling, cache=cache),
+            frames=frames,
             prefix_noise=prefix_noise(request, window),
             clock=self.clock,
         )

@@ -1,0 +1,98 @@
+"""TeaCache: the blocks are left out while the time embedding has changed little.
+
+The change of the time embedding from step to step, through a fitted polynomial, estimates the
+change of the blocks' output. While the sum of estimates stays below a threshold, the last residual
+``blocks(tokens) - tokens`` is added in place of running the blocks; the head always runs.
+
+Source: Liu et al., "Timestep Embedding Tells" (arXiv 2411.19108), as in SkyReels-V2's transformer.
+The original counts forward calls against a number of steps, so that its counter wraps in the
+middle of a run: the first steps are kept in full twice, the last ones never. Here steps are
+counted, unless ``wrap`` asks for the original's way.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from skyreels_jax.diffusion.step_cache import Passage, Position, Velocity
+
+Number = Array | np.ndarray
+# A step of the original is two calls: of the prompt and of the negative prompt.
+CALLS: Final = 2
+
+
+class TeaState(NamedTuple):
+    """What one model call of a step remembers: sum of estimates, embedding, residual."""
+
+    estimate: Float[Array, ""]
+    embedding: Array
+    residual: Float[Array, "rows F P D"]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("threshold", "coefficients", "first", "last", "wrap"),
+    meta_fields=("projected",),
+)
+@dataclass(frozen=True, eq=False)
+class TeaCache:
+    """A :class:`~skyreels_jax.diffusion.step_cache.StepCache`; its numbers compile nothing anew.
+
+    Attributes:
+        threshold: of the sum of estimates; at 0 every call runs.
+        coefficients: of the polynomial, highest power first.
+        first: steps at the start that always run.
+        last: steps at the end that always run.
+        wrap: 0; or the number of calls after which the original's counter starts again.
+        projected: whether the projected embedding is looked at (the original's
+            ``use_ret_steps``) or the one of the head.
+    """
+
+    threshold: Float[Number, ""]
+    coefficients: Float[Number, " 5"]
+    first: Int[Number, ""]
+    last: Int[Number, ""]
+    wrap: Int[Number, ""]
+    projected: bool
+
+    def init(self, passage: Passage) -> TeaState:
+        """Shapes of embedding and residual; the latter is as large as the tokens."""
+        embedding = jnp.zeros_like(self._embedding(passage))
+        return TeaState(jnp.zeros(()), embedding, jnp.zeros_like(passage.tokens))
+
+    def call(
+        self, state: TeaState, position: Position, passage: Passage
+    ) -> tuple[Velocity, TeaState, Bool[Array, ""]]:
+        """The prediction, from blocks that ran or from the last residual."""
+        embedding = self._embedding(passage)
+        change = jnp.mean(jnp.abs(embedding - state.embedding))
+        relative = change / jnp.mean(jnp.abs(state.embedding))
+        estimate = state.estimate + jnp.polyval(jnp.asarray(self.coefficients), relative)
+        runs = self._always(position) | (estimate >= self.threshold) | (self.threshold <= 0)
+
+        def run() -> tuple[Array, Array]:
+            tokens = passage.blocks(passage.tokens)
+            return tokens, tokens - passage.tokens
+
+        def reuse() -> tuple[Array, Array]:
+            return passage.tokens + state.residual, state.residual
+
+        tokens, residual = jax.lax.cond(runs, run, reuse)
+        velocity = passage.head(tokens)
+        after = TeaState(jnp.where(runs, jnp.zeros(()), estimate), embedding, residual)
+        return velocity, after, runs
+
+    def _embedding(self, passage: Passage) -> Array:
+        return passage.e0 if self.projected else passage.e
+
+    def _always(self, position: Position) -> Bool[Array, ""]:
+        """Whether the step is one of those at the ends."""
+        step, steps = jnp.asarray(position.step), jnp.asarray(position.steps)
+        whole = (step < self.first) | (step >= steps - self.last)
+        counter = (CALLS * step + position.call) % jnp.maximum(self.wrap, 1)
+        return jnp.where(jnp.asarray(self.wrap) > 0, counter < CALLS * self.first, whole)
