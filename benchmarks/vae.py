@@ -11,7 +11,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -22,8 +21,7 @@ from benchmarks.measure import Taken, head, middle, peak_gib, row, timed, versio
 THREADS = 2
 HEIGHT, WIDTH = 272, 480
 RELEASED = 96  # channels at full resolution
-# Seconds a frame are those of the first and of the last steady chunks, this many.
-STEADY = 4
+STEADY = 4  # chunks, at the beginning and at the end of a video
 
 
 def jax_vae(dtype: str, base_dim: int = RELEASED) -> Any:
@@ -181,20 +179,19 @@ def decode_one(frames: int, base_dim: int) -> None:
     """Decode a video as the writer does, keeping nothing: the process of one length."""
     from skyreels_jax.models.vae import decode_chunks
 
-    seconds, start, count = [], time.perf_counter(), 0
-    for chunk in decode_chunks(jax_vae("float32", base_dim), latents((frames + 3) // 4)):
-        seconds.append((time.perf_counter() - start) / chunk.shape[2])
-        start = time.perf_counter()
-        count += chunk.shape[2]
-    assert count == frames
+    chunks = decode_chunks(jax_vae("float32", base_dim), latents((frames + 3) // 4))
+    steps = [timed(lambda: next(chunks).shape[2]) for _ in range((frames + 3) // 4)]
+    assert sum(count for count, _ in steps) == frames
     # The first three are compiled, or find the caches without pages.
-    first, last = middle(seconds[3 : 3 + STEADY]), middle(seconds[-STEADY:])
-    row(frames, f"{peak_gib():.3f}", f"{first:.2f}", f"{last:.2f}")
+    ends = steps[3 : 3 + STEADY], steps[-STEADY:]
+    each = [middle([seconds[k] / count for count, seconds in end]) for k in (0, 1) for end in ends]
+    row(frames, f"{peak_gib():.3f}", *(f"{seconds:.2f}" for seconds in each))
 
 
 def length(frames: list[int], base_dim: int) -> None:
     """Print a row for each."""
-    head("frames", "peak GiB", "s a frame at the beginning", "at the end")
+    frame = "s a frame at the beginning"
+    head("frames", "peak GiB", frame, "at the end", f"processor {frame}", "at the end")
     for count in frames:
         width = ("--base-dim", str(base_dim))
         subprocess.run(command("--decode-one", str(count), *width), check=True)
