@@ -27,8 +27,8 @@ def causal_conv(
     Frame ``t`` of the result is ``bias + sum_d kernel[d] * frames[t * stride + d]`` over the frames
     of the history and of ``x``, where each product is a convolution in space with zeros around.
     That is also how it is computed: a 2-D convolution for each tap, over all frames at once. XLA's
-    3-D convolution has less than half the speed on CPUs, and on NVIDIA GPUs in bfloat16 a
-    thirtieth; ``docs/performance.md`` has these and other formulations.
+    3-D convolution has a third to three quarters of the speed on CPUs, and is reported to have a
+    thirtieth in bfloat16 on NVIDIA GPUs; ``docs/performance.md`` has these and other formulations.
 
     Args:
         x: the chunk; the number of its frames is a multiple of ``stride``.
