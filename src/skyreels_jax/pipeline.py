@@ -46,6 +46,7 @@ from skyreels_jax.reference.components import (
     TorchTextEncoder,
     TorchVideoCodec,
 )
+from skyreels_jax.reference.modules import require_torch
 from skyreels_jax.shapes import Frames
 from skyreels_jax.weights.complete import verify_checkpoint
 from skyreels_jax.weights.convert_folder import convert_folder
@@ -118,6 +119,7 @@ class Pipeline:
         Raises:
             RequestError: ``dtype``, ``backend``, ``vae_tiling`` or ``vae_dtype`` is unknown or
                 does not go with the others.
+            UnsupportedError: the hybrid backend's PyTorch is not installed.
         """
         for name, value, known in (
             ("dtype", dtype, DTYPES),
@@ -348,8 +350,13 @@ def hybrid_parts(
     device: str,
     vae_tiling: VaeTiling,
 ) -> Parts:
-    """Encoders and VAE in PyTorch, the VAE on whole frames and in float32."""
+    """Encoders and VAE in PyTorch, the VAE on whole frames and in float32.
+
+    Raises:
+        UnsupportedError: PyTorch is not installed.
+    """
     del vae_dtype, vae_tiling
+    require_torch()
     return Parts(
         text_encoder=partial(TorchTextEncoder.load, checkpoint, device, dtype),
         image_encoder=partial(TorchImageEncoder.load, checkpoint, device, dtype),

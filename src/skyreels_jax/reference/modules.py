@@ -4,8 +4,9 @@ diffusers and transformers supply the modules. Configurations and weights are re
 JAX modules are, so both sides refuse an incomplete file in the same words, and no pickle is run.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,23 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
     from transformers import UMT5EncoderModel
 
+TORCH_SIDE: Final = ("torch", "diffusers", "transformers")
+
 ModuleT = TypeVar("ModuleT", bound="torch.nn.Module")
+
+
+def require_torch() -> None:
+    """Refuse to go on where the PyTorch side is not installed; imports nothing.
+
+    Raises:
+        UnsupportedError: with what is missing, and how to install it.
+    """
+    missing = [name for name in TORCH_SIDE if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UnsupportedError(
+            f"the hybrid backend needs {', '.join(missing)}, which this environment does not have: "
+            "use the backend jax, or pip install 'skyreels-jax[torch]'"
+        )
 
 
 def torch_device(name: str) -> "torch.device":
