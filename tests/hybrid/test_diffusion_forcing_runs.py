@@ -25,7 +25,12 @@ from skyreels_jax.hybrid import HybridPipeline
 
 STEPS, SHIFT = 4, 5.0
 HEIGHT, WIDTH = 32, 48
-COMMON: dict[str, Any] = {"prompt": "A cat on the lake", "negative_prompt": "sky", "height": HEIGHT, "width": WIDTH}
+COMMON: dict[str, Any] = {
+    "prompt": "A cat on the lake",
+    "negative_prompt": "sky",
+    "height": HEIGHT,
+    "width": WIDTH,
+}
 # dB. Measured 82.9 (together) to 89.3 (image and end); the mildest twin has 63.4.
 ENOUGH = 75.0
 

@@ -13,16 +13,13 @@ forcing those that rest would thin the means out, so only frames whose input cha
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from skyreels_jax.diffusion.step_cache import Passage, Position, Velocity
-
-Number = Array | np.ndarray
 
 
 class EasyState(NamedTuple):
@@ -45,14 +42,15 @@ class EasyCache:
     """A :class:`~skyreels_jax.diffusion.step_cache.StepCache`; its numbers compile nothing anew.
 
     Attributes:
-        threshold: of the sum of expected changes; at 0 every call runs.
+        threshold: of the sum of expected changes; at 0 every call runs. The fields' types stay
+            open, since a pytree also holds what stands for numbers while a program is traced.
         first: steps at the start that always run; at least 2, which the first rate needs.
         last: steps at the end that always run.
     """
 
-    threshold: Float[Number, ""]
-    first: Int[Number, ""]
-    last: Int[Number, ""]
+    threshold: Any
+    first: Any
+    last: Any
 
     def init(self, passage: Passage) -> EasyState:
         """Shapes of the latents."""

@@ -12,16 +12,14 @@ counted, unless ``wrap`` asks for the original's way.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from skyreels_jax.diffusion.step_cache import Passage, Position, Velocity
 
-Number = Array | np.ndarray
 # A step of the original is two calls: of the prompt and of the negative prompt.
 CALLS: Final = 2
 
@@ -44,8 +42,10 @@ class TeaCache:
     """A :class:`~skyreels_jax.diffusion.step_cache.StepCache`; its numbers compile nothing anew.
 
     Attributes:
-        threshold: of the sum of estimates; at 0 every call runs.
-        coefficients: of the polynomial, highest power first.
+        threshold: of the sum of estimates; at 0 every call runs. All fields but the last are
+            numbers or arrays; their types stay open, since a pytree also holds what stands for them
+            while a program is traced.
+        coefficients: five, of the polynomial, highest power first.
         first: steps at the start that always run.
         last: steps at the end that always run.
         wrap: 0; or the number of calls after which the original's counter starts again.
@@ -53,11 +53,11 @@ class TeaCache:
             ``use_ret_steps``) or the one of the head.
     """
 
-    threshold: Float[Number, ""]
-    coefficients: Float[Number, " 5"]
-    first: Int[Number, ""]
-    last: Int[Number, ""]
-    wrap: Int[Number, ""]
+    threshold: Any
+    coefficients: Any
+    first: Any
+    last: Any
+    wrap: Any
     projected: bool
 
     def init(self, passage: Passage) -> TeaState:
