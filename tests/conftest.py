@@ -1,9 +1,13 @@
 """Strictness for tests: shapes and dtypes of every annotated function are checked at run time."""
 
 import os
+import signal
 
 # PyTorch's threads wait in loops: two on busy cores make small convolutions 40 times as slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's background jobs inherit that Ctrl-C is ignored; tests that send it would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 from jaxtyping import install_import_hook

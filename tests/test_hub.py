@@ -90,7 +90,7 @@ def test_only_needed_files_are_fetched(asked):
     "given",
     [
         *("./model", "/no/such/folder", "model", "a/b/c", "owner/name/", "own er/name", "a//b"),
-        *("../x", "https://huggingface.co/Skywork/x", Path("Skywork/x")),
+        *("../no such folder", "https://huggingface.co/Skywork/x", Path("Skywork/x")),
     ],
 )
 def test_what_is_neither_a_folder_nor_an_id_is_refused_without_network(given, asked):

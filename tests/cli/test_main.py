@@ -1,13 +1,16 @@
 """The command line as a whole: help, versions, misspelt words, exit codes."""
 
 import importlib
+import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 
 import pytest
 from tests.cli.commands import Command
 
+from skyreels_jax.cli import main as main_module
 from skyreels_jax.cli.main import ELSEWHERE, VERBS, build_parser
 
 # The original's flags (generate_video.py) that are ours under another name, with what they take.
@@ -126,3 +129,34 @@ def test_a_bug_is_not_dressed_up_as_an_error(command: Command, monkeypatch: pyte
     monkeypatch.setattr("skyreels_jax.cli.doctor.run", crash)
     with pytest.raises(ZeroDivisionError):
         command("doctor")
+
+
+class Dropped:
+    """Is interrupted by a signal where Python drops exceptions."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __del__(self):
+        signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("hook", [main_module.signal_again, lambda unraisable: None])
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, main_module.Terminated)],
+)
+def test_a_signal_that_a_finalizer_swallowed_comes_again(
+    monkeypatch: pytest.MonkeyPatch, hook, number: int, kind: type
+):
+    monkeypatch.setattr(sys, "unraisablehook", hook)
+    before = signal.signal(signal.SIGTERM, main_module.terminate)
+    raised: list[type] = []
+    try:
+        Dropped(number)
+        time.sleep(0.5)
+    except KeyboardInterrupt as error:
+        raised.append(type(error))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert raised == ([kind] if hook is main_module.signal_again else [])

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from types import FrameType
@@ -22,6 +23,8 @@ from skyreels_jax.errors import SkyReelsError
 USAGE_ERROR: Final = 2
 INTERRUPTED: Final = 130
 TERMINATED: Final = 143
+# Seconds until a signal that came to nothing is sent anew.
+AGAIN: Final = 0.05
 # Each verb is a module of this package with `add_parser` and, set as the parser's default, `run`.
 # Its help stands here too: a list of verbs should not wait until the modules have imported JAX.
 VERBS: Final[Mapping[str, str]] = {
@@ -47,6 +50,23 @@ def terminate(signum: int, frame: FrameType | None) -> NoReturn:
     """Handle SIGTERM."""
     del signum, frame
     raise Terminated
+
+
+def signal_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Send a signal anew whose exception came to nothing: the hook for such exceptions.
+
+    A signal that arrives in a finalizer or a callback of the garbage collector raises there, where
+    Python drops exceptions; a run of hours would go on as if nobody had asked it to stop.
+    """
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        ended = isinstance(unraisable.exc_value, Terminated)
+        number = signal.SIGTERM if ended else signal.SIGINT
+        # Later: at once would be in the same place.
+        again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 class Parser(argparse.ArgumentParser):
@@ -151,6 +171,7 @@ def program() -> NoReturn:
     An interrupted one ends at once. Its computation may still be running in threads of XLA, which
     crash now and then if the interpreter is taken down around them.
     """
+    sys.unraisablehook = signal_again
     code = main()
     if code in (INTERRUPTED, TERMINATED):
         sys.stdout.flush()
