@@ -80,7 +80,12 @@ def _add_forcing(group: Any) -> None:
         ("--overlap-history", "--overlap_history", "N", "frames each window takes over, 4 k + 1"),
         ("--ar-step", "--ar_step", "N", "steps each block runs behind the one before; 0: together"),
         ("--causal-block-size", "--causal_block_size", "N", "latent frames in a block"),
-        ("--addnoise-condition", "--addnoise_condition", "N", "noise shown over given frames; 20"),
+        (
+            "--addnoise-condition",
+            "--addnoise_condition",
+            "N",
+            "noise over given frames: 0 or 20",
+        ),
     ):
         group.add_argument(flag, old, type=int, metavar=metavar, help=text)
     group.add_argument(

@@ -165,14 +165,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def program() -> NoReturn:
+def program(argv: Sequence[str] | None = None) -> NoReturn:
     """The program: :func:`main`, and the end of the process.
 
     An interrupted one ends at once. Its computation may still be running in threads of XLA, which
     crash now and then if the interpreter is taken down around them.
     """
     sys.unraisablehook = signal_again
-    code = main()
+    code = main(argv)
     if code in (INTERRUPTED, TERMINATED):
         sys.stdout.flush()
         sys.stderr.flush()
