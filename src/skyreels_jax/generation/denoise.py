@@ -1,12 +1,10 @@
 """From noise to latents: the one loop, around one compiled step.
 
-A step is everything between two evaluations of the timetable: the model call or calls, guidance and
-the solver. It is compiled once for each shape, ahead of time, and its buffers are donated. The host
-only hands in the next row of the timetable; it stays a bounded number of steps ahead of the device
-and looks at nothing but one flag a step.
+The step (:mod:`~skyreels_jax.generation.step`) is compiled once for each shape, ahead of time, and
+its buffers are donated. The host only hands in the next row of the timetable; it stays a bounded
+number of steps ahead of the device and looks at nothing but one flag a step.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,28 +13,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from skyreels_jax.diffusion import unipc
 from skyreels_jax.diffusion.forcing import Timetable, plan_blocks, timetable
 from skyreels_jax.diffusion.guidance import Guidance
-from skyreels_jax.diffusion.schedule import TRAIN_LEVELS, FlowSchedule
-from skyreels_jax.diffusion.step_cache import NoCache, Position, StepCache
+from skyreels_jax.diffusion.schedule import FlowSchedule
+from skyreels_jax.diffusion.step_cache import NoCache, StepCache
 from skyreels_jax.generation.progress import Clock
-from skyreels_jax.generation.watch import Report, Watch
+from skyreels_jax.generation.step import (
+    Conditioning,
+    PrefixNoise,
+    Row,
+    Running,
+    copied,
+    passages,
+    prepare,
+    rows,
+    step,
+)
+from skyreels_jax.generation.watch import Watch
 from skyreels_jax.shapes import Context, Latents
-
-
-class Conditioning(NamedTuple):
-    """What the model is told besides latents and timesteps; the same in every step.
-
-    ``contexts`` are prepared (keys and values of cross-attention), one for each model call of a
-    step; ``y`` and ``fps`` already have the batch of a call.
-    """
-
-    contexts: tuple[Any, ...]
-    y: Float[Array, "B Y F H W"] | None
-    fps: Int[Array, " B"] | None
 
 
 @dataclass(frozen=True)
@@ -56,24 +53,6 @@ class Sampling:
     cache: StepCache = NoCache()
 
 
-@dataclass(frozen=True, eq=False)
-class PrefixNoise:
-    """Noise that the model is shown on given frames, so that it does not copy their faults.
-
-    The latents themselves stay clean. Source: ``addnoise_condition`` of SkyReels-V2's diffusion
-    forcing; its noise is drawn from an unseeded generator, ours from ``key`` and the row.
-
-    Attributes:
-        level: timestep in 1 to 1000 that the frames are noised to, and that the model is told.
-        frames: how many, from the first.
-        key: of the noise.
-    """
-
-    level: int
-    frames: int
-    key: Array
-
-
 class Told(NamedTuple):
     """What :meth:`Denoiser.condition` is given for one video: ``jax.ShapeDtypeStruct`` each."""
 
@@ -81,34 +60,6 @@ class Told(NamedTuple):
     clip_fea: Any
     y: Any
     fps: Any
-
-
-class Veil(NamedTuple):
-    """Noise over the model's input in one row: ``share`` of it in each frame."""
-
-    share: Float[np.ndarray, " F"]
-    key: Array
-
-
-class Row(NamedTuple):
-    """One row of the timetable on its way to the device; ``P`` is 1 or the number of frames."""
-
-    timestep: Int[Array | np.ndarray, " P"]
-    update: Bool[Array | np.ndarray, " P"]
-    coefficients: unipc.Coefficients
-    position: Position
-    veil: Veil | None
-
-
-class Running(NamedTuple):
-    """The loop's carry: latents, frames first as the solver wants them, and what is remembered.
-
-    ``caches`` has an entry for each model call of a step.
-    """
-
-    x: Float[Array, "F B C H W"]
-    solver: unipc.State
-    caches: tuple[Any, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,12 +118,12 @@ class Denoiser:
             clock: where compilation is timed.
         """
         graph, parameters = nnx.split(self.model)
-        clip_fea, y, fps = _copied(guidance, clip_fea, y, fps)
+        clip_fea, y, fps = copied(guidance, clip_fea, y, fps)
         prepared = []
         for context in guidance.contexts(positive, negative):
             arguments = (parameters, context, clip_fea)
-            prepare = self._compiled(partial(_prepare, graph), arguments, clock or Clock())
-            prepared.append(prepare(*arguments))
+            compiled = self._compiled(partial(prepare, graph), arguments, clock or Clock())
+            prepared.append(compiled(*arguments))
         return Conditioning(tuple(prepared), y, fps)
 
     def run(
@@ -202,14 +153,14 @@ class Denoiser:
         frames = together(sampling.schedule) if frames is None else frames
         clock = clock or Clock()
         graph, parameters = nnx.split(self.model)
-        rows = list(_rows(frames, unipc.tabulate(sampling.schedule), prefix_noise))
-        step = partial(_step, graph, self.block_length, sampling.attention)
+        table = list(rows(frames, unipc.tabulate(sampling.schedule), prefix_noise))
+        compute = partial(step, graph, self.block_length, sampling.attention)
         fixed = (parameters, conditioning, sampling.guidance, sampling.cache)
-        carry = self._start(noise, fixed, rows[0], sampling)
-        compiled = self._compiled(step, (*fixed, rows[0], carry), clock, donate=(5,))
+        carry = self._start(noise, fixed, table[0], sampling)
+        compiled = self._compiled(compute, (*fixed, table[0], carry), clock, donate=(5,))
         with clock.stage("denoise", frames.rows):
             watch = Watch(clock, frames)
-            for row in rows:
+            for row in table:
                 carry, report = compiled(*fixed, row, carry)
                 watch.started(report)
             watch.finish()
@@ -229,19 +180,19 @@ class Denoiser:
 
         def condition(parameters: nnx.State, told: Told) -> Conditioning:
             guidance = sampling.guidance
-            clip_fea, y, fps = _copied(guidance, *told[1:])
+            clip_fea, y, fps = copied(guidance, *told[1:])
             contexts = guidance.contexts(told.text, told.text)
-            prepared = (_prepare(graph, parameters, context, clip_fea) for context in contexts)
+            prepared = (prepare(graph, parameters, context, clip_fea) for context in contexts)
             return Conditioning(tuple(prepared), y, fps)
 
-        row = next(_rows(frames, unipc.tabulate(sampling.schedule), None))
-        step = partial(_step, graph, self.block_length, sampling.attention)
+        row = next(rows(frames, unipc.tabulate(sampling.schedule), None))
+        compute = partial(step, graph, self.block_length, sampling.attention)
         conditioning = jax.eval_shape(condition, parameters, told)
         fixed = (parameters, conditioning, sampling.guidance, sampling.cache)
         carry = jax.eval_shape(
             lambda x, *fixed: self._start(x, fixed, row, sampling), noise, *fixed
         )
-        return jax.jit(step, donate_argnums=(5,)).trace(*fixed, row, carry)
+        return jax.jit(compute, donate_argnums=(5,)).trace(*fixed, row, carry)
 
     def _start(
         self, noise: Latents, fixed: tuple[Any, ...], row: Row, sampling: Sampling
@@ -252,9 +203,9 @@ class Denoiser:
         graph = nnx.split(self.model)[0]
 
         def caches(x: Array, parameters: Any, conditioning: Any, guidance: Any, cache: Any) -> Any:
-            call = partial(_passages, graph, self.block_length, sampling.attention)
-            passages = call(parameters, conditioning, guidance, row, x)
-            return tuple(cache.init(passage) for passage in passages)
+            call = partial(passages, graph, self.block_length, sampling.attention)
+            evaluations = call(parameters, conditioning, guidance, row, x)
+            return tuple(cache.init(passage) for passage in evaluations)
 
         shapes = jax.eval_shape(caches, x, *fixed)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -299,94 +250,3 @@ def noise_key(seed: int, window: int) -> Array:
     """The generator is named so that a seed means the same everywhere."""
     key = jax.random.key(seed, impl="threefry2x32")
     return jax.random.fold_in(key, window) if window else key
-
-
-def _rows(
-    frames: Timetable, table: unipc.Coefficients, prefix_noise: PrefixNoise | None
-) -> Iterator[Row]:
-    last = len(table.sigma) - 1
-    columns = zip(frames.index, frames.timesteps, frames.update, strict=True)
-    for number, (index, timestep, update) in enumerate(columns):
-        # The timetable counts steps from 1; frames that rest are given any row of the table.
-        coefficients = table.at(np.clip(index - 1, 0, last))
-        position = Position(*(np.array(n, np.int32) for n in (number, frames.rows, 0)))
-        timestep, veil = timestep.astype(np.int32), None
-        if prefix_noise is not None:
-            hidden = np.arange(len(timestep)) < prefix_noise.frames
-            timestep = np.where(hidden, np.int32(prefix_noise.level), timestep)
-            share = np.where(hidden, np.float32(prefix_noise.level / TRAIN_LEVELS), np.float32(0))
-            veil = Veil(share, jax.random.fold_in(prefix_noise.key, number))
-        yield Row(timestep, update, coefficients, position, veil)
-
-
-def _copied(guidance: Guidance, *values: Array | None) -> tuple[Array | None, ...]:
-    """Each value as often as guidance has every video in the batch of a call."""
-    return tuple(
-        None if value is None else jnp.concatenate([value] * guidance.copies) for value in values
-    )
-
-
-def _prepare(
-    graph: nnx.GraphDef[Any],
-    parameters: nnx.State,
-    context: Context,
-    clip_fea: Float[Array, "B I image_dim"] | None,
-) -> Any:
-    return nnx.merge(graph, parameters).prepare_context(context, clip_fea)
-
-
-def _passages(
-    graph: nnx.GraphDef[Any],
-    block_length: int | None,
-    attention: str | None,
-    parameters: nnx.State,
-    conditioning: Conditioning,
-    guidance: Guidance,
-    row: Row,
-    x: Float[Array, "F B C H W"],
-) -> Iterator[Any]:
-    """The model calls of a step, each still to be carried out."""
-    model = nnx.merge(graph, parameters)
-    if row.veil is not None:
-        share = jnp.asarray(row.veil.share).reshape(-1, 1, 1, 1, 1)
-        x = (1 - share) * x + share * jax.random.normal(row.veil.key, x.shape, x.dtype)
-    x = jnp.concatenate([jnp.moveaxis(x, 0, 2)] * guidance.copies)
-    # One timestep for all frames is told per video: the same result with less work.
-    batch, frames = x.shape[0], len(row.timestep)
-    t = jnp.broadcast_to(row.timestep, (batch,) if frames == 1 else (batch, frames))
-    for context in conditioning.contexts:
-        yield model.passage(
-            x,
-            t,
-            context,
-            y=conditioning.y,
-            fps=conditioning.fps,
-            block_length=block_length,
-            attention=attention,
-        )
-
-
-def _step(
-    graph: nnx.GraphDef[Any],
-    block_length: int | None,
-    attention: str | None,
-    parameters: nnx.State,
-    conditioning: Conditioning,
-    guidance: Guidance,
-    cache: StepCache,
-    row: Row,
-    carry: Running,
-) -> tuple[Running, Report]:
-    """The carry after one row, and what the host is told of it."""
-    passages = _passages(
-        graph, block_length, attention, parameters, conditioning, guidance, row, carry.x
-    )
-    answers = [
-        cache.call(state, row.position._replace(call=jnp.int32(number)), passage)
-        for number, (state, passage) in enumerate(zip(carry.caches, passages, strict=True))
-    ]
-    predictions, caches, computed = zip(*answers, strict=True)
-    velocity = jnp.moveaxis(guidance.combine(predictions), 2, 0)
-    following, solver = unipc.step(row.coefficients, carry.solver, carry.x, velocity, row.update)
-    report = Report(jnp.all(jnp.isfinite(velocity)), jnp.stack(computed))
-    return Running(following, solver, caches), report

@@ -27,17 +27,10 @@ from skyreels_jax.generation.conditioning import (
     encode_last_frames,
     prepare_image,
 )
-from skyreels_jax.generation.denoise import (
-    Conditioning,
-    Denoiser,
-    PrefixNoise,
-    Sampling,
-    draw_noise,
-    noise_key,
-    together,
-)
+from skyreels_jax.generation.denoise import Denoiser, Sampling, draw_noise, noise_key, together
 from skyreels_jax.generation.progress import Clock
 from skyreels_jax.generation.request import ResolvedRequest
+from skyreels_jax.generation.step import Conditioning, PrefixNoise
 from skyreels_jax.generation.windows import Window
 from skyreels_jax.shapes import Context, HostLatents, Latents
 
