@@ -59,6 +59,21 @@ def test_the_file_is_what_browsers_play(tmp_path: Path):
         assert (context.colorspace, context.color_primaries, context.color_trc) == (1, 1, 1)
 
 
+def encoded_often(folder: Path, times: int) -> set[bytes]:
+    """Files of the same 53 noisy frames."""
+    y, x, t = np.ogrid[0:144, 0:240, 0:53]
+    waves = 128 + 60 * np.sin((x + 3 * t) / 7) + 40 * np.cos((y - t) / 5)
+    noise = np.random.default_rng(0).normal(0, 12, (*waves.shape, 3))
+    frames = np.clip(waves[..., None] + noise, 0, 255).astype(np.uint8).transpose(2, 0, 1, 3)
+    for number in range(times):
+        media.write_video(folder / f"{number}.mp4", frames, fps=24)
+    return {(folder / f"{number}.mp4").read_bytes() for number in range(times)}
+
+
+def test_the_same_frames_give_the_same_file(tmp_path: Path):
+    assert len(encoded_often(tmp_path, 12)) == 1
+
+
 def test_pieces_give_the_same_file_as_the_whole(tmp_path: Path):
     frames = moving_picture()
     media.write_video(tmp_path / "whole.mp4", frames, fps=24)

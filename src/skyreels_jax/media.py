@@ -29,6 +29,9 @@ RgbImage = UInt8[np.ndarray, "height width 3"]
 ImageInput = str | Path | Image.Image | np.ndarray
 # x264's constant quality; 17 is generally taken for the point where losses become invisible.
 CRF: Final = 17
+# x264's fastest routines give another file for the same frames each time (up to 60 different
+# files of 60); those chosen for reproducibility give one, in the same time.
+ENCODER: Final = {"crf": str(CRF), "x264-params": "cpu-independent=1"}
 
 
 def read_image(image: ImageInput) -> RgbImage:
@@ -160,7 +163,7 @@ class VideoWriter:
         )
         if self.settings is not None:
             self._container.metadata["comment"] = json.dumps(self.settings, ensure_ascii=False)
-        stream = self._container.add_stream("libx264", rate=self.fps, options={"crf": str(CRF)})
+        stream = self._container.add_stream("libx264", rate=self.fps, options=ENCODER)
         stream.height, stream.width = self.size
         stream.pix_fmt = "yuv420p"
         # Untagged video is decoded as 601 or 709 by its size, player by player.
