@@ -18,7 +18,8 @@ from flax import nnx
 from skyreels_jax.diffusion.guidance import ClassifierFree
 from skyreels_jax.diffusion.schedule import flow_sigmas
 from skyreels_jax.generation.caching import CacheSettings, step_cache
-from skyreels_jax.generation.denoise import Denoiser, Sampling, draw_noise
+from skyreels_jax.generation.denoise import Denoiser, Sampling
+from skyreels_jax.generation.noise import draw_noise
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import T2V_1_3B
 from skyreels_jax.presets import PRESETS

@@ -11,7 +11,8 @@ from skyreels_jax.diffusion.forcing import plan_blocks, timetable
 from skyreels_jax.diffusion.guidance import guidance_of
 from skyreels_jax.diffusion.schedule import flow_sigmas
 from skyreels_jax.errors import NumericsError, UnsupportedError
-from skyreels_jax.generation.denoise import Denoiser, Sampling, draw_noise
+from skyreels_jax.generation.denoise import Denoiser, Sampling
+from skyreels_jax.generation.noise import draw_noise
 from skyreels_jax.generation.progress import Clock
 
 SHAPE = (1, 16, 3, 4, 4)

@@ -13,11 +13,16 @@ import numpy as np
 import pytest
 
 from skyreels_jax.errors import UnsupportedError
-from skyreels_jax.ops.attention import PATHS, SMALL_SCORES, attention, choose
+from skyreels_jax.ops.attention import PATHS, SMALL_SCORES, attention, choose, paths_after
 from skyreels_jax.ops.kernels import cudnn
-from skyreels_jax.ops.kernels.chunked import Tiling, chunked_attention, even_tile
-from skyreels_jax.ops.kernels.contract import Call, Device, by_prefix
-from skyreels_jax.ops.kernels.reference import reference_attention
+from skyreels_jax.ops.kernels.chunked import (
+    Tiling,
+    chunked_attention,
+    chunked_attention_after,
+    even_tile,
+)
+from skyreels_jax.ops.kernels.contract import Call, Device, Earlier, by_length, by_prefix
+from skyreels_jax.ops.kernels.reference import reference_attention, reference_attention_after
 from skyreels_jax.ops.kernels.splash import splash_attention_path
 from skyreels_jax.ops.masks import BlockCausal
 
@@ -355,3 +360,62 @@ def test_tokamax_is_asked_once_a_block_and_never_with_a_mask(monkeypatch):
     assert fused.calls == [(3, 3), (3, 6), (3, 9), (3, 12), (3, 15)]
     assert fused.options == [{}] * 5
     assert furthest(found, in_float64(*arrays, case[-1], 0.3)[0]) < F32_TOL
+
+
+def behind(way: Attention, case, filled: int, places: int, dtype=jnp.float32):
+    """``way`` with ``filled`` earlier keys in room for more, and the same drawn out in float64."""
+    query, key, value = operands(case, dtype)
+    shape = (2, places, *key.shape[2:])
+    rng = np.random.default_rng(1)
+    before = [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2)]
+    earlier = Earlier(before[0], before[1], jnp.int32(filled))
+    mask, scale = case[4], query.shape[-1] ** -0.5
+    out = way(query, key, value, earlier=earlier, mask=mask, scale=scale)
+    own = np.ones((key.shape[1],) * 2, bool) if mask is None else mask.as_array(*[key.shape[1]] * 2)
+    seen = np.concatenate([np.ones((key.shape[1], filled), bool), own], axis=1)
+    drawn = types.SimpleNamespace(as_array=lambda *_: seen)
+    both = [
+        jnp.concatenate([b[:, :filled], o], 1) for b, o in zip(before, (key, value), strict=True)
+    ]
+    return out, in_float64(query, *both, drawn, scale)[0]
+
+
+def lengths_calls(query, key, value, *, earlier, mask, scale):
+    """The decomposition that cuDNN is served with, around JAX's own plain path."""
+    plain = partial(jax.nn.dot_product_attention, scale=scale, implementation="xla")
+    return by_length(plain, query, key, value, earlier=earlier, mask=mask)
+
+
+AFTER: dict[str, Attention] = {
+    "xla": reference_attention_after,
+    "chunked in small tiles": partial(chunked_attention_after, tiling=Tiling(4, 6)),
+    "chunked with heads together": partial(chunked_attention_after, tiling=Tiling(5, 3, True)),
+    "lengths": lengths_calls,
+}
+
+
+@pytest.mark.parametrize("way", AFTER.values(), ids=AFTER.keys())
+@pytest.mark.parametrize("name", ["odd", "blocks of one frame", SHORT_LAST])
+@pytest.mark.parametrize("filled", [0, 3, 7, 12])
+def test_earlier_keys_are_seen_by_every_query_and_empty_places_by_none(way, name: str, filled: int):
+    out, expected = behind(way, CASES[name], filled, 12)
+    assert furthest(out, expected) < F32_TOL
+
+
+@pytest.mark.parametrize("way", AFTER.values(), ids=AFTER.keys())
+def test_one_earlier_key_too_many_is_caught(way):
+    more, _ = behind(way, CASES[SHORT_LAST], 8, 12)
+    _, expected = behind(way, CASES[SHORT_LAST], 7, 12)
+    assert furthest(more, expected) > 100 * F32_TOL
+
+
+def test_paths_that_cannot_take_earlier_keys_say_so(monkeypatch):
+    bare = {"bare": dataclasses.replace(PATHS["xla"], after=None)}
+    monkeypatch.setattr("skyreels_jax.ops.attention.PATHS", {**PATHS, **bare})
+    query, key, value = operands(CASES["odd"], jnp.float32)
+    earlier = Earlier(key, value, jnp.int32(2))
+    with pytest.raises(UnsupportedError, match="choose one of xla, chunked, cudnn"):
+        attention(query, key, value, earlier=earlier, implementation="bare")
+    assert "bare" not in paths_after()
+    through = attention(query, key, value, earlier=earlier)
+    assert through.shape == query.shape

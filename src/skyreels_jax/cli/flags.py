@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from skyreels_jax.generation.caching import CACHES
 from skyreels_jax.generation.codec import VAE_TILINGS
+from skyreels_jax.generation.noise import NOISES
 from skyreels_jax.generation.request import HAND_OVERS
 from skyreels_jax.generation.resolve import DTYPES
 from skyreels_jax.generation.sizes import RESOLUTIONS
@@ -89,6 +90,12 @@ def _add_forcing(group: Any) -> None:
     ):
         group.add_argument(flag, old, type=int, metavar=metavar, help=text)
     group.add_argument(
+        "--addnoise-once",
+        action="store_true",
+        default=None,
+        help="the same such noise in every step: finished blocks are then not computed anew",
+    )
+    group.add_argument(
         "--hand-over",
         metavar="|".join(HAND_OVERS),
         help="what a window is given of the one before: its latents, or its frames encoded anew",
@@ -107,6 +114,16 @@ def _add_sampling(group: Any) -> None:
     group.add_argument("--guidance-scale", "--guidance_scale", type=float, metavar="X")
     group.add_argument("--shift", type=float, help="of the noise levels")
     group.add_argument("--seed", type=int)
+    group.add_argument(
+        "--noise",
+        metavar="|".join(NOISES),
+        help="whose numbers a seed means; torch: those of PyTorch's CPU generator (default: jax)",
+    )
+    group.add_argument(
+        "--reference-exact",
+        action="store_true",
+        help="round and hand over as the original does, and refuse what it gets wrong",
+    )
 
 
 def _add_running(group: Any) -> None:

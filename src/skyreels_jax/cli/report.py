@@ -10,12 +10,12 @@ from skyreels_jax.generation.request import ResolvedRequest
 
 # In the order they are printed; the rest of a request has no default worth telling.
 REPORTED: Final = (
-    *("height", "width", "num_frames", "fps", "steps", "guidance_scale", "shift", "seed"),
+    *("height", "width", "num_frames", "fps", "steps", "guidance_scale", "shift", "seed", "noise"),
     "negative_prompt",
 )
 OF_FORCING: Final = (
     *("base_num_frames", "overlap_history", "ar_step", "causal_block_size", "addnoise_condition"),
-    *("hand_over", "causal_attention"),
+    *("addnoise_once", "hand_over", "causal_attention"),
 )
 
 
@@ -48,5 +48,8 @@ def summarise(timings: Timings) -> Iterator[str]:
             detail = f" ({statistics.median(timings.steps):.2f} s a step"
             if timings.computed < timings.calls:
                 detail += f"; {timings.calls - timings.computed} of {timings.calls} calls left out"
+            computed, blocks = timings.blocks
+            if computed < blocks:
+                detail += f"; {blocks - computed} of {blocks} passes of blocks left out"
             detail += ")"
         yield f"  {stage:<10} {seconds:8.2f} s{detail}"

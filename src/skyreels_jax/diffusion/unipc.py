@@ -55,12 +55,20 @@ class State(NamedTuple):
     older: Float[Array, "F *frame"]
 
 
-def tabulate(schedule: FlowSchedule) -> Coefficients:
-    """The weights of all steps of ``schedule``, worked out in float64 and returned in float32."""
+def tabulate(schedule: FlowSchedule, *, rounded: bool = False) -> Coefficients:
+    """The weights of all steps of ``schedule``, worked out in float64 and returned in float32.
+
+    ``rounded`` rounds what the corrector solves for to bfloat16, as the original does when its
+    samples are bfloat16.
+    """
     with np.errstate(divide="ignore"):
         log_snr = np.log1p(-schedule.sigmas) - np.log(schedule.sigmas)  # infinite at the end
     rows = [
-        (sigma, *_corrector(i, schedule.sigmas, log_snr), *_predictor(i, schedule.sigmas, log_snr))
+        (
+            sigma,
+            *_corrector(i, schedule.sigmas, log_snr, rounded=rounded),
+            *_predictor(i, schedule.sigmas, log_snr),
+        )
         for i, sigma in enumerate(schedule.sigmas[:-1])
     ]
     return Coefficients(*np.array(rows).astype(np.float32).T)
@@ -68,7 +76,9 @@ def tabulate(schedule: FlowSchedule) -> Coefficients:
 
 def init(x: Float[Array, "F *frame"]) -> State:
     """The state before the first step. The history is never weighted before it is written."""
-    return State(start=jnp.zeros_like(x), previous=jnp.zeros_like(x), older=jnp.zeros_like(x))
+    # Arrays of their own, so that all of them can be donated.
+    previous, older = (jnp.zeros(x.shape, jnp.float32) for _ in range(2))
+    return State(start=jnp.zeros_like(x), previous=previous, older=older)
 
 
 def step(
@@ -86,21 +96,35 @@ def step(
         x: samples at ``coefficients.sigma``.
         velocity: the model's prediction, ``noise - data``, at ``x``.
         update: frames that move; the others keep sample and state.
+
+    Samples may be bfloat16. They are then rounded where the original rounds: after each step, after
+    the corrector, and each product of a sample with its weight; estimates of data stay float32.
     """
+    dtype = x.dtype
 
     def per_frame(values: Array | np.ndarray) -> Array:
         return jnp.asarray(values).reshape(values.shape + (1,) * (x.ndim - 1))
 
+    def rounded(values: Array) -> Array:
+        # XLA may drop a cast and its undo, but not this.
+        if dtype == jnp.bfloat16:
+            return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
+        return values
+
     c = Coefficients(*map(per_frame, coefficients))
-    current = x - velocity * c.sigma
-    corrected = (
-        x * c.from_sample
-        + state.start * c.from_start
+    sample, start = x.astype(jnp.float32), state.start.astype(jnp.float32)
+    current = sample - velocity * c.sigma
+    corrected = rounded(
+        rounded(sample * c.from_sample)
+        + rounded(start * c.from_start)
         + current * c.from_current
         + state.previous * c.from_previous
         + state.older * c.from_older
     )
-    following = corrected * c.keep + current * c.add_current + state.previous * c.add_previous
+    following = rounded(
+        rounded(corrected * c.keep) + current * c.add_current + state.previous * c.add_previous
+    )
+    following, corrected = following.astype(dtype), corrected.astype(dtype)
     moved = State(start=corrected, previous=current, older=state.previous)
     moves = per_frame(update)
     return jax.tree.map(lambda new, old: jnp.where(moves, new, old), (following, moved), (x, state))
@@ -112,7 +136,7 @@ def _order(step: int, num_steps: int) -> int:
 
 
 def _corrector(
-    step: int, sigmas: Float[np.ndarray, " levels"], log_snr: np.ndarray
+    step: int, sigmas: Float[np.ndarray, " levels"], log_snr: np.ndarray, *, rounded: bool
 ) -> tuple[float, float, float, float, float]:
     """Weights of sample, start, current, previous and older data in the corrected sample.
 
@@ -132,6 +156,8 @@ def _corrector(
         second = first / -width - 0.5
         system = np.array([[1.0, 1.0], [ratio, 1.0]])
         to_older, to_current = np.linalg.solve(system, [first / growth, 2 * second / growth])
+    if rounded:
+        to_older, to_current = np.array([to_older, to_current]).astype(jnp.bfloat16).astype(float)
     from_older = -scale * to_older / ratio
     from_current = -scale * to_current
     from_previous = -scale - from_older - from_current

@@ -5,6 +5,8 @@ its buffers are donated. The host only hands in the next row of the timetable; i
 number of steps ahead of the device and looks at nothing but one flag a step.
 """
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,8 +20,10 @@ from jaxtyping import Array, Float, Int
 from skyreels_jax.diffusion import unipc
 from skyreels_jax.diffusion.forcing import Timetable, plan_blocks, timetable
 from skyreels_jax.diffusion.guidance import Guidance
+from skyreels_jax.diffusion.passes import Passes, passes
 from skyreels_jax.diffusion.schedule import FlowSchedule
 from skyreels_jax.diffusion.step_cache import NoCache, StepCache
+from skyreels_jax.generation.kept import Kept, jobs, keep, room
 from skyreels_jax.generation.progress import Clock
 from skyreels_jax.generation.step import (
     Conditioning,
@@ -33,6 +37,7 @@ from skyreels_jax.generation.step import (
     step,
 )
 from skyreels_jax.generation.watch import Watch
+from skyreels_jax.ops.attention import paths_after
 from skyreels_jax.shapes import Context, Latents
 
 
@@ -45,12 +50,19 @@ class Sampling:
         guidance: how a step's predictions are combined.
         attention: name of an attention path; ``None`` chooses by platform and shape.
         cache: which model calls are left out.
+        latents: dtype they have between steps; bfloat16 is the original's diffusion forcing.
     """
 
     schedule: FlowSchedule
     guidance: Guidance
     attention: str | None = None
     cache: StepCache = NoCache()
+    latents: str = "float32"
+
+    @property
+    def coefficients(self) -> unipc.Coefficients:
+        """The solver's table, for latents of this dtype."""
+        return unipc.tabulate(self.schedule, rounded=self.latents != "float32")
 
 
 class Told(NamedTuple):
@@ -71,12 +83,28 @@ class Denoised:
         step_seconds: of each step; compilation is not in them.
         computed: model calls that ran.
         calls: model calls that a run without a cache makes.
+        passes: blocks of frames that were computed, where not all were in every row.
     """
 
     latents: Latents
     step_seconds: tuple[float, ...]
     computed: int
     calls: int
+    passes: Passes | None = None
+
+    @property
+    def block_passes(self) -> tuple[int, int]:
+        """Blocks computed, and how many all of them in every row would have been; or zeros."""
+        if self.passes is None:
+            return 0, 0
+        return self.passes.computed, len(self.passes.rows) * self.passes.blocks
+
+
+class Job(NamedTuple):
+    """What decides a compiled program: columns of the row, and whether it keeps or moves them."""
+
+    columns: int
+    keeps: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,29 +181,47 @@ class Denoiser:
         frames = together(sampling.schedule) if frames is None else frames
         clock = clock or Clock()
         graph, parameters = nnx.split(self.model)
-        table = list(rows(frames, unipc.tabulate(sampling.schedule), prefix_noise))
-        compute = partial(step, graph, self.block_length, sampling.attention)
-        fixed = (parameters, conditioning, sampling.guidance, sampling.cache)
-        carry = self._start(noise, fixed, table[0], sampling)
-        compiled = self._compiled(compute, (*fixed, table[0], carry), clock, donate=(5,))
+        passes = self._passes(frames, noise.shape[2], sampling, prefix_noise)
+        work = list(self._work(frames, sampling, prefix_noise, passes))
+        fixed = (parameters, conditioning, sampling.guidance)
+        kept = self._room(noise, fixed, passes, work)
+        carry = self._start(noise, (*fixed, sampling.cache), kept, work[0][0], sampling)
+        programs: dict[Job, jax.stages.Compiled] = {}
+        for row, keeps in work:
+            if (job := Job(len(row.timestep), keeps)) in programs:
+                continue
+            arguments = (*fixed, row, carry.x, kept)
+            if not keeps:
+                arguments = (*fixed, sampling.cache, kept, row, carry)
+            function = self._bound(graph, sampling, keeps)
+            last = len(arguments) - 1
+            programs[job] = self._compiled(function, arguments, clock, donate=(last,))
         with clock.stage("denoise", frames.rows):
             watch = Watch(clock, frames)
-            for row in table:
-                carry, report = compiled(*fixed, row, carry)
-                watch.started(report)
+            for row, keeps in work:
+                program = programs[Job(len(row.timestep), keeps)]
+                if keeps:
+                    kept = program(*fixed, row, carry.x, kept)
+                else:
+                    carry, report = program(*fixed, sampling.cache, kept, row, carry)
+                    watch.started(report)
             watch.finish()
-        latents = jnp.moveaxis(carry.x, 0, 2)
-        return Denoised(latents, tuple(watch.seconds), watch.computed, watch.calls)
+        latents = jnp.moveaxis(carry.x, 0, 2).astype(jnp.float32)
+        return Denoised(latents, tuple(watch.seconds), watch.computed, watch.calls, passes)
 
-    def trace(
+    def programs(
         self,
         noise: jax.ShapeDtypeStruct,
         told: Told,
         sampling: Sampling,
         *,
         frames: Timetable,
-    ) -> jax.stages.Traced:
-        """The step that :meth:`run` would compile, from shapes alone; the model may be abstract."""
+        prefix_noise: PrefixNoise | None = None,
+    ) -> list[tuple[jax.stages.Traced, int]]:
+        """What :meth:`run` would compile, and how often each runs, the largest first.
+
+        From shapes alone; the model may be abstract.
+        """
         graph, parameters = nnx.split(self.model)
 
         def condition(parameters: nnx.State, told: Told) -> Conditioning:
@@ -185,31 +231,98 @@ class Denoiser:
             prepared = (prepare(graph, parameters, context, clip_fea) for context in contexts)
             return Conditioning(tuple(prepared), y, fps)
 
-        row = next(rows(frames, unipc.tabulate(sampling.schedule), None))
-        compute = partial(step, graph, self.block_length, sampling.attention)
+        passes = self._passes(frames, noise.shape[2], sampling, prefix_noise)
+        work = list(self._work(frames, sampling, prefix_noise, passes))
         conditioning = jax.eval_shape(condition, parameters, told)
-        fixed = (parameters, conditioning, sampling.guidance, sampling.cache)
-        carry = jax.eval_shape(
-            lambda x, *fixed: self._start(x, fixed, row, sampling), noise, *fixed
-        )
-        return jax.jit(compute, donate_argnums=(5,)).trace(*fixed, row, carry)
+        fixed = (parameters, conditioning, sampling.guidance)
+
+        def start(x: Array, *fixed: Any) -> tuple[Any, Any]:
+            kept = self._room(x, fixed, passes, work)
+            return kept, self._start(x, (*fixed, sampling.cache), kept, work[0][0], sampling)
+
+        kept, carry = jax.eval_shape(start, noise, *fixed)
+        often = Counter(Job(len(row.timestep), keeps) for row, keeps in work)
+        rows = {Job(len(row.timestep), keeps): row for row, keeps in work}
+        traced = []
+        for job in sorted(often, key=lambda job: (job.keeps, -job.columns)):
+            arguments = (*fixed, rows[job], carry.x, kept)
+            if not job.keeps:
+                arguments = (*fixed, sampling.cache, kept, rows[job], carry)
+            function = jax.jit(
+                self._bound(graph, sampling, job.keeps), donate_argnums=len(arguments) - 1
+            )
+            traced.append((function.trace(*arguments), often[job]))
+        return traced
+
+    def _passes(
+        self,
+        frames: Timetable,
+        count: int,
+        sampling: Sampling,
+        prefix_noise: PrefixNoise | None,
+    ) -> Passes | None:
+        """What must be computed, where that is less than everything."""
+        can_follow = sampling.attention is None or sampling.attention in paths_after()
+        if self.block_length is None or frames.update.shape[1] == 1 or not can_follow:
+            return None
+        if not isinstance(sampling.cache, NoCache):
+            return None  # It would have to decide for each block.
+        keeps = prefix_noise is None or prefix_noise.once
+        found = passes(frames, count, self.block_length, keeps=keeps)
+        return found if found.saves else None
+
+    def _work(
+        self,
+        frames: Timetable,
+        sampling: Sampling,
+        prefix_noise: PrefixNoise | None,
+        passes: Passes | None,
+    ) -> Iterator[tuple[Row, bool]]:
+        """Rows or parts of them in order, and whether each is a block to keep."""
+        table = rows(frames, sampling.coefficients, prefix_noise)
+        if passes is None:
+            return ((row, False) for row in table)
+        return jobs(table, passes)
+
+    def _bound(self, graph: nnx.GraphDef[Any], sampling: Sampling, keeps: bool) -> partial[Any]:
+        """The program of one kind of job, of arrays alone."""
+        if keeps:
+            return partial(keep, graph, sampling.attention)
+        return partial(step, graph, self.block_length, sampling.attention)
+
+    def _room(
+        self,
+        noise: Latents,
+        fixed: tuple[Any, ...],
+        passes: Passes | None,
+        work: Sequence[tuple[Row, bool]],
+    ) -> Kept:
+        """For what is kept, nothing yet in it."""
+        if passes is None or not passes.kept:
+            return ()
+        block = next(row for row, keeps in work if keeps)
+        graph = nnx.split(self.model)[0]
+
+        def states(noise: Latents, parameters: Any, conditioning: Any, guidance: Any) -> Kept:
+            x = jnp.moveaxis(noise, 2, 0)
+            return room(graph, parameters, conditioning, guidance, block, x, passes.kept)
+
+        return zeros_of(jax.eval_shape(states, noise, *fixed))
 
     def _start(
-        self, noise: Latents, fixed: tuple[Any, ...], row: Row, sampling: Sampling
+        self, noise: Latents, fixed: tuple[Any, ...], kept: Kept, row: Row, sampling: Sampling
     ) -> Running:
         """The carry before the first step."""
         # A copy: the step donates its carry, and the caller's noise must survive.
-        x = jnp.array(jnp.moveaxis(noise, 2, 0), dtype=jnp.float32, copy=True)
+        x = jnp.array(jnp.moveaxis(noise, 2, 0), dtype=sampling.latents, copy=True)
         graph = nnx.split(self.model)[0]
 
         def caches(x: Array, parameters: Any, conditioning: Any, guidance: Any, cache: Any) -> Any:
             call = partial(passages, graph, self.block_length, sampling.attention)
-            evaluations = call(parameters, conditioning, guidance, row, x)
+            evaluations = call(parameters, conditioning, guidance, row, kept, x)
             return tuple(cache.init(passage) for passage in evaluations)
 
-        shapes = jax.eval_shape(caches, x, *fixed)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return Running(x, unipc.init(x), zeros)
+        return Running(x, unipc.init(x), zeros_of(jax.eval_shape(caches, x, *fixed)))
 
     def _compiled(
         self,
@@ -230,23 +343,11 @@ class Denoiser:
         return self._executables[key]
 
 
+def zeros_of(shapes: Any) -> Any:
+    """Arrays of zeros for a tree of shapes."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
 def together(schedule: FlowSchedule) -> Timetable:
     """All frames take every step at once: a timetable of one column."""
     return timetable(plan_blocks(frames=1, block=1), schedule.timesteps, ar_step=0)
-
-
-def draw_noise(seed: int, shape: tuple[int, ...], window: int = 0) -> Latents:
-    """Standard normal latents of one window of a video.
-
-    Args:
-        seed: 0 to 2**32 - 1.
-        shape: of the latents, ``(B, C, F, H, W)``.
-        window: its number; each has noise of its own.
-    """
-    return jax.random.normal(noise_key(seed, window), shape, jnp.float32)
-
-
-def noise_key(seed: int, window: int) -> Array:
-    """The generator is named so that a seed means the same everywhere."""
-    key = jax.random.key(seed, impl="threefry2x32")
-    return jax.random.fold_in(key, window) if window else key

@@ -124,6 +124,7 @@ class Draft:
                 request.cache_threshold,
                 self.checkpoint,
                 use_ret_steps=request.use_ret_steps,
+                original_counter=request.reference_exact,
             )
         except RequestError as error:
             self.problems.append(str(error))

@@ -5,7 +5,7 @@ Each stage's largest program is compiled for the device that it would run on. No
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +19,13 @@ from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.diffusion.guidance import NoGuidance, guidance_of
 from skyreels_jax.diffusion.schedule import flow_sigmas
 from skyreels_jax.generation import sizes
+from skyreels_jax.generation.caching import step_cache
 from skyreels_jax.generation.codec import VaeTiling, tiling_for
 from skyreels_jax.generation.denoise import Denoiser, Sampling, Told
 from skyreels_jax.generation.memory import Direction, vae_work
 from skyreels_jax.generation.operations import operations
 from skyreels_jax.generation.request import ResolvedRequest
-from skyreels_jax.generation.rollout import movement
+from skyreels_jax.generation.rollout import movement, prefix_noise
 from skyreels_jax.generation.windows import Window, latent_frames
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_config import FRAME_STRIDE, PIXEL_STRIDE
@@ -169,28 +170,29 @@ def plan_denoising(checkpoint: Checkpoint, request: ResolvedRequest) -> StagePla
     if config.model_type == "i2v":
         features = Abstract((1, config.image_tokens, config.image_dim), jnp.float32)
 
-    def traced(window: Window, attention: str | None) -> jax.stages.Traced:
+    def programs(window: Window, attention: str | None) -> Sequence[tuple[jax.stages.Traced, int]]:
         shape = (window.columns, *request.latent_shape[1:])
         channels = config.in_dim - sizes.LATENT_CHANNELS
         y = Abstract((1, channels, *shape), jnp.float32) if channels else None
-        return denoiser.trace(
+        frames = movement(request, schedule, window)
+        cache = step_cache(request.cache, request.steps, frames.rows)
+        return denoiser.programs(
             Abstract((1, sizes.LATENT_CHANNELS, *shape), jnp.float32),
             Told(text, features, y, Abstract((1,), jnp.int32)),
-            Sampling(schedule, guidance, attention),
-            frames=movement(request, schedule, window),
+            Sampling(schedule, guidance, attention, cache, latents=request.latent_dtype),
+            frames=frames,
+            prefix_noise=prefix_noise(request, window),
         )
 
     parameters = nnx.state(model, nnx.Param)
     largest = max(request.windows, key=lambda window: window.columns)
-    program = traced(largest, request.attention)
+    program, _ = programs(largest, request.attention)[0]
+    alike = Counter(replace(window, number=0, start=0) for window in request.windows)
     # Counted on a path whose products can be seen, which those inside a kernel cannot.
-    of_step = {
-        columns: operations(traced(window, "chunked").jaxpr.jaxpr)
-        for columns, window in {window.columns: window for window in request.windows}.items()
-    }
     count = sum(
-        movement(request, schedule, window).rows * of_step[window.columns]
-        for window in request.windows
+        windows * times * operations(traced.jaxpr.jaxpr)
+        for window, windows in alike.items()
+        for traced, times in programs(window, "chunked")
     )
     return StagePlan("denoise", size_of(parameters), analysed(program, parameters), count)
 

@@ -46,13 +46,16 @@ class NoProgress:
 class Timings:
     """Seconds by stage; ``compile`` is apart from ``denoise``, and ``steps`` are its parts.
 
-    Of ``calls`` of the transformer, ``computed`` ran; a step cache answered the rest.
+    Of ``calls`` of the transformer, ``computed`` ran; a step cache answered the rest. ``blocks``:
+    how many passes of single blocks ran, of how many, where block-causal attention made some
+    superfluous.
     """
 
     stages: dict[str, float]
     steps: tuple[float, ...]
     computed: int = 0
     calls: int = 0
+    blocks: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -68,6 +71,7 @@ class Clock:
     steps: list[float] = field(default_factory=list)
     computed: int = 0
     calls: int = 0
+    blocks: tuple[int, int] = (0, 0)
     stop: Event = field(default_factory=Event)
     _inside: float = 0.0
 
@@ -80,16 +84,25 @@ class Clock:
         if self.stop.is_set():
             raise Stopped("stopped, as asked")
 
-    def ran(self, steps: tuple[float, ...], computed: int, calls: int) -> None:
-        """A run of the transformer: seconds of its steps; of so many calls, so many computed."""
+    def ran(
+        self,
+        steps: tuple[float, ...],
+        computed: int,
+        calls: int,
+        blocks: tuple[int, int] = (0, 0),
+    ) -> None:
+        """A run of the transformer: seconds of its steps, the rest as in :class:`Timings`."""
         self.steps.extend(steps)
+        self.blocks = (self.blocks[0] + blocks[0], self.blocks[1] + blocks[1])
         self.computed += computed
         self.calls += calls
 
     @property
     def timings(self) -> "Timings":
         """All so far."""
-        return Timings(dict(self.seconds), tuple(self.steps), self.computed, self.calls)
+        return Timings(
+            dict(self.seconds), tuple(self.steps), self.computed, self.calls, self.blocks
+        )
 
     @contextmanager
     def stage(self, stage: Stage, total: int | None = None) -> Iterator[None]:

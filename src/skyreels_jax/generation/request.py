@@ -46,6 +46,8 @@ class Request:
         seed: of the noise; drawn if not given.
         dtype: to compute in, ``bfloat16`` or ``float32``.
         attention: name of an attention path; chosen by device and shape if not given.
+        noise: ``jax``, or ``torch`` for the numbers that PyTorch's CPU generator gives for a seed.
+        reference_exact: the original's rounding and order of work, faults that can be seen refused.
         batched_guidance: both prompts in one call of the transformer, for twice the memory.
         output: the file to write, if one is to be written.
         base_num_frames: most frames that are made at once (diffusion forcing, as all below).
@@ -53,6 +55,8 @@ class Request:
         ar_step: steps by which each block of frames runs behind the one before; 0 for none.
         causal_block_size: latent frames in a block.
         addnoise_condition: timestep to which given frames are noised where the model sees them.
+        addnoise_once: the same such noise in every step, so that blocks that are finished need not
+            be computed anew.
         hand_over: ``latents`` or ``pixels``: what a window is given of the one before.
         causal_attention: latent frames a block of block-causal attention, for models that learned
             with it.
@@ -79,6 +83,8 @@ class Request:
     seed: int | None = None
     dtype: str = "bfloat16"
     attention: str | None = None
+    noise: str | None = None
+    reference_exact: bool = False
     batched_guidance: bool = False
     output: str | Path | None = None
     base_num_frames: int | None = None
@@ -86,6 +92,7 @@ class Request:
     ar_step: int | None = None
     causal_block_size: int | None = None
     addnoise_condition: int | None = None
+    addnoise_once: bool | None = None
     hand_over: str | None = None
     causal_attention: int | None = None
     cache: str | None = None
@@ -102,6 +109,7 @@ class Forcing:
     ar_step: int
     causal_block_size: int
     addnoise_condition: int
+    addnoise_once: bool
     hand_over: str
     causal_attention: int | None
 
@@ -142,10 +150,17 @@ class ResolvedRequest:
     seed: int
     dtype: str
     attention: str | None
+    noise: str
+    reference_exact: bool
     batched_guidance: bool
     cache: CacheSettings
     sources: Mapping[str, str]
     notices: tuple[str, ...]
+
+    @property
+    def latent_dtype(self) -> str:
+        """Of latents between steps: float32; the original's diffusion forcing rounds them."""
+        return self.dtype if self.reference_exact and self.forcing is not None else "float32"
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

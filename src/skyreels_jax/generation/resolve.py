@@ -16,8 +16,10 @@ from skyreels_jax.errors import RequestError
 from skyreels_jax.generation import sizes
 from skyreels_jax.generation.draft import Draft
 from skyreels_jax.generation.memory import available_memory, estimate
+from skyreels_jax.generation.noise import NOISES
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve_forcing import listed, resolve_forcing
+from skyreels_jax.generation.resolve_reference import reference_violations
 from skyreels_jax.generation.windows import pixel_frames, prompts_by_window
 from skyreels_jax.media import check_output
 from skyreels_jax.ops.attention import PATHS
@@ -73,11 +75,20 @@ def resolve(
         "seed": draft.choose("seed", Default(secrets.randbits(32), "drawn at random")),
         "dtype": request.dtype,
         "attention": request.attention,
+        "noise": draft.choose(
+            "noise",
+            Default("torch", "the original's kind")
+            if request.reference_exact
+            else Default("jax", "the same on every backend"),
+        ),
+        "reference_exact": request.reference_exact,
         "batched_guidance": request.batched_guidance,
         "cache": draft.cache(),
     }
     values["forcing"] = resolve_forcing(draft, values)
     problems = [*draft.problems, *_violations(request, values)]
+    if request.reference_exact and not problems:
+        problems = reference_violations(values)
     if not problems:
         resolved = ResolvedRequest(**values, sources=draft.sources, notices=tuple(draft.notices))
         resolved = replace(
@@ -138,6 +149,7 @@ def _choice_violations(request: Request) -> list[str]:
     for name, value, choices in (
         ("dtype", request.dtype, DTYPES),
         ("attention", request.attention, tuple(PATHS)),
+        ("noise", request.noise, NOISES),
     ):
         if value is not None and value not in choices:
             found.append(f"--{name} {value!r} does not exist; there are {', '.join(choices)}")

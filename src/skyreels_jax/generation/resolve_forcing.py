@@ -17,7 +17,7 @@ MUCH_NOISE: Final = 60
 # Settings that only diffusion forcing has.
 OWN: Final = (
     *("base_num_frames", "overlap_history", "ar_step", "causal_block_size"),
-    *("addnoise_condition", "hand_over", "causal_attention"),
+    *("addnoise_condition", "addnoise_once", "hand_over", "causal_attention"),
 )
 
 
@@ -52,7 +52,13 @@ def resolve_forcing(draft: Draft, values: Mapping[str, Any]) -> Forcing | None:
         addnoise_condition=draft.choose(
             "addnoise_condition", Default(0, "given frames stay clean")
         ),
-        hand_over=draft.choose("hand_over", Default("latents", "no VAE between windows")),
+        addnoise_once=draft.choose("addnoise_once", Default(False, "fresh in every step")),
+        hand_over=draft.choose(
+            "hand_over",
+            Default("pixels", "the original's way")
+            if request.reference_exact
+            else Default("latents", "no VAE between windows"),
+        ),
         causal_attention=draft.choose(
             "causal_attention", Default(draft.checkpoint.block_length, "the checkpoint's config")
         ),
@@ -118,6 +124,8 @@ def _number_violations(forcing: Forcing, values: Mapping[str, Any]) -> Sequence[
             f"--addnoise-condition {forcing.addnoise_condition} must be between 0 and "
             f"{TRAIN_LEVELS - 1}; 20 is usual"
         )
+    if forcing.addnoise_once and not forcing.addnoise_condition:
+        found.append("--addnoise-once without --addnoise-condition: there is no noise to keep")
     if forcing.hand_over not in HAND_OVERS:
         found.append(
             f"--hand-over {forcing.hand_over!r} does not exist; there are {', '.join(HAND_OVERS)}"

@@ -5,6 +5,7 @@ A video that the transformer sees at once is one window; all tasks take this pat
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol, runtime_checkable
@@ -27,7 +28,8 @@ from skyreels_jax.generation.conditioning import (
     encode_last_frames,
     prepare_image,
 )
-from skyreels_jax.generation.denoise import Denoiser, Sampling, draw_noise, noise_key, together
+from skyreels_jax.generation.denoise import Denoiser, Sampling, together
+from skyreels_jax.generation.noise import draw_noise, draw_torch_noise, noise_key
 from skyreels_jax.generation.progress import Clock
 from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.generation.step import Conditioning, PrefixNoise
@@ -146,7 +148,9 @@ class Rollout:
             self._known()
             with self.clock.stage("load"):
                 denoiser = self.load()
-            sampling = Sampling(self.schedule, guidance, request.attention)
+            sampling = Sampling(
+                self.schedule, guidance, request.attention, latents=request.latent_dtype
+            )
             self._transformer = _Transformer(denoiser, encoded, sampling)
         denoiser, sampling = self._transformer.denoiser, self._transformer.sampling
         if request.forcing is not None:
@@ -172,7 +176,9 @@ class Rollout:
             prefix_noise=prefix_noise(request, window),
             clock=self.clock,
         )
-        self.clock.ran(denoised.step_seconds, denoised.computed, denoised.calls)
+        self.clock.ran(
+            denoised.step_seconds, denoised.computed, denoised.calls, denoised.block_passes
+        )
         return np.asarray(denoised.latents[0, :, : window.frames])
 
 
@@ -227,7 +233,11 @@ def roll_out(
 def starting_noise(request: ResolvedRequest, window: Window | None = None) -> Latents:
     """The noise of the request's seed for a window; by default its first."""
     window = window or request.windows[0]
-    shape = (1, sizes.LATENT_CHANNELS, window.frames, *request.latent_shape[1:])
+    one = (1, sizes.LATENT_CHANNELS, 1, *request.latent_shape[1:])
+    shape = (*one[:2], window.frames, *one[3:])
+    if request.noise == "torch":
+        earlier = sum(before.frames for before in request.windows[: window.number])
+        return draw_torch_noise(request.seed, shape, skip=earlier * math.prod(one))
     return draw_noise(request.seed, shape, window.number)
 
 
@@ -236,7 +246,8 @@ def prefix_noise(request: ResolvedRequest, window: Window) -> PrefixNoise | None
     if request.forcing is None or not (window.prefix and request.forcing.addnoise_condition):
         return None
     key = jax.random.fold_in(noise_key(request.seed, window.number), PREFIX_STREAM)
-    return PrefixNoise(request.forcing.addnoise_condition, window.prefix, key)
+    forcing = request.forcing
+    return PrefixNoise(forcing.addnoise_condition, window.prefix, key, forcing.addnoise_once)
 
 
 def movement(

@@ -20,6 +20,8 @@ from skyreels_jax.diffusion.guidance import Guidance
 from skyreels_jax.diffusion.schedule import TRAIN_LEVELS
 from skyreels_jax.diffusion.step_cache import Position, StepCache
 from skyreels_jax.generation.watch import Report
+from skyreels_jax.models.layers import KeyValues
+from skyreels_jax.models.transformer import Before
 from skyreels_jax.shapes import Context
 
 
@@ -46,11 +48,15 @@ class PrefixNoise:
         level: timestep in 1 to 1000 that the frames are noised to, and that the model is told.
         frames: how many, from the first.
         key: of the noise.
+        once: the same noise in every row. That is another run than the original's, equal in
+            distribution in each row; given frames are then the same in all rows, and need not be
+            computed anew.
     """
 
     level: int
     frames: int
     key: Array
+    once: bool = False
 
 
 class Veil(NamedTuple):
@@ -61,13 +67,17 @@ class Veil(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of the timetable on its way to the device; ``P`` is 1 or the number of frames."""
+    """One row of the timetable on its way to the device; ``P`` is 1 or the number of frames.
+
+    ``first`` is the frame that the columns begin with, where they are not all.
+    """
 
     timestep: Int[Array | np.ndarray, " P"]
     update: Bool[Array | np.ndarray, " P"]
     coefficients: unipc.Coefficients
     position: Position
     veil: Veil | None
+    first: Int[Array | np.ndarray, ""] | None = None
 
 
 class Running(NamedTuple):
@@ -96,8 +106,26 @@ def rows(
             hidden = np.arange(len(timestep)) < prefix_noise.frames
             timestep = np.where(hidden, np.int32(prefix_noise.level), timestep)
             share = np.where(hidden, np.float32(prefix_noise.level / TRAIN_LEVELS), np.float32(0))
-            veil = Veil(share, jax.random.fold_in(prefix_noise.key, number))
+            key = prefix_noise.key
+            veil = Veil(share, key if prefix_noise.once else jax.random.fold_in(key, number))
         yield Row(timestep, update, coefficients, position, veil)
+
+
+def seen(tree: Any, row: Row, axis: int = 0) -> Any:
+    """The frames of every array that ``row`` is about."""
+    first, count = row.first, len(row.timestep)
+    if first is None:
+        return tree
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, count, axis), tree)
+
+
+def laid(part: Any, whole: Any, first: Array | np.ndarray | None, axis: int = 0) -> Any:
+    """``whole`` with ``part`` in its place, from ``first`` on; ``None``: it is all."""
+    if first is None:
+        return part
+    return jax.tree.map(
+        lambda new, old: jax.lax.dynamic_update_slice_in_dim(old, new, first, axis), part, whole
+    )
 
 
 def copied(guidance: Guidance, *values: Array | None) -> tuple[Array | None, ...]:
@@ -117,6 +145,39 @@ def prepare(
     return nnx.merge(graph, parameters).prepare_context(context, clip_fea)
 
 
+def told(
+    conditioning: Conditioning,
+    guidance: Guidance,
+    row: Row,
+    kept: tuple[KeyValues, ...],
+    x: Float[Array, "F B C H W"],
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What each model call of a step is given: latents, timesteps, context, and the rest."""
+    x = seen(x, row)
+    if row.veil is not None:
+        x, share = x.astype(jnp.float32), jnp.asarray(row.veil.share).reshape(-1, 1, 1, 1, 1)
+        x = (1 - share) * x + share * frame_noise(row.veil.key, row.first, x)
+    x = jnp.concatenate([jnp.moveaxis(x, 0, 2)] * guidance.copies)
+    # One timestep for all frames is told per video: the same result with less work.
+    batch, frames = x.shape[0], len(row.timestep)
+    t = jnp.broadcast_to(row.timestep, (batch,) if frames == 1 else (batch, frames))
+    given = {"y": seen(conditioning.y, row, axis=2), "fps": conditioning.fps}
+    for number, context in enumerate(conditioning.contexts):
+        if kept:
+            assert row.first is not None
+            given["before"] = Before(jnp.asarray(row.first), kept[number])
+        yield (x, t, context), given
+
+
+def frame_noise(
+    key: Array, first: Int[Array | np.ndarray, ""] | None, x: Float[Array, "F B C H W"]
+) -> Float[Array, "F B C H W"]:
+    """Normal; each frame of the video has its own, whichever of them ``x`` holds."""
+    numbers = jnp.arange(x.shape[0]) + (0 if first is None else first)
+    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
+
+
 def passages(
     graph: nnx.GraphDef[Any],
     block_length: int | None,
@@ -125,27 +186,13 @@ def passages(
     conditioning: Conditioning,
     guidance: Guidance,
     row: Row,
+    kept: tuple[KeyValues, ...],
     x: Float[Array, "F B C H W"],
 ) -> Iterator[Any]:
     """The model calls of a step, each still to be carried out."""
     model = nnx.merge(graph, parameters)
-    if row.veil is not None:
-        share = jnp.asarray(row.veil.share).reshape(-1, 1, 1, 1, 1)
-        x = (1 - share) * x + share * jax.random.normal(row.veil.key, x.shape, x.dtype)
-    x = jnp.concatenate([jnp.moveaxis(x, 0, 2)] * guidance.copies)
-    # One timestep for all frames is told per video: the same result with less work.
-    batch, frames = x.shape[0], len(row.timestep)
-    t = jnp.broadcast_to(row.timestep, (batch,) if frames == 1 else (batch, frames))
-    for context in conditioning.contexts:
-        yield model.passage(
-            x,
-            t,
-            context,
-            y=conditioning.y,
-            fps=conditioning.fps,
-            block_length=block_length,
-            attention=attention,
-        )
+    for arguments, given in told(conditioning, guidance, row, kept, x):
+        yield model.passage(*arguments, **given, block_length=block_length, attention=attention)
 
 
 def step(
@@ -156,12 +203,13 @@ def step(
     conditioning: Conditioning,
     guidance: Guidance,
     cache: StepCache,
+    kept: tuple[KeyValues, ...],
     row: Row,
     carry: Running,
 ) -> tuple[Running, Report]:
     """The carry after one row, and what the host is told of it."""
     calls = passages(
-        graph, block_length, attention, parameters, conditioning, guidance, row, carry.x
+        graph, block_length, attention, parameters, conditioning, guidance, row, kept, carry.x
     )
     answers = [
         cache.call(state, row.position._replace(call=jnp.int32(number)), passage)
@@ -169,6 +217,8 @@ def step(
     ]
     predictions, caches, computed = zip(*answers, strict=True)
     velocity = jnp.moveaxis(guidance.combine(predictions), 2, 0)
-    following, solver = unipc.step(row.coefficients, carry.solver, carry.x, velocity, row.update)
+    x, solver = seen((carry.x, carry.solver), row)
+    following = unipc.step(row.coefficients, solver, x, velocity, row.update)
+    following = laid(following, (carry.x, carry.solver), row.first)
     report = Report(jnp.all(jnp.isfinite(velocity)), jnp.stack(computed))
-    return Running(following, solver, caches), report
+    return Running(following[0], following[1], caches), report

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from skyreels_jax.models.transformer_config import Numerics, TransformerConfig
-from skyreels_jax.ops.attention import attention
+from skyreels_jax.ops.attention import Earlier, attention
 from skyreels_jax.ops.linear import linear
 from skyreels_jax.ops.masks import BlockCausal
 from skyreels_jax.ops.norms import layer_norm, mul_add_add, rms_norm
@@ -165,7 +165,6 @@ class _Projections(nnx.Module):
 class WanSelfAttention(_Projections):
     """All video tokens attend to each other, or to those a mask allows, with rotary positions."""
 
-    @jax.named_scope("self_attention")
     def __call__(
         self,
         x: Tokens,
@@ -175,13 +174,24 @@ class WanSelfAttention(_Projections):
         implementation: str | None = None,
     ) -> Tokens:
         """``x`` [B, L, D], modulated; ``implementation`` names a path of ``ops.attention``."""
-        query = rope_apply(self.split(self.norm_q(self.q(x))), rope)
+        return self.attend(x, rope, mask=mask, implementation=implementation)[0]
+
+    @jax.named_scope("self_attention")
+    def attend(
+        self,
+        x: Tokens,
+        rope: RopeTable,
+        *,
+        mask: BlockCausal | None = None,
+        implementation: str | None = None,
+        earlier: Earlier | None = None,
+    ) -> tuple[Tokens, KeyValues]:
+        """The same, to ``earlier`` tokens too; with the keys and values of ``x``."""
+        query = rope_apply(self.split(self.norm_q(self.q(x))), rope).astype(self.dtype)
         key = rope_apply(self.split(self.norm_k(self.k(x))), rope)
-        key, value = self.keys_values(key, self.split(self.v(x)))
-        heads = attention(
-            query.astype(self.dtype), key, value, mask=mask, implementation=implementation
-        )
-        return self.merge(heads)
+        own = self.keys_values(key, self.split(self.v(x)))
+        heads = attention(query, *own, mask=mask, earlier=earlier, implementation=implementation)
+        return self.merge(heads), own
 
 
 class WanT2VCrossAttention(_Projections):

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from skyreels_jax.models.block import FrameTokens, WanAttentionBlock
 from skyreels_jax.models.layers import (
     NORMAL,
     XAVIER,
@@ -17,34 +18,21 @@ from skyreels_jax.models.layers import (
     Embedding,
     Head,
     ImageEmbedding,
+    KeyValues,
     Linear,
     Mlp,
     PatchEmbedding,
-    WanI2VCrossAttention,
-    WanLayerNorm,
-    WanSelfAttention,
-    WanT2VCrossAttention,
     gelu_tanh,
-    modulation_init,
     silu,
 )
 from skyreels_jax.models.transformer_config import Numerics, TransformerConfig
+from skyreels_jax.models.transformer_inputs import check_context, check_video
+from skyreels_jax.ops.attention import Earlier
 from skyreels_jax.ops.masks import BlockCausal
-from skyreels_jax.ops.norms import layer_norm, mul_add, mul_add_add
 from skyreels_jax.ops.rope import RopeTable, rope_table
 from skyreels_jax.ops.scan_layers import scan_layers
 from skyreels_jax.ops.sinusoid import sinusoidal_embedding_1d
 from skyreels_jax.shapes import Latents, Timesteps
-
-FrameTokens = Float[Array, "B F P D"]
-
-
-class Modulation(NamedTuple):
-    """What one sub-layer takes of the timestep, per frame: ``[B, F or 1, 1, D]`` each."""
-
-    shift: Float[Array, "B steps 1 D"]
-    scale: Float[Array, "B steps 1 D"]
-    gate: Float[Array, "B steps 1 D"]
 
 
 class Passage(NamedTuple):
@@ -62,53 +50,17 @@ class Passage(NamedTuple):
     head: Callable[[FrameTokens], Latents]
 
 
-class WanAttentionBlock(nnx.Module):
-    """Self-attention, cross-attention and feed-forward, each added to the residual stream."""
+class Before(NamedTuple):
+    """Finished frames that come before those of a call, under block-causal attention.
 
-    def __init__(self, config: TransformerConfig, *, numerics: Numerics, rngs: nnx.Rngs):
-        dim, eps = config.dim, config.eps
-        cross_attention = (
-            WanI2VCrossAttention if config.model_type == "i2v" else WanT2VCrossAttention
-        )
-        self.self_attn = WanSelfAttention(dim, config.num_heads, eps, numerics=numerics, rngs=rngs)
-        self.norm3 = WanLayerNorm(dim, eps, numerics=numerics)
-        self.cross_attn = cross_attention(dim, config.num_heads, eps, numerics=numerics, rngs=rngs)
-        self.ffn = Mlp((dim, config.ffn_dim, dim), gelu_tanh, numerics=numerics, rngs=rngs)
-        self.modulation = nnx.Param(modulation_init(rngs, 6, dim, numerics))
-        self.eps = eps
-        self.dtype = numerics.compute
+    Attributes:
+        frames: how many there are: whole blocks.
+        states: their keys and values in every layer, ``[layers, B, S, N, K]``. There may be room
+            for more than there are.
+    """
 
-    def modulations(self, e0: Float[Array, "B steps 6 D"]) -> tuple[Modulation, Modulation]:
-        """Of self-attention and of the feed-forward."""
-        table = self.modulation[...].astype(jnp.float32)[None, None]
-        rows = jnp.moveaxis(table + e0, 2, 0)[:, :, :, None]
-        return Modulation(*rows[:3]), Modulation(*rows[3:])
-
-    def __call__(
-        self,
-        x: FrameTokens,
-        e0: Float[Array, "B steps 6 D"],
-        context: CrossContext,
-        rope: RopeTable,
-        *,
-        mask: BlockCausal | None = None,
-        implementation: str | None = None,
-    ) -> FrameTokens:
-        """``x`` tokens by frame; the residual is float32 inside and rounded at the end."""
-        batch, frames, patches, dim = x.shape
-        flat = (batch, frames * patches, dim)
-        attn, ffn = self.modulations(e0)
-
-        h = mul_add_add(layer_norm(x, eps=self.eps), attn.scale, attn.shift)
-        h = self.self_attn(h.reshape(flat), rope, mask=mask, implementation=implementation)
-        x = mul_add(x, h.reshape(x.shape), attn.gate)
-
-        h = self.cross_attn(self.norm3(x).reshape(flat), context, implementation=implementation)
-        x = x + h.reshape(x.shape).astype(jnp.float32)
-
-        h = mul_add_add(layer_norm(x, eps=self.eps), ffn.scale, ffn.shift)
-        x = mul_add(x, self.ffn(h), ffn.gate)
-        return x.astype(self.dtype)
+    frames: Int[Array, ""]
+    states: KeyValues
 
 
 class WanModel(nnx.Module):
@@ -212,8 +164,12 @@ class WanModel(nnx.Module):
         *,
         block_length: int | None = None,
         attention: str | None = None,
+        before: Before | None = None,
     ) -> Passage:
-        """What a call does, in parts; arguments and errors are those of a call."""
+        """What a call does, in parts; arguments and errors are those of a call.
+
+        With ``before`` the frames of ``x`` follow others; they begin with a block of attention.
+        """
         check_video(self.config, x, t, y)
         if isinstance(context, CrossContext):
             if clip_fea is not None:
@@ -221,21 +177,55 @@ class WanModel(nnx.Module):
         else:
             context = self.prepare_context(context, clip_fea)
         e, e0 = self.embed_time(t, fps)
+        tokens, grid = self.embed_patches(x, y)
+        rope = self.positions(grid, before)
+        mask = None if block_length is None else BlockCausal(tokens.shape[2], block_length)
+
+        def blocks(tokens: FrameTokens) -> FrameTokens:
+            return self.run_blocks(tokens, context, (e0, rope), mask, attention, before)[0]
+
+        def head(tokens: FrameTokens) -> Latents:
+            return unpatchify(self.head(tokens, e), grid[1:], self.config.patch_size)
+
+        return Passage(x, e, e0, tokens, blocks, head)
+
+    def keys_values(
+        self,
+        x: Latents,
+        t: Timesteps,
+        context: CrossContext,
+        y: Float[Array, "B Y F H W"] | None = None,
+        fps: Int[Array, " B"] | None = None,
+        *,
+        attention: str | None = None,
+        before: Before | None = None,
+    ) -> KeyValues:
+        """What later frames see of ``x`` in every layer: ``[layers, B, F * P, N, K]``.
+
+        ``x`` is one block of block-causal attention; arguments are those of :meth:`passage`.
+        """
+        check_video(self.config, x, t, y)
+        _, e0 = self.embed_time(t, fps)
+        tokens, grid = self.embed_patches(x, y)
+        shared = e0, self.positions(grid, before)
+        return self.run_blocks(tokens, context, shared, None, attention, before, keep=True)[1]
+
+    def embed_patches(
+        self, x: Latents, y: Float[Array, "B Y F H W"] | None
+    ) -> tuple[FrameTokens, tuple[int, int, int]]:
+        """Tokens by frame, and how many frames, rows and columns of them there are."""
         tokens = self.patch_embedding(
             x if y is None else jnp.concatenate([x, y.astype(x.dtype)], axis=1)
         )
         batch, frames, rows, columns, dim = tokens.shape
-        rope = rope_table((frames, rows, columns), self.config.head_dim)
-        mask = None if block_length is None else BlockCausal(rows * columns, block_length)
+        return tokens.reshape(batch, frames, rows * columns, dim), (frames, rows, columns)
 
-        def blocks(tokens: FrameTokens) -> FrameTokens:
-            return self.run_blocks(tokens, context, (e0, rope), mask, attention)
-
-        def head(tokens: FrameTokens) -> Latents:
-            return unpatchify(self.head(tokens, e), (rows, columns), self.config.patch_size)
-
-        tokens = tokens.reshape(batch, frames, rows * columns, dim)
-        return Passage(x, e, e0, tokens, blocks, head)
+    def positions(self, grid: tuple[int, int, int], before: Before | None) -> RopeTable:
+        """Of the tokens of ``grid``, which may follow others."""
+        if before is None:
+            return rope_table(grid, self.config.head_dim)
+        latest = before.states.key.shape[2] // (grid[1] * grid[2])
+        return rope_table(grid, self.config.head_dim, first=before.frames, latest=latest)
 
     def run_blocks(
         self,
@@ -244,22 +234,35 @@ class WanModel(nnx.Module):
         shared: tuple[Float[Array, "B steps 6 D"], RopeTable],
         mask: BlockCausal | None,
         attention: str | None,
-    ) -> FrameTokens:
-        """All blocks in turn; ``shared`` is what they have in common, ``e0`` and positions."""
-        graph, parameters = nnx.split(self.blocks)
+        before: Before | None = None,
+        *,
+        keep: bool = False,
+    ) -> tuple[FrameTokens, Any]:
+        """All blocks in turn; ``shared`` is what they have in common, ``e0`` and positions.
 
-        def layer(
-            x: Array, of_layer: tuple[nnx.State, CrossContext], shared: tuple[Array, RopeTable]
-        ) -> tuple[Array, None]:
-            parameters, context = of_layer
-            block = nnx.merge(graph, parameters)
-            return block(
-                x, shared[0], context, shared[1], mask=mask, implementation=attention
-            ), None
+        With ``keep`` the keys and values of each are the second result.
+        """
+        graph, parameters = nnx.split(self.blocks)
+        count = None if before is None else before.frames * tokens.shape[2]
+        states = None if before is None else before.states
+
+        def layer(x: Array, of_layer: tuple[Any, ...], shared: tuple[Any, ...]) -> tuple[Any, Any]:
+            parameters, context, states = of_layer
+            e0, rope, count = shared
+            x, own = nnx.merge(graph, parameters).run(
+                x,
+                e0,
+                context,
+                rope,
+                mask=mask,
+                implementation=attention,
+                earlier=None if states is None else Earlier(states.key, states.value, count),
+            )
+            return x, own if keep else None
 
         if self.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
-        return scan_layers(layer, tokens, (parameters, context), shared)[0]
+        return scan_layers(layer, tokens, (parameters, context, states), (*shared, count))
 
     def embed_time(
         self, t: Timesteps, fps: Int[Array, " B"] | None
@@ -299,43 +302,6 @@ class WanModel(nnx.Module):
             return None, nnx.merge(graph, parameters).prepare(*states)
 
         return scan_layers(layer, None, parameters, (text, image))[1]
-
-
-def check_video(config: TransformerConfig, x: Array, t: Array, y: Array | None) -> None:
-    """Raise ``ValueError`` unless ``x``, ``t`` and ``y`` fit ``config`` and each other."""
-    batch, channels, frames, height, width = x.shape
-    _, rows, columns = config.patch_size
-    if channels != config.latent_dim:
-        raise ValueError(f"x has {channels} channels; this model takes {config.latent_dim}")
-    if height % rows or width % columns:
-        raise ValueError(
-            f"latents of {height} x {width} do not divide into patches of {rows} x {columns}"
-        )
-    if t.shape not in ((batch,), (batch, frames)):
-        raise ValueError(f"t has shape {t.shape}; expected {(batch,)} or {(batch, frames)}")
-    expected = None
-    if config.model_type == "i2v":
-        expected = (batch, config.in_dim - channels, frames, height, width)
-    if (None if y is None else y.shape) != expected:
-        raise ValueError(
-            f"y has shape {None if y is None else y.shape}; "
-            f"a model of type {config.model_type} takes {expected} with this x"
-        )
-
-
-def check_context(config: TransformerConfig, context: Array, clip_fea: Array | None) -> None:
-    """Raise ``ValueError`` unless text and image states have the tokens ``config`` names."""
-    text = (context.shape[0], config.text_len, config.text_dim)
-    if context.shape != text:
-        raise ValueError(f"context has shape {context.shape}; expected {text}, padding included")
-    image = None
-    if config.model_type == "i2v":
-        image = (context.shape[0], config.image_tokens, config.image_dim)
-    if (None if clip_fea is None else clip_fea.shape) != image:
-        raise ValueError(
-            f"clip_fea has shape {None if clip_fea is None else clip_fea.shape}; "
-            f"a model of type {config.model_type} takes {image}"
-        )
 
 
 def unpatchify(

@@ -3,9 +3,10 @@
 from functools import cache
 from typing import Final, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Complex, Float, Int
 
 THETA: Final = 10_000.0
 
@@ -39,18 +40,34 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 4 * third, 2 * third, 2 * third
 
 
-def rope_table(grid: tuple[int, int, int], head_dim: int) -> RopeTable:
+def rope_table(
+    grid: tuple[int, int, int],
+    head_dim: int,
+    *,
+    first: Int[Array, ""] | None = None,
+    latest: int = 0,
+) -> RopeTable:
     """Angles of all ``L = F * H' * W'`` tokens, frame-major, then rows, then columns; float32.
 
     Only the three axes' own tables are constants of a compiled program; they are spread over the
     grid on the device, once for all layers.
+
+    Args:
+        grid: frames, rows and columns.
+        head_dim: features of a head, even.
+        first: frame that the grid begins with, 0 to ``latest``; the first of all unless given.
+        latest: the most that ``first`` can be; a larger one is taken for it.
     """
-    axes = [rope_params(length, dim) for length, dim in zip(grid, axis_dims(head_dim), strict=True)]
+    lengths = (grid[0] + latest, *grid[1:])
+    dims = axis_dims(head_dim)
+    axes = [rope_params(length, dim) for length, dim in zip(lengths, dims, strict=True)]
 
     def spread(part: str) -> Float[Array, "L half"]:
         columns = []
         for axis, table in enumerate(axes):
             values = jnp.asarray(getattr(table, part), jnp.float32)
+            if axis == 0 and first is not None:
+                values = jax.lax.dynamic_slice_in_dim(values, first, grid[0])
             shape = [1, 1, 1, values.shape[1]]
             shape[axis] = grid[axis]
             columns.append(jnp.broadcast_to(values.reshape(shape), (*grid, values.shape[1])))

@@ -8,8 +8,9 @@ from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from skyreels_jax.ops.kernels.contract import Earlier
 from skyreels_jax.ops.linear import exact_precision
 from skyreels_jax.ops.masks import Mask
 
@@ -53,23 +54,59 @@ def chunked_attention(
     Its gradient recomputes the tiles, so it is linear in memory too. Tiles that ``mask`` hides
     entirely are skipped.
     """
+    return _tiled(query, key, value, None, mask, scale, tiling)
+
+
+def chunked_attention_after(
+    query: Float[Array, "B L N K"],
+    key: Float[Array, "B L N K"],
+    value: Float[Array, "B L N K"],
+    *,
+    earlier: Earlier,
+    mask: Mask | None,
+    scale: float,
+    tiling: Tiling | None = None,
+) -> Float[Array, "B L N K"]:
+    """The same over the filled tiles of ``earlier`` first; the others are not visited.
+
+    Has no gradient: how many tiles are visited is known only when the program runs.
+    """
+    return _tiled(query, key, value, earlier, mask, scale, tiling)
+
+
+def _tiled(
+    query: Float[Array, "B L N K"],
+    key: Float[Array, "B S N K"],
+    value: Float[Array, "B S N K"],
+    earlier: Earlier | None,
+    mask: Mask | None,
+    scale: float,
+    tiling: Tiling | None,
+) -> Float[Array, "B L N K"]:
     if tiling is None:
         tiling = CACHED if jax.default_backend() == "cpu" else PARALLEL
     q_size, k_size = even_tile(query.shape[1], tiling.queries), even_tile(key.shape[1], tiling.keys)
     key_len = key.shape[1]
 
     def one_head(tiled):
-        queries, keys, values = tiled
+        queries, keys, values, before = tiled
         q_starts, k_starts = (jnp.arange(len(x)) * x.shape[1] for x in (queries, keys))
 
         @jax.checkpoint
         def one_query_tile(tile):
             q_start, q = tile
-            return _attend(q, q_start, (k_starts, keys, values), key_len, mask, scale)
+            state = (
+                _nothing_seen(q) if earlier is None else _filled(q, before, earlier.count, scale)
+            )
+            return _attend(state, q, q_start, (k_starts, keys, values), key_len, mask, scale)
 
         return jax.lax.map(one_query_tile, (q_starts, queries))
 
-    tiled = (_tiles(query, q_size), _tiles(key, k_size), _tiles(value, k_size))
+    before = None
+    if earlier is not None:
+        size = even_tile(earlier.key.shape[1], tiling.keys)
+        before = (_tiles(earlier.key, size), _tiles(earlier.value, size))
+    tiled = (_tiles(query, q_size), _tiles(key, k_size), _tiles(value, k_size), before)
     out = jax.vmap(one_head)(tiled) if tiling.heads_together else jax.lax.map(one_head, tiled)
     return _untile(out, query.shape)
 
@@ -80,7 +117,34 @@ def even_tile(length: int, largest: int) -> int:
     return -(-length // count)
 
 
+def _nothing_seen(q: Float[Array, "l K"]) -> Running:
+    """Before the first key."""
+    # A finite floor rather than -inf: a difference of two floors is 0, not NaN.
+    return Running(
+        jnp.full(q.shape[:1], jnp.finfo(jnp.float32).min, jnp.float32),
+        jnp.zeros(q.shape[:1], jnp.float32),
+        jnp.zeros(q.shape, jnp.float32),
+    )
+
+
+def _filled(
+    q: Float[Array, "l K"], tiles: tuple[Array, Array], count: Int[Array, ""], scale: float
+) -> Running:
+    """One tile of queries against the first ``count`` keys of ``tiles``, all of them seen."""
+    keys, values = tiles
+    size = keys.shape[1]
+
+    def take_in(tile: Array, state: Running) -> Running:
+        scores = _product(q, keys[tile], axis=1)
+        is_filled = tile * size + jnp.arange(size) < count
+        scores = jnp.where(is_filled[None, :], scores, -jnp.inf)
+        return _accumulate(state, scores, values[tile], scale)
+
+    return jax.lax.fori_loop(0, (count + size - 1) // size, take_in, _nothing_seen(q))
+
+
 def _attend(
+    state: Running,
     q: Float[Array, "l K"],
     q_start: Array,
     key_tiles: tuple[Array, Array, Array],
@@ -88,7 +152,7 @@ def _attend(
     mask: Mask | None,
     scale: float,
 ) -> Float[Array, "l K"]:
-    """One tile of queries against all keys."""
+    """One tile of queries against all keys, those in ``state`` before."""
     k_starts, keys, _ = key_tiles
     is_filled_up = keys.shape[0] * keys.shape[1] > key_len
     q_index = q_start + jnp.arange(q.shape[0])
@@ -110,13 +174,7 @@ def _attend(
         is_seen = mask.allowed(q_index[-1:], tile[0][None])[0, 0]
         return jax.lax.cond(is_seen, take_in, lambda state, _: state, state, tile), None
 
-    # A finite floor rather than -inf: a difference of two floors is 0, not NaN.
-    start = Running(
-        jnp.full(q.shape[:1], jnp.finfo(jnp.float32).min, jnp.float32),
-        jnp.zeros(q.shape[:1], jnp.float32),
-        jnp.zeros(q.shape, jnp.float32),
-    )
-    state, _ = jax.lax.scan(step, start, key_tiles)
+    state, _ = jax.lax.scan(step, state, key_tiles)
     return (state.weighted / state.total[:, None]).astype(q.dtype)
 
 

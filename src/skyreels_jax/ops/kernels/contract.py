@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from skyreels_jax.ops.masks import Mask
 
@@ -48,17 +49,29 @@ class Call:
         return 4 * batch * heads * q_len * self.key_len
 
 
+class Earlier(NamedTuple):
+    """Keys and values of tokens before those of a call, all of which its queries see.
+
+    Of the ``S`` places the first ``count`` are filled; how many is known when the program runs.
+    """
+
+    key: Float[Array, "B S N K"]
+    value: Float[Array, "B S N K"]
+    count: Int[Array, ""]
+
+
 @dataclass(frozen=True)
 class Path:
     """One way to compute attention.
 
     ``compute(query, key, value, *, mask, scale)`` has the shapes of
     :func:`skyreels_jax.ops.attention.attention`; ``refusal`` says why a call cannot be served, or
-    ``None``.
+    ``None``. ``after`` takes ``earlier`` besides, an :class:`Earlier`; not every path can.
     """
 
     compute: Callable[..., Array]
     refusal: Callable[[Call], str | None]
+    after: Callable[..., Array] | None = None
 
 
 def serves_all(call: Call) -> str | None:
@@ -67,12 +80,11 @@ def serves_all(call: Call) -> str | None:
     return None
 
 
-def describe(query: Array, key: Array) -> Call:
+def describe(query: Array, key: Array, earlier: Earlier | None = None) -> Call:
     """The call with these operands on this machine."""
     batch, length, heads, width = query.shape
-    return Call(
-        this_device(), jnp.dtype(query.dtype).name, (batch, length, heads, width), key.shape[1]
-    )
+    key_len = key.shape[1] + (0 if earlier is None else earlier.key.shape[1])
+    return Call(this_device(), jnp.dtype(query.dtype).name, (batch, length, heads, width), key_len)
 
 
 def by_prefix(
@@ -94,4 +106,36 @@ def by_prefix(
         seen = mask.visible_keys(start, key.shape[1])
         rows = query[:, start : start + mask.tokens_per_block]
         blocks.append(unmasked(rows, key[:, :seen], value[:, :seen]))
+    return jnp.concatenate(blocks, axis=1)
+
+
+def by_length(
+    unmasked: Callable[..., Float[Array, "B l N K"]],
+    query: Float[Array, "B L N K"],
+    key: Float[Array, "B L N K"],
+    value: Float[Array, "B L N K"],
+    *,
+    earlier: Earlier,
+    mask: Mask | None,
+) -> Float[Array, "B L N K"]:
+    """Serve ``earlier`` with a kernel that can be told how many of its keys count.
+
+    The call's own keys are laid behind the filled ones; then as :func:`by_prefix`.
+    ``key_value_seq_lengths`` of ``unmasked`` is that of :func:`jax.nn.dot_product_attention`.
+    """
+    batch, places = query.shape[0], earlier.key.shape[1]
+
+    def laid_behind(filled: Array, own: Array) -> Array:
+        room = jnp.concatenate([filled, own], axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(room, own, earlier.count, axis=1)
+
+    keys, values = laid_behind(earlier.key, key), laid_behind(earlier.value, value)
+    size = query.shape[1] if mask is None else mask.tokens_per_block
+    blocks = []
+    for start in range(0, query.shape[1], size):
+        own = min(start + size, key.shape[1])
+        lengths = jnp.broadcast_to(earlier.count + own, batch)
+        seen = slice(0, places + own)
+        rows = query[:, start : start + size]
+        blocks.append(unmasked(rows, keys[:, seen], values[:, seen], key_value_seq_lengths=lengths))
     return jnp.concatenate(blocks, axis=1)

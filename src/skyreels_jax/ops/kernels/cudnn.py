@@ -6,7 +6,7 @@ from typing import Final
 import jax
 from jaxtyping import Array, Float
 
-from skyreels_jax.ops.kernels.contract import Call, by_prefix
+from skyreels_jax.ops.kernels.contract import Call, Earlier, by_length, by_prefix
 from skyreels_jax.ops.masks import Mask
 
 AMPERE: Final = 8.0
@@ -39,3 +39,17 @@ def cudnn_attention(
     """Never given the mask: JAX would draw it out as an additive bias of L x L numbers."""
     fused = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
     return by_prefix(fused, query, key, value, mask=mask)
+
+
+def cudnn_attention_after(
+    query: Float[Array, "B L N K"],
+    key: Float[Array, "B L N K"],
+    value: Float[Array, "B L N K"],
+    *,
+    earlier: Earlier,
+    mask: Mask | None,
+    scale: float,
+) -> Float[Array, "B L N K"]:
+    """How many keys count is told to cuDNN, which does not look at the others."""
+    fused = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
+    return by_length(fused, query, key, value, earlier=earlier, mask=mask)
