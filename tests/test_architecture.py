@@ -26,7 +26,10 @@ ALLOWED: dict[str, set[str]] = {
         *{"models", "diffusion", "weights", "checkpoints", "presets", "media", "prompts", "ops"},
         *{"shapes", "errors"},
     },
-    "reference": {"checkpoints", "weights", "models", "generation", "prompts", "shapes", "errors"},
+    "reference": {
+        *{"checkpoints", "weights", "models", "generation", "prompts", "diffusion"},
+        *{"shapes", "errors"},
+    },
     "hybrid": {
         *{"generation", "reference", "weights", "models", "checkpoints", "media"},
         *{"shapes", "errors"},
@@ -35,10 +38,14 @@ ALLOWED: dict[str, set[str]] = {
         *{"generation", "reference", "weights", "models", "checkpoints", "media", "prompts"},
         *{"shapes", "errors"},
     },
+    "validation": {
+        *{"generation", "reference", "pipeline", "models", "diffusion", "weights", "checkpoints"},
+        *{"media", "ops", "shapes", "errors"},
+    },
     "caches": set(),
     "cli": {
         *{"pipeline", "hybrid", "generation", "weights", "models", "checkpoints", "hub"},
-        *{"media", "prompts", "caches", "ops", "shapes", "errors"},
+        *{"media", "prompts", "caches", "ops", "shapes", "errors", "validation", "reference"},
     },
     "__init__": {"pipeline", "errors", "generation", "checkpoints", "media", "models"},
 }

@@ -86,6 +86,7 @@ class Pipeline:
     Attributes:
         checkpoint: the folder, understood.
         dtype: of the transformer and the encoders.
+        components: encoders and VAE, each loaded when it is first used.
         verify: proves by headers that the checkpoint is complete, once; raises a WeightsError.
     """
 
@@ -140,13 +141,13 @@ class Pipeline:
         # What has been proved need not be proved for every video; a refusal is not remembered.
         self.verify = cache(partial(verify_parts, checkpoint))
         kept = (lambda load: cache(making_room(load))) if keep else making_room
-        self._denoiser = kept(self._load_denoiser)
+        self._denoiser = kept(self.load_denoiser)
         load_text = kept(parts.text_encoder)
         if prompt_cache is not None:
             made_by = (backend, dtype)
             load_text = partial(cached_text, load_text, checkpoint, prompt_cache, made_by)
         self._codec = kept(parts.codec)
-        self._components = Components(
+        self.components = Components(
             TextOnDemand(load_text),
             CodecOnDemand(self._codec),
             ImageOnDemand(kept(parts.image_encoder)),
@@ -209,7 +210,7 @@ class Pipeline:
                 return api.generate_long(components, self._denoiser, resolved, progress=progress)
         sampled = self.sample(resolved, progress)
         with refused_in_words(SMALLER_DECODE):
-            return api.finish(self._components.codec, sampled)
+            return api.finish(self.components.codec, sampled)
 
     def sample(self, request: ResolvedRequest, progress: Progress | None = None) -> api.Sample:
         """Everything but decoding; the transformer is out of memory again afterwards.
@@ -221,7 +222,7 @@ class Pipeline:
         """
         self.verify()
         with refused_in_words("use fewer frames, a smaller size or a smaller dtype"):
-            return api.sample(self._components, self._denoiser, request, progress=progress)
+            return api.sample(self.components, self._denoiser, request, progress=progress)
 
     def frames(
         self, request: ResolvedRequest, *, kept: Kept | None = None, clock: Clock | None = None
@@ -255,12 +256,12 @@ class Pipeline:
 
     def _with_codec(self) -> Components:
         """The VAE loaded: once for all windows, which need it in turn."""
-        return replace(self._components, codec=self._codec())
+        return replace(self.components, codec=self._codec())
 
     def write(self, sampled: api.Sample, path: Path, *, metadata: bool = True) -> None:
         """Decode into an MP4 piece by piece; see :func:`skyreels_jax.generation.api.write`."""
         with refused_in_words(SMALLER_DECODE):
-            api.write(self._components.codec, sampled, path, metadata=metadata)
+            api.write(self.components.codec, sampled, path, metadata=metadata)
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: DTypeLike | None = None, overwrite: bool = False
@@ -289,7 +290,12 @@ class Pipeline:
             overwrite=overwrite,
         )
 
-    def _load_denoiser(self) -> Denoiser:
+    def load_denoiser(self) -> Denoiser:
+        """The transformer, read from the checkpoint anew.
+
+        Raises:
+            WeightsError: it is missing, unsound or incomplete.
+        """
         model = load_transformer(self.checkpoint, dtype=jnp.dtype(self.dtype))
         return Denoiser(model, block_length=self.checkpoint.block_length)
 

@@ -256,7 +256,7 @@ def test_a_prompt_seen_before_does_not_load_the_text_encoder(
 
     def encode(prompt: str, **options: str) -> np.ndarray:
         pipeline = Pipeline(checkpoint, prompt_cache=tmp_path, **options)
-        return pipeline._components.text_encoder.encode([prompt])
+        return pipeline.components.text_encoder.encode([prompt])
 
     first = encode("a cat")
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
@@ -275,7 +275,7 @@ def test_the_vae_has_a_dtype_of_its_own(checkpoints):
     folder = checkpoints("t2v", "original")
 
     def first(**options: str) -> CausalConv:
-        codec = Pipeline.from_pretrained(folder, **options)._components.codec
+        codec = Pipeline.from_pretrained(folder, **options).components.codec
         return codec.load().model.decoder.conv_in
 
     for options, dtype in (

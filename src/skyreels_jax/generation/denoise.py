@@ -6,7 +6,7 @@ number of steps ahead of the device and looks at nothing but one flag a step.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -163,6 +163,7 @@ class Denoiser:
         frames: Timetable | None = None,
         prefix_noise: PrefixNoise | None = None,
         clock: Clock | None = None,
+        observe: Callable[[Float[Array, "F B C H W"]], None] | None = None,
     ) -> Denoised:
         """Take ``noise`` through the schedule.
 
@@ -173,6 +174,7 @@ class Denoiser:
             frames: when each frame takes which step; ``None`` moves them all together.
             prefix_noise: over given frames; takes a timetable with a column for every frame.
             clock: where stages are timed and reported.
+            observe: shown the latents after each step. It holds the run up, and must copy them.
 
         Raises:
             NumericsError: a prediction was not finite; says in which step.
@@ -205,6 +207,8 @@ class Denoiser:
                 else:
                     carry, report = program(*fixed, sampling.cache, kept, row, carry)
                     watch.started(report)
+                    if observe is not None:
+                        observe(carry.x)
             watch.finish()
         latents = jnp.moveaxis(carry.x, 0, 2).astype(jnp.float32)
         return Denoised(latents, tuple(watch.seconds), watch.computed, watch.calls, passes)
