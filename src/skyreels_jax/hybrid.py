@@ -1,5 +1,7 @@
 """PyTorch's VAE and encoders around the JAX transformer, and the described ways to build one."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,14 +31,12 @@ from skyreels_jax.weights.transformer_folder import (
 )
 
 # Settings of a video by their names in diffusers and the original, and ours.
-SETTINGS: Final = {
+SETTINGS: Final[Mapping[str, str]] = {
     "num_inference_steps": "steps",
     **{
-        name: name
-        for name in (
-            *("negative_prompt", "last_image", "resolution", "aspect", "height", "width"),
-            *("num_frames", "seconds", "guidance_scale", "shift", "fps", "seed"),
-        )
+        entry.name: entry.name
+        for entry in dataclasses.fields(Request)
+        if entry.name not in ("prompt", "image", "dtype", "output")
     },
 }
 
@@ -178,11 +178,10 @@ class HybridPipeline:
             prompt: what to show.
             image: the first frame, for checkpoints that take one: a PIL image, an array or a path.
             progress: told of every stage.
-            **settings: ``height``, ``width``, ``num_frames``, ``num_inference_steps``,
-                ``guidance_scale``, ``shift``, ``fps``, ``seed``, ``negative_prompt``,
-                ``last_image``, ``resolution``, ``aspect``, ``seconds``: as in
-                :class:`~skyreels_jax.generation.request.Request`; what is left out is the
-                checkpoint's.
+            **settings: ``num_inference_steps``, and all of a
+                :class:`~skyreels_jax.generation.request.Request`: ``height``, ``width``,
+                ``num_frames``, ``guidance_scale``, ``seed``, those of diffusion forcing and so on;
+                what is left out is the checkpoint's.
 
         Raises:
             RequestError: with everything about the request that is wrong.

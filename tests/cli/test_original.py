@@ -68,13 +68,27 @@ def test_seeds_are_drawn_and_said_in_the_name():
     ("words", "message"),
     [
         (["--seed", "1"], "--prompt"),
-        (["--prompt", "x", "--use_usp"], "several devices"),
         (["--prompt", "x", "--prompt_enhancer"], "language model"),
     ],
 )
-def test_what_is_not_done_is_said(capsys: pytest.CaptureFixture[str], words, message: str):
+def test_what_is_refused_is_said(capsys: pytest.CaptureFixture[str], words, message: str):
     with pytest.raises(SystemExit) as stop:
         translate("generate_video", words)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not Path("result").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--use_usp"], "--use_usp is about speed alone"),
+        (["--prompt_enhancer", "--image", "x.png"], "--prompt_enhancer is without effect"),
+        (["--offload"], "--offload is not needed"),
+    ],
+)
+def test_what_makes_no_difference_is_said_and_left_out(capsys, words, message: str):
+    given = translate("generate_video", ["--prompt", "x", *words])
+    assert given[0] == "generate"
+    assert words[0] not in given
+    assert message in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import av
 import jax.numpy as jnp
@@ -97,6 +98,16 @@ def test_a_diffusion_forcing_checkpoint_makes_videos_from_text_and_from_an_image
     image = pipeline.generate("a cat", photo(), **SMALL)
     assert text.frames.shape == image.frames.shape == (5, 32, 48, 3)
     assert np.mean(text.frames[0] != image.frames[0]) > 0.5
+
+
+def test_a_long_video_with_the_settings_of_diffusion_forcing(checkpoints: Checkpoints):
+    pipeline = HybridPipeline(checkpoints("df", "original"), None, "cpu", jnp.float32)
+    wishes: dict[str, Any] = {"height": 32, "width": 48, "seed": 1, "num_frames": 21}
+    wishes |= {"num_inference_steps": 2, "base_num_frames": 13, "overlap_history": 5}
+    long = pipeline.generate("a fox", **wishes)
+    assert long.frames.shape == (21, 32, 48, 3)
+    behind = pipeline.generate("a fox", **wishes, ar_step=1, causal_block_size=2)
+    assert np.any(behind.frames != long.frames)
 
 
 @pytest.mark.parametrize("bound", [False, True])

@@ -38,12 +38,16 @@ def translate(script: str, argv: Sequence[str]) -> list[str]:
         return ["generate", "--help"]
     parser = _parser(script)
     known, rest = parser.parse_known_args(argv)
-    if known.prompt_enhancer:
+    given_image = any(word.partition("=")[0] == "--image" for word in rest)
+    if known.prompt_enhancer and not given_image:
         parser.error("--prompt_enhancer rewrites the prompt with a language model; none is here")
-    if known.use_usp:
-        parser.error("--use_usp runs on several devices, which is not supported yet")
-    if known.offload:
-        print(f"{script}.py: --offload is {NOT_NEEDED}", file=sys.stderr)
+    for is_given, flag, why in (
+        (known.prompt_enhancer, "--prompt_enhancer", "without effect beside --image, as it was"),
+        (known.use_usp, "--use_usp", "about speed alone: one device makes the same video here"),
+        (known.offload, "--offload", NOT_NEEDED),
+    ):
+        if is_given:
+            print(f"{script}.py: {flag} is {why}", file=sys.stderr)
     # The original draws one too; the file's name says it.
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if known.seed is None else known.seed
     words = ["generate", "--model", known.model_id, "--prompt", known.prompt, "--seed", str(seed)]

@@ -137,7 +137,7 @@ def _pipelines(args: argparse.Namespace) -> int:
     for line in summary(report):
         print(line)
     print(f"report: {args.output_dir / 'report.html'}")
-    return 0 if report["verdict"] == "pass" else DIFFERENT
+    return DIFFERENT if report["verdict"] == "fail" else 0
 
 
 @contextmanager

@@ -75,7 +75,12 @@ def load_transformer(
 
 
 def load_pipeline(
-    checkpoint: Checkpoint, *, device: str = "cpu", dtype: str = "float32", image: bool = False
+    checkpoint: Checkpoint,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    encoders: str | None = None,
+    image: bool = False,
 ) -> "DiffusionPipeline":
     """The pipeline of a checkpoint's task, all of its parts loaded.
 
@@ -83,6 +88,7 @@ def load_pipeline(
         checkpoint: in either layout.
         device: ``cpu``, ``cuda`` or ``auto``.
         dtype: of transformer and encoders; the VAE is float32.
+        encoders: another dtype for them.
         image: whether diffusion forcing is to begin with one.
 
     Raises:
@@ -93,9 +99,10 @@ def load_pipeline(
     from transformers import AutoTokenizer, CLIPImageProcessor
 
     where, kind = torch_device(device), torch_dtype(jnp.dtype(dtype))
+    encoder_kind = torch_dtype(jnp.dtype(encoders or dtype))
     parts: dict[str, Any] = {
         "tokenizer": AutoTokenizer.from_pretrained(checkpoint.tokenizer),
-        "text_encoder": load_umt5(checkpoint, where, kind),
+        "text_encoder": load_umt5(checkpoint, where, encoder_kind),
         "transformer": load_transformer(checkpoint, where, kind),
         "vae": load_vae(checkpoint, where, torch_dtype(jnp.float32)),
         "scheduler": diffusers.UniPCMultistepScheduler(
@@ -105,7 +112,7 @@ def load_pipeline(
     names = {"t2v": "SkyReelsV2Pipeline", "i2v": "SkyReelsV2ImageToVideoPipeline"}
     name = names.get(checkpoint.task, "SkyReelsV2DiffusionForcingPipeline")
     if checkpoint.task == "i2v":
-        tower = load_clip(checkpoint, where, kind)
+        tower = load_clip(checkpoint, where, encoder_kind)
         parts |= {"image_encoder": tower, "image_processor": CLIPImageProcessor()}
     elif image:
         name = "SkyReelsV2DiffusionForcingImageToVideoPipeline"

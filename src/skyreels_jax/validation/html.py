@@ -135,7 +135,7 @@ def _head(report: Row) -> Iterator[str]:
 
 def _verdict(report: Row) -> Iterator[str]:
     failures = report["failures"]
-    if report["verdict"] != "pass":
+    if report["verdict"] == "fail":
         kind = "fail"
         words = "Fail" + (f": {_count(len(failures), 'check')} did not hold" if failures else "")
     elif any(test["frames"] or test["layers"] for test in report["tests"]):

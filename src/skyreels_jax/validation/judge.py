@@ -160,23 +160,33 @@ def _frame_failures(
 
 
 def timings_of(folder: Path, side: str) -> dict[str, Any] | None:
-    """Seconds and MiB of a side, as in a report; the first of several runs warms up."""
+    """Seconds and MiB of a side, as in a report: a run is its median step, times their number."""
     path = raw(folder, side) / "timings.json"
     if not path.is_file():
         return None
     told = json.loads(path.read_text("utf-8"))
-    runs = [sum(test["steps"]) for test in told["tests"]]
+    # A first step warms up (PyTorch's took up to 20 times as long as the others): no sums.
+    runs = [statistics.median(test["steps"]) * len(test["steps"]) for test in told["tests"]]
     return {
         "load": told["load"],
         "compile": sum(test["compile"] for test in told["tests"]),
         "runs": runs,
-        "median": statistics.median(runs[1:] or runs),
+        "median": statistics.median(runs),
         "peak_mib": told["peak_mib"],
     }
 
 
+def video_name(test: int, only: str | None = None) -> str:
+    """Of a test's video: side by side, or of one side ``only``."""
+    return f"test_{test}.mp4" if only is None else f"test_{test}_{only}.mp4"
+
+
 def report_of(
-    plan: Plan, folder: Path, judged: Sequence[Judged], environment: Mapping[str, str]
+    plan: Plan,
+    folder: Path,
+    judged: Sequence[Judged],
+    environment: Mapping[str, str],
+    only: str | None = None,
 ) -> dict[str, Any]:
     """What ``report.json`` holds; docs/validation.md describes it."""
     failures = [
@@ -188,7 +198,7 @@ def report_of(
     settings = dataclasses.asdict(plan)
     return {
         "schema": SCHEMA,
-        "verdict": "fail" if failures else "pass",
+        "verdict": "not compared" if only else "fail" if failures else "pass",
         "failures": failures,
         "settings": settings | {"model": Path(plan.model).name},
         "environment": dict(environment),
@@ -206,7 +216,7 @@ def report_of(
                 "yardstick": frames_json(j.yardstick),
                 "layers": [distance_json(d) for d in j.distances],
                 "finding": None if j.finding is None else dataclasses.asdict(j.finding),
-                "video": f"test_{number}.mp4" if j.frames is not None else None,
+                "video": video_name(number, only),
             }
             for number, j in enumerate(judged)
         ],

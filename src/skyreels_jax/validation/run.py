@@ -18,7 +18,7 @@ from skyreels_jax.errors import SkyReelsError
 from skyreels_jax.media import RgbImage, whole_file, write_video
 from skyreels_jax.validation import plots
 from skyreels_jax.validation.html import write_html
-from skyreels_jax.validation.judge import Judged, judge, report_of, side_by_side
+from skyreels_jax.validation.judge import Judged, judge, report_of, side_by_side, video_name
 from skyreels_jax.validation.plan import Plan
 from skyreels_jax.validation.store import arrays
 from skyreels_jax.validation.work import result_file
@@ -92,13 +92,13 @@ def validate(
         for test in plan.tests:
             both = (arrays(result_file(folder, side, test)) for side in ("reference", "jax"))
             theirs, ours = (values["frames"] for values in both)
-            side_by_side(theirs, ours, folder / f"test_{test}.mp4", plan.fps)
+            side_by_side(theirs, ours, folder / video_name(test), plan.fps)
     else:
         judged = [Judged(None, None, (), None, ()) for _ in plan.tests]
         for test in plan.tests:
             frames = arrays(result_file(folder, sides[0], test))["frames"]
-            write_video(folder / f"test_{test}_{only}.mp4", frames, fps=plan.fps)
-    report = report_of(plan, folder, judged, environment())
+            write_video(folder / video_name(test, only), frames, fps=plan.fps)
+    report = report_of(plan, folder, judged, environment(), only)
     write_report(report, folder)
     return report
 

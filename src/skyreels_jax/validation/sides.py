@@ -71,11 +71,18 @@ class Side(Protocol):
 class TorchSide:
     """Diffusers' pipeline."""
 
-    def __init__(self, plan: Plan, dtype: str = "float32", numerics: str = "diffusers"):
+    def __init__(
+        self,
+        plan: Plan,
+        dtype: str = "float32",
+        *,
+        encoders: str | None = None,
+        numerics: str = "diffusers",
+    ):
         self.plan, self.numerics = plan, numerics
         self.checkpoint = plan.checkpoint()
         self.pipeline: Any = torch_pipeline.load_pipeline(
-            self.checkpoint, device=plan.device, dtype=dtype
+            self.checkpoint, device=plan.device, dtype=dtype, encoders=encoders
         )
 
     def generate(self, test: int, image: RgbImage | None) -> Made:

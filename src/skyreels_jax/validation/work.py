@@ -28,7 +28,7 @@ def _hybrid(plan: Plan) -> Side:
 SIDES: Final[Mapping[str, Callable[[Plan], Side]]] = {
     "reference": lambda plan: _hybrid(plan) if plan.reference == "hybrid" else TorchSide(plan),
     "yardstick": lambda plan: (
-        TorchSide(plan, "float32", "original-numerics")
+        TorchSide(plan, "float32", encoders="bfloat16", numerics="original-numerics")
         if plan.reference == "original-numerics"
         else TorchSide(plan, "bfloat16")
     ),
