@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 STAMPS := $(VENV)/.installed
 
-.PHONY: demo test lint format types bench clean
+.PHONY: demo test validate lint format types bench clean
 
 demo: $(STAMPS)-core
 	$(BIN)/python examples/demo.py --output out/demo.mp4
@@ -15,6 +15,12 @@ test: $(STAMPS)-dev
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/python -m pytest -n 2
+
+# The committed example holds its plots and videos inside the page.
+EXAMPLE := docs/examples/validation
+validate: $(STAMPS)-dev
+	$(BIN)/python test_jax_port.py --num_tests 2 --output_dir $(EXAMPLE)
+	rm -rf $(EXAMPLE)/raw $(EXAMPLE)/*.png $(EXAMPLE)/*.mp4 $(EXAMPLE)/plan.json
 
 lint: $(STAMPS)-dev
 	$(BIN)/ruff check .

@@ -34,7 +34,11 @@ ALLOWED: dict[str, set[str]] = {
         *{"generation", "reference", "weights", "models", "checkpoints", "media"},
         *{"shapes", "errors"},
     },
+    "backends": {
+        *{"generation", "reference", "weights", "checkpoints", "prompts", "shapes", "errors"},
+    },
     "pipeline": {
+        *{"backends"},
         *{"generation", "reference", "weights", "models", "checkpoints", "media", "prompts"},
         *{"shapes", "errors"},
     },
@@ -45,7 +49,17 @@ ALLOWED: dict[str, set[str]] = {
     "caches": set(),
     "cli": {
         *{"pipeline", "hybrid", "generation", "weights", "models", "checkpoints", "hub"},
-        *{"media", "prompts", "caches", "ops", "shapes", "errors", "validation", "reference"},
+        *{
+            "media",
+            "prompts",
+            "caches",
+            "ops",
+            "shapes",
+            "errors",
+            "validation",
+            "reference",
+            "backends",
+        },
     },
     "__init__": {"pipeline", "errors", "generation", "checkpoints", "media", "models"},
 }

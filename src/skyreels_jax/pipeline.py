@@ -5,26 +5,24 @@ encoder, transformer, VAE: memory holds one large model at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from skyreels_jax.backends import BACKENDS, PARTS, Backend
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation import api
-from skyreels_jax.generation.codec import VAE_TILINGS, VaeTiling, WanVideoCodec
+from skyreels_jax.generation.codec import VAE_TILINGS, VaeTiling
 from skyreels_jax.generation.components import (
     Components,
-    ImageEncoder,
     TextEncoder,
-    VideoCodec,
 )
 from skyreels_jax.generation.denoise import Denoiser
-from skyreels_jax.generation.encoders import ClipImageEncoder, Umt5TextEncoder
 from skyreels_jax.generation.long_video import frames_in_turn
 from skyreels_jax.generation.memory import refused_in_words
 from skyreels_jax.generation.on_demand import (
@@ -41,34 +39,15 @@ from skyreels_jax.generation.rollout import Kept, roll_out
 from skyreels_jax.generation.video import Video
 from skyreels_jax.media import ImageInput
 from skyreels_jax.prompts import Tokenizer
-from skyreels_jax.reference.components import (
-    TorchImageEncoder,
-    TorchTextEncoder,
-    TorchVideoCodec,
-)
-from skyreels_jax.reference.modules import require_torch
 from skyreels_jax.shapes import Frames
 from skyreels_jax.weights.complete import verify_checkpoint
 from skyreels_jax.weights.convert_folder import convert_folder
 from skyreels_jax.weights.diffusers_folder import require_parts
-from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
 
-# Who runs the encoders and the VAE: JAX, or PyTorch (extra `torch`). The transformer is in JAX.
-Backend = Literal["jax", "hybrid"]
-BACKENDS: Final = get_args(Backend)
 # Whose change changes a video.
 MODEL_FILES: Final = frozenset({".safetensors", ".pth", ".bin", ".json", ".model"})
 SMALLER_WINDOWS: Final = "use shorter windows (--base-num-frames), a smaller size or dtype"
 SMALLER_DECODE: Final = "decode with vae_tiling (--vae-tiling on), or make a smaller size"
-
-
-@dataclass(frozen=True)
-class Parts:
-    """How to load each part of a checkpoint but its transformer."""
-
-    text_encoder: Callable[[], TextEncoder]
-    image_encoder: Callable[[], ImageEncoder]
-    codec: Callable[[], VideoCodec]
 
 
 class Pipeline:
@@ -324,53 +303,3 @@ def verify_parts(checkpoint: Checkpoint) -> None:
     """
     Tokenizer.from_folder(checkpoint.tokenizer)
     verify_checkpoint(checkpoint.layout, checkpoint.config)
-
-
-def jax_parts(
-    checkpoint: Checkpoint,
-    dtype: DTypeLike,
-    vae_dtype: DTypeLike,
-    device: str,
-    vae_tiling: VaeTiling,
-) -> Parts:
-    """Encoders and VAE in JAX, on the devices that JAX has; ``device`` is not theirs."""
-    del device
-    layout = checkpoint.layout
-
-    def text_encoder() -> TextEncoder:
-        # The tokenizer first: it is quickly read, and what is wrong with it quickly told.
-        tokenizer = Tokenizer.from_folder(checkpoint.tokenizer)
-        return Umt5TextEncoder(stored_text_encoder(layout).load(dtype), tokenizer)
-
-    return Parts(
-        text_encoder=text_encoder,
-        image_encoder=lambda: ClipImageEncoder(stored_image_encoder(layout).load(dtype)),
-        codec=lambda: WanVideoCodec(stored_vae(layout).load(vae_dtype), vae_tiling),
-    )
-
-
-def hybrid_parts(
-    checkpoint: Checkpoint,
-    dtype: DTypeLike,
-    vae_dtype: DTypeLike,
-    device: str,
-    vae_tiling: VaeTiling,
-) -> Parts:
-    """Encoders and VAE in PyTorch, the VAE on whole frames and in float32.
-
-    Raises:
-        UnsupportedError: PyTorch is not installed.
-    """
-    del vae_dtype, vae_tiling
-    require_torch()
-    return Parts(
-        text_encoder=partial(TorchTextEncoder.load, checkpoint, device, dtype),
-        image_encoder=partial(TorchImageEncoder.load, checkpoint, device, dtype),
-        codec=partial(TorchVideoCodec.load, checkpoint, device),
-    )
-
-
-PARTS: Final[dict[Backend, Callable[[Checkpoint, DTypeLike, DTypeLike, str, VaeTiling], Parts]]] = {
-    "jax": jax_parts,
-    "hybrid": hybrid_parts,
-}

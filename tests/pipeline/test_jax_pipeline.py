@@ -21,7 +21,8 @@ from PIL import Image
 from tests.fabricate import Checkpoints
 from tests.hybrid import oracle
 
-from skyreels_jax import pipeline as pipeline_module
+from skyreels_jax import backends
+from skyreels_jax.backends import PARTS, Backend
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
 from skyreels_jax.diffusion.schedule import flow_sigmas
 from skyreels_jax.errors import RequestError, WeightsError
@@ -33,7 +34,7 @@ from skyreels_jax.generation.encoders import ClipImageEncoder, Umt5TextEncoder
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
 from skyreels_jax.models.vae_layers import CausalConv
-from skyreels_jax.pipeline import PARTS, Backend, Pipeline
+from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.reference.random_checkpoint import Kind, make_checkpoint
 from skyreels_jax.weights.layout import Layout
@@ -264,7 +265,7 @@ def test_a_prompt_seen_before_does_not_load_the_text_encoder(
     def refuse(layout: Layout) -> None:
         raise RuntimeError("the text encoder was loaded")
 
-    monkeypatch.setattr(pipeline_module, "stored_text_encoder", refuse)
+    monkeypatch.setattr(backends, "stored_text_encoder", refuse)
     np.testing.assert_array_equal(encode("a cat"), first)
     for options, prompt in (({}, "a dog"), ({"dtype": "float32"}, "a cat")):
         with pytest.raises(RuntimeError, match="was loaded"):

@@ -8,6 +8,7 @@ import jaxtyping
 import pytest
 from tests.fabricate import Checkpoints
 
+from skyreels_jax import backends
 from skyreels_jax import pipeline as pipeline_module
 from skyreels_jax.errors import RequestError, UnsupportedError, WeightsError
 from skyreels_jax.generation.memory import refused_in_words
@@ -27,9 +28,9 @@ def test_a_folder_without_its_last_part_is_refused_before_the_first_is_loaded(
     vae.rename(tmp_path / "away")
     pipe = Pipeline.from_pretrained(folder)
     loaded: list[str] = []
-    encoder = pipeline_module.Umt5TextEncoder
+    encoder = backends.Umt5TextEncoder
     monkeypatch.setattr(
-        pipeline_module, "Umt5TextEncoder", lambda *given: loaded.append("text") or encoder(*given)
+        backends, "Umt5TextEncoder", lambda *given: loaded.append("text") or encoder(*given)
     )
     with pytest.raises(WeightsError, match=r"Wan2\.1_VAE\.pth is missing"):
         pipe("a fox", **SMALL)
@@ -82,7 +83,7 @@ def test_memory_that_runs_out_in_any_stage_is_an_error_of_ours(
         monkeypatch.setattr(pipeline_module, "load_transformer", refuse)
         advice = "fewer frames"
     else:
-        monkeypatch.setattr(pipeline_module, "WanVideoCodec", refuse)
+        monkeypatch.setattr(backends, "WanVideoCodec", refuse)
         advice = "--vae-tiling on"
     with pytest.raises(UnsupportedError, match=advice):
         pipe("a fox", **SMALL)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,10 @@ from skyreels_jax.diffusion.forcing import Timetable, plan_blocks, timetable
 from skyreels_jax.diffusion.guidance import Guidance
 from skyreels_jax.diffusion.passes import Passes, passes
 from skyreels_jax.diffusion.schedule import FlowSchedule
-from skyreels_jax.diffusion.step_cache import NoCache, StepCache
+from skyreels_jax.diffusion.step_cache import NoCache
 from skyreels_jax.generation.kept import Kept, jobs, keep, room
 from skyreels_jax.generation.progress import Clock
+from skyreels_jax.generation.sampling import Denoised, Job, Sampling, Told
 from skyreels_jax.generation.step import (
     Conditioning,
     PrefixNoise,
@@ -39,72 +40,6 @@ from skyreels_jax.generation.step import (
 from skyreels_jax.generation.watch import Watch
 from skyreels_jax.ops.attention import paths_after
 from skyreels_jax.shapes import Context, Latents
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a run is taken: the same for all windows of a video.
-
-    Attributes:
-        schedule: the noise levels.
-        guidance: how a step's predictions are combined.
-        attention: name of an attention path; ``None`` chooses by platform and shape.
-        cache: which model calls are left out.
-        latents: dtype they have between steps; bfloat16 is the original's diffusion forcing.
-    """
-
-    schedule: FlowSchedule
-    guidance: Guidance
-    attention: str | None = None
-    cache: StepCache = NoCache()
-    latents: str = "float32"
-
-    @property
-    def coefficients(self) -> unipc.Coefficients:
-        """The solver's table, for latents of this dtype."""
-        return unipc.tabulate(self.schedule, rounded=self.latents != "float32")
-
-
-class Told(NamedTuple):
-    """What :meth:`Denoiser.condition` is given for one video: ``jax.ShapeDtypeStruct`` each."""
-
-    text: Any
-    clip_fea: Any
-    y: Any
-    fps: Any
-
-
-@dataclass(frozen=True, eq=False)
-class Denoised:
-    """Finished latents, float32.
-
-    Attributes:
-        latents: of all frames.
-        step_seconds: of each step; compilation is not in them.
-        computed: model calls that ran.
-        calls: model calls that a run without a cache makes.
-        passes: blocks of frames that were computed, where not all were in every row.
-    """
-
-    latents: Latents
-    step_seconds: tuple[float, ...]
-    computed: int
-    calls: int
-    passes: Passes | None = None
-
-    @property
-    def block_passes(self) -> tuple[int, int]:
-        """Blocks computed, and how many all of them in every row would have been; or zeros."""
-        if self.passes is None:
-            return 0, 0
-        return self.passes.computed, len(self.passes.rows) * self.passes.blocks
-
-
-class Job(NamedTuple):
-    """What decides a compiled program: columns of the row, and whether it keeps or moves them."""
-
-    columns: int
-    keeps: bool
 
 
 @dataclass(frozen=True, eq=False)

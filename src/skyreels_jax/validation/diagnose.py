@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 
 from skyreels_jax.diffusion.schedule import flow_sigmas
+from skyreels_jax.validation import attention_faults
 from skyreels_jax.validation import hypotheses as tries
 from skyreels_jax.validation.compare import Distance
 from skyreels_jax.validation.hypotheses import Shape, Values, apart, near, wide
@@ -196,9 +197,9 @@ def _by_place(
     """What is known to go wrong just here."""
     block, part = split_place(place)
     if part == "self_attn.heads":
-        return tries.of_self_attention(ours, block, shape)
+        return attention_faults.of_self_attention(ours, block, shape)
     if part == "cross_attn.heads":
-        return tries.of_cross_attention(ours, block, shape, lengths)
+        return attention_faults.of_cross_attention(ours, block, shape, lengths)
     if part == "ffn.activation":
         return tries.of_activation(ours[f"{block}.ffn.fc1"], ours[place])
     if block and part in ("norm1", "norm2"):

@@ -82,7 +82,7 @@ figure { margin: 1.2rem 0; }
 .wide { overflow-x: auto; }
 .wide img { width: 100%; min-width: 36rem; }
 img, video { display: block; height: auto; border-radius: .3rem; }
-video { max-width: 100%; background: #000; }
+video { width: 100%; background: #000; }
 .films { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 .films figure { margin: 0; }

@@ -30,7 +30,7 @@ from skyreels_jax.validation.hypotheses import Shape
 from skyreels_jax.validation.kernels import kernels_of
 from skyreels_jax.validation.metrics import FrameDistance, compare_frames
 from skyreels_jax.validation.places import places
-from skyreels_jax.validation.plan import Plan
+from skyreels_jax.validation.plan import Plan, sides_of
 from skyreels_jax.validation.store import arrays, load_call
 from skyreels_jax.validation.work import raw, result_file, trace_file
 
@@ -65,7 +65,7 @@ def judge(plan: Plan, folder: Path, test: int) -> Judged:
         folder: with their results.
         test: its number.
     """
-    rounded = plan.dtype == "bfloat16" and plan.reference != "hybrid"
+    rounded = "yardstick" in sides_of(plan)
     names = ["jax", "reference", *(["yardstick"] if rounded else [])]
     ours, theirs, *more = (arrays(result_file(folder, name, test)) for name in names)
     yardstick = more[0] if more else None
@@ -192,7 +192,9 @@ def report_of(
     failures = [
         f"test {number}: {failure}" for number, j in enumerate(judged) for failure in j.failures
     ]
-    torch, ours = (timings_of(folder, side) for side in ("reference", "jax"))
+    # In the same dtype: the same work.
+    alike = "yardstick" if "yardstick" in sides_of(plan, only) else "reference"
+    torch, ours = (timings_of(folder, side) for side in (alike, "jax"))
     both = torch and ours and torch["median"]
     ratio = ours["median"] / torch["median"] if both and ours and torch else None
     settings = dataclasses.asdict(plan)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 
@@ -102,7 +102,7 @@ def settle(
     image: RgbImage | None = None,
     reference: str = "diffusers",
     dtype: str = "float32",
-    layers: Layers = "all",
+    layers: str = "all",
     device: str = "cpu",
     preset: str | None = None,
     **wishes: Any,
@@ -158,10 +158,18 @@ def settle(
         reference=reference,
         dtype=dtype,
         device=device,
-        layers=layers,
+        layers=cast(Layers, layers),
         traced=tuple(sorted({0, asked.steps // 2, asked.steps - 1})),
         **{name: getattr(asked, name) for name in names},
     )
+
+
+def sides_of(plan: Plan, only: str | None = None) -> list[str]:
+    """The sides that a plan takes, in order; ``only`` is ``jax`` or ``torch``."""
+    if only is not None:
+        return ["reference"] if only == "torch" else ["jax"]
+    rounded = plan.dtype == "bfloat16" and plan.reference != "hybrid"
+    return ["reference", *(["yardstick"] if rounded else []), "jax"]
 
 
 def synthetic_image(seed: int, height: int, width: int) -> RgbImage:

@@ -19,7 +19,7 @@ from skyreels_jax.media import RgbImage, whole_file, write_video
 from skyreels_jax.validation import plots
 from skyreels_jax.validation.html import write_html
 from skyreels_jax.validation.judge import Judged, judge, report_of, side_by_side, video_name
-from skyreels_jax.validation.plan import Plan
+from skyreels_jax.validation.plan import Plan, sides_of
 from skyreels_jax.validation.store import arrays
 from skyreels_jax.validation.work import result_file
 
@@ -29,14 +29,6 @@ REPORT: Final = "report.json"
 
 class SideFailed(SkyReelsError):
     """One side could not be run; its own last lines say why."""
-
-
-def sides_of(plan: Plan, only: str | None = None) -> list[str]:
-    """The sides that a plan takes, in order; ``only`` is ``jax`` or ``torch``."""
-    if only is not None:
-        return ["reference"] if only == "torch" else ["jax"]
-    rounded = plan.dtype == "bfloat16" and plan.reference != "hybrid"
-    return ["reference", *(["yardstick"] if rounded else []), "jax"]
 
 
 def in_a_process(side: str, folder: Path) -> None:
@@ -111,10 +103,13 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
     tests = report["tests"]
     layers = tests[0]["layers"]
     if layers:
+        by_step = [d for d in layers if d["name"].startswith("latents.")]
+        places = [d for d in layers if d not in by_step]
         drawn["Error by layer"] = folder / "layers.png"
-        plots.layer_errors(drawn["Error by layer"], layers, "Error by layer, test 0")
+        plots.layer_errors(drawn["Error by layer"], places, "Error by layer, test 0")
         drawn["Error over steps"] = folder / "steps.png"
-        plots.errors_over_steps(drawn["Error over steps"], layers)
+        latents = [{**d, "name": "latents"} for d in by_step]
+        plots.errors_over_steps(drawn["Error over steps"], [*places, *latents])
     if any(test["frames"] for test in tests):
         drawn["Quality by frame"] = folder / "frames.png"
         plots.frame_quality(drawn["Quality by frame"], tests)
