@@ -46,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
         *{"generation", "reference", "pipeline", "models", "diffusion", "weights", "checkpoints"},
         *{"media", "ops", "shapes", "errors"},
     },
+    "training": {"models", "diffusion", "weights", "shapes", "errors"},
     "caches": set(),
     "cli": {
         *{"pipeline", "hybrid", "generation", "weights", "models", "checkpoints", "hub"},

@@ -1,0 +1,1 @@
+"""Training: noise levels, objectives. The loop around them is not written yet."""
