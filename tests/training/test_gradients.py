@@ -20,8 +20,8 @@ SHAPE = Shape(frames=3)
 CASES = {"flow matching": ("t2v", False), "diffusion forcing": ("df", True), "i2v": ("i2v", False)}
 LOSS_TOL = 1e-5  # relative; measured 9.8e-7
 # Largest difference in a tensor over the largest gradient in it, from PyTorch in float64. Measured
-# 6e-6, for i2v 9e-5; but 2.9e-4 for one bias there: its gradient is what 507 equal tokens of padding
-# leave of each other, and PyTorch's own float32 is 6.1e-4 away.
+# 6e-6, for i2v 9e-5; but 2.9e-4 for one bias there: its gradient is what 507 equal tokens of text
+# padding leave of each other, and PyTorch's own float32 is 6.1e-4 away.
 GRAD_TOL = 1e-4
 
 
