@@ -311,8 +311,7 @@ def _legend(axes: "Axes", place: Literal["figure", "axes"] = "figure") -> None:
 def _finish_bars(axes: "Axes") -> None:
     axes.set_xticks(range(len(SIDES)), [label for _, label in SIDES])
     axes.set_xlim(-0.6, len(SIDES) - 0.4)
-    # A bar of no height would otherwise hold the axis' end at its own.
-    axes.use_sticky_edges = False
+    axes.use_sticky_edges = False  # a bar of no height would hold the axis' end at its own
     axes.margins(y=0.15)
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", alpha=0.3)
