@@ -1,6 +1,7 @@
 """``skyreels-jax validate``: exit codes, refusals, and one run through real processes."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def test_a_video_equals_itself_and_another_does_not(command: Command, tmp_path: 
     assert "PSNR inf dB, SSIM 1.000000" in same.out
     other = command("validate", "--videos", a, b)
     assert other.code == 1
+    assert re.search(r"PSNR \d+\.\d\d dB, SSIM -?0\.\d{6}", other.out)
+    assert re.search(r"of 255: at most \d+, 99 % within \d+", other.out)
     assert other.out.splitlines()[-1] == "fail: less than 60 dB or 0.9999"
 
 
@@ -37,6 +40,7 @@ def test_videos_that_cannot_be_compared_are_refused(command: Command, tmp_path: 
     outcome = command("validate", "--videos", a, small)
     assert outcome.code == 2
     assert "--videos" in outcome.err
+    assert len(outcome.errors) == 1
     outcome = command("validate", "--videos", a, tmp_path / "none.mp4")
     assert outcome.code == 2
     assert "none.mp4" in outcome.err
@@ -77,6 +81,9 @@ def test_traces_without_a_common_place_are_refused(command: Command, tmp_path: P
     assert "no place in common" in outcome.err
     (tmp_path / "c.npz").write_bytes(b"not an archive")
     assert command("validate", "--trace", a, tmp_path / "c.npz").code == 2
+    outcome = command("validate", "--trace", a, tmp_path / "none.npz")
+    assert outcome.code == 2
+    assert "none.npz" in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -85,6 +92,7 @@ def test_traces_without_a_common_place_are_refused(command: Command, tmp_path: P
         (("--reference", "luck"), "there are diffusers, original-numerics, hybrid"),
         (("--dtype", "float16"), "there are float32, bfloat16"),
         (("--layers", "some"), "there are all, blocks, none"),
+        (("--reference", "hybrid", "--dtype", "bfloat16"), "compare it with --dtype float32"),
         (("--num_tests", "0"), "must be at least 1"),
         (("--height", "33", "--width", "48"), "multiple of 16"),
         (("--device", "cuda"), "sees no CUDA device"),
@@ -113,6 +121,9 @@ def test_the_described_script_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch
 def test_a_whole_run_writes_a_report(command: Command, checkpoints: Checkpoints, out: Path):
     words = ("--model_id", checkpoints("df", "original"), "--height", "32", "--width", "48")
     words += ("--num_frames", "9", "--num_inference_steps", "2", "--layers", "blocks")
+    left = out / "raw" / "yardstick"
+    left.mkdir(parents=True)
+    (left / "timings.json").write_text("{}")
     outcome = command("validate", *words, "--output_dir", out)
     assert outcome.code == 0, outcome.err + outcome.out
     assert "verdict: pass" in outcome.out
@@ -127,3 +138,4 @@ def test_a_whole_run_writes_a_report(command: Command, checkpoints: Checkpoints,
     for name in ("report.html", "layers.png", "steps.png", "frames.png", "times.png", "memory.png"):
         assert (out / name).stat().st_size > 1000
     assert (out / "raw" / "jax" / "trace-0-0.npz").is_file()
+    assert not left.exists()  # of an earlier run

@@ -17,7 +17,9 @@ DIFFERENT: Final = 1
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the ``validate`` verb."""
-    parser = subparsers.add_parser("validate", help="compare the JAX model with PyTorch's")
+    parser = subparsers.add_parser(
+        "validate", help="compare the JAX model with PyTorch's, layer by layer and frame by frame"
+    )
     add_flags(parser)
     parser.set_defaults(run=run)
 

@@ -133,6 +133,8 @@ def settle(
     ):
         if value not in known:
             raise RequestError(f"--{name} {value!r} does not exist; there are {', '.join(known)}")
+    if (reference, dtype) == ("hybrid", "bfloat16"):
+        raise RequestError("--reference hybrid has no yardstick: compare it with --dtype float32")
     if num_tests < 1:
         raise RequestError(f"--num_tests {num_tests} must be at least 1")
     checkpoint = Checkpoint.open(model, preset=preset)

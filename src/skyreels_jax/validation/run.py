@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from skyreels_jax.validation.html import write_html
 from skyreels_jax.validation.judge import Judged, judge, report_of, side_by_side, video_name
 from skyreels_jax.validation.plan import Plan, sides_of
 from skyreels_jax.validation.store import arrays
-from skyreels_jax.validation.work import result_file
+from skyreels_jax.validation.work import SIDES, raw, result_file
 
 PACKAGES: Final = ("skyreels-jax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers")
 REPORT: Final = "report.json"
@@ -75,6 +76,8 @@ def validate(
     if image is not None:
         np.save(folder / "image.npy", image, allow_pickle=False)
     sides = sides_of(plan, only)
+    for side in SIDES:  # What an earlier run left would be read as this one's.
+        shutil.rmtree(raw(folder, side), ignore_errors=True)
     for side in sides:
         say(f"running the {side} side")
         do(side, folder)
