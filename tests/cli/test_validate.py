@@ -86,6 +86,30 @@ def test_traces_without_a_common_place_are_refused(command: Command, tmp_path: P
     assert "none.npz" in outcome.err
 
 
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut"])
+def test_what_is_no_trace_is_refused_in_one_line(command: Command, tmp_path: Path, content: bytes):
+    a, broken = trace(tmp_path / "a.npz", first=ONE), tmp_path / "b.npz"
+    broken.write_bytes(content)
+    outcome = command("validate", "--trace", a, broken)
+    assert outcome.code == 2
+    assert len(outcome.errors) == 1
+
+
+def test_a_cut_archive_and_words_are_no_trace(command: Command, tmp_path: Path):
+    a = trace(tmp_path / "a.npz", first=ONE)
+    (tmp_path / "cut.npz").write_bytes(a.read_bytes()[:-40])
+    np.savez(tmp_path / "words.npz", first=np.full((3, 4), "one"))
+    for name in ("cut.npz", "words.npz"):
+        assert command("validate", "--trace", a, tmp_path / name).code == 2
+
+
+def test_a_bug_is_not_taken_for_a_difference(command: Command, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("skyreels_jax.cli.validate._pipelines", lambda args: 1 / 0)
+    outcome = command("validate")
+    assert outcome.code == 2
+    assert "ZeroDivisionError" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("flags", "rule"),
     [

@@ -69,7 +69,7 @@ def test_places_in_bfloat16_are_held_against_the_reference_s_own_rounding():
 
 
 def test_a_place_of_one_side_alone_is_an_error():
-    with pytest.raises(KeyError):
+    with pytest.raises(RequestError, match="only one side"):
         list(compare_places(["a"], {}, {"a": B}, 0))
 
 

@@ -71,7 +71,7 @@ def test_the_reference_is_first_and_bfloat16_has_a_yardstick(checkpoints: Checkp
     assert sides() == ["reference", "jax"]
     assert sides(dtype="bfloat16") == ["reference", "yardstick", "jax"]
     assert sides(dtype="bfloat16", reference="original-numerics")[1] == "yardstick"
-    assert sides(dtype="bfloat16", reference="hybrid") == ["reference", "jax"]
+    assert sides(reference="hybrid") == ["reference", "jax"]
     assert sides("jax") == ["jax"]
     assert sides("torch", dtype="bfloat16") == ["reference"]
 

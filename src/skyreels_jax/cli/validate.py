@@ -5,14 +5,23 @@ Exit codes: 0 it is; 1 it is not; 2 it could not be found out.
 
 import argparse
 import tempfile
+import traceback
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from skyreels_jax.errors import RequestError
+from skyreels_jax.errors import RequestError, SkyReelsError
 
 DIFFERENT: Final = 1
+UNKNOWN: Final = 2
+# Who runs the transformer on the other side.
+REFERENCES: Final[Mapping[str, str]] = {
+    "diffusers": "PyTorch",
+    "original-numerics": "PyTorch",
+    "hybrid": "JAX in the hybrid pipeline",
+}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -64,11 +73,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, write and print."""
-    if args.videos:
-        return _videos(*args.videos)
-    if args.trace:
-        return _traces(*args.trace)
-    return _pipelines(args)
+    try:
+        if args.videos:
+            return _videos(*args.videos)
+        if args.trace:
+            return _traces(*args.trace)
+        return _pipelines(args)
+    except SkyReelsError:
+        raise
+    except Exception:
+        # A bug, like any other traceback; but the exit code 1 would say that the models differ.
+        traceback.print_exc()
+        return UNKNOWN
 
 
 def _videos(a: Path, b: Path) -> int:
@@ -92,12 +108,12 @@ def _traces(a: Path, b: Path) -> int:
     try:
         ours, theirs = arrays(a), arrays(b)
         names = [name for name in theirs if name in ours]
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--trace: {error}") from error
+        worst = [distance(name, ours[name], theirs[name], LAYER_BUDGET) for name in names]
+        alone = sorted(set(ours) ^ set(theirs))
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise RequestError(f"--trace: {a.name} or {b.name} is no trace: {error}") from error
     if not names:
         raise RequestError(f"--trace: {a.name} and {b.name} have no place in common")
-    alone = sorted(set(ours) ^ set(theirs))
-    worst = [distance(name, ours[name], theirs[name], LAYER_BUDGET) for name in names]
     for found in worst:
         mark = " " if found.passed else "!"
         print(f"{mark} {found.name:<32} {found.relative_l2:.2e}  max {found.max_abs:.2e}")
@@ -174,13 +190,14 @@ def summary(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"     {value:>8} {own['ssim']:>9.6f}       PyTorch in the same dtype"
     timings = report["timings"]
     if timings and timings["ratio"] is not None:
+        other = REFERENCES[report["model"]["reference"]]
         yield (
-            f"denoising: JAX {timings['jax']['median']:.2f} s, PyTorch "
+            f"denoising: JAX {timings['jax']['median']:.2f} s, {other} "
             f"{timings['torch']['median']:.2f} s: {timings['ratio']:.2f}"
         )
     for number, test in enumerate(report["tests"]):
         if finding := test["finding"]:
-            step = "" if finding["step"] is None else f", step {finding['step'] + 1}"
+            step = "" if finding["step"] is None else f", step {finding['step']}"
             yield f"test {number} departs first at {finding['place']}{step}: {finding['kind']}"
             yield f"  {finding['detail']}"
     yield f"verdict: {report['verdict']}"

@@ -6,6 +6,8 @@ from typing import Final
 
 import numpy as np
 
+from skyreels_jax.errors import RequestError
+
 # Relative L2 distance that a place may have in float32 on the same inputs. Measured on the small
 # checkpoints of all three tasks: at most 5.2e-6.
 LAYER_BUDGET: Final = 2e-5
@@ -119,11 +121,13 @@ def compare_places(
         rounded: of the reference in bfloat16: then budgets are multiples of its distances.
 
     Raises:
-        KeyError: only one side has a place.
+        RequestError: only one side has a place.
     """
     for name in names:
         if name not in ours and name not in theirs:
             continue
+        if name not in ours or name not in theirs:
+            raise RequestError(f"only one side has recorded {name!r}: they are not comparable")
         reference = theirs[name]
         yardstick, budget = None, LAYER_BUDGET
         if rounded is not None:
