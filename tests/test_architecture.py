@@ -44,9 +44,13 @@ ALLOWED: dict[str, set[str]] = {
     },
     "validation": {
         *{"generation", "reference", "pipeline", "models", "diffusion", "weights", "checkpoints"},
-        *{"media", "ops", "shapes", "errors"},
+        *{"media", "ops", "moving_shapes", "shapes", "errors"},
     },
-    "training": {"models", "diffusion", "weights", "shapes", "errors"},
+    "moving_shapes": {"shapes", "errors"},
+    "training": {
+        *{"models", "diffusion", "weights", "checkpoints", "presets", "moving_shapes", "media"},
+        *{"prompts", "ops", "shapes", "errors"},
+    },
     "caches": set(),
     "cli": {
         *{"pipeline", "hybrid", "generation", "weights", "models", "checkpoints", "hub"},
@@ -60,6 +64,8 @@ ALLOWED: dict[str, set[str]] = {
             "validation",
             "reference",
             "backends",
+            "training",
+            "moving_shapes",
         },
     },
     "__init__": {"pipeline", "errors", "generation", "checkpoints", "media", "models"},
