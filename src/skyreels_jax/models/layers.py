@@ -134,6 +134,26 @@ class CrossContext(NamedTuple):
     image: KeyValues | None
 
 
+def last_counts(states: KeyValues, count: int) -> KeyValues:
+    """``states`` of which the last token stands for ``count`` tokens alike.
+
+    Its score must grow by ``log(count)``: keys get a feature with that over the scale of scores,
+    which :func:`attend_text` meets with a one.
+    """
+    width = states.key.shape[-1]
+    share = jnp.zeros((*states.key.shape[:-1], 1), states.key.dtype)
+    share = share.at[..., -1, :, :].set(math.log(count) * width**0.5)
+    return KeyValues(jnp.concatenate([states.key, share], axis=-1), states.value)
+
+
+def attend_text(query: Heads, text: KeyValues, implementation: str | None) -> Heads:
+    """Attention to text states, whose last may stand for many (:func:`last_counts`)."""
+    width = query.shape[-1]
+    if text.key.shape[-1] > width:
+        query = jnp.concatenate([query, jnp.ones((*query.shape[:-1], 1), query.dtype)], axis=-1)
+    return attention(query, *text, scale=width**-0.5, implementation=implementation)
+
+
 class _Projections(nnx.Module):
     """The four linears and two norms that every attention here has.
 
@@ -209,7 +229,7 @@ class WanT2VCrossAttention(_Projections):
     ) -> Tokens:
         """``x`` [B, L, D], normalised; ``context`` is one layer's."""
         query = self.split(self.norm_q(self.q(x))).astype(self.dtype)
-        return self.merge(attention(query, *context.text, implementation=implementation))
+        return self.merge(attend_text(query, context.text, implementation))
 
 
 class WanI2VCrossAttention(_Projections):
@@ -240,7 +260,7 @@ class WanI2VCrossAttention(_Projections):
         """``x`` [B, L, D], normalised; ``context`` is one layer's."""
         assert context.image is not None
         query = self.split(self.norm_q(self.q(x))).astype(self.dtype)
-        text = attention(query, *context.text, implementation=implementation)
+        text = attend_text(query, context.text, implementation)
         image = attention(query, *context.image, implementation=implementation)
         return self.merge(text.astype(jnp.float32) + image.astype(jnp.float32))
 

@@ -27,10 +27,15 @@ def check_video(config: TransformerConfig, x: Array, t: Array, y: Array | None) 
         )
 
 
-def check_context(config: TransformerConfig, context: Array, clip_fea: Array | None) -> None:
-    """Raise ``ValueError`` unless text and image states have the tokens ``config`` names."""
-    text = (context.shape[0], config.text_len, config.text_dim)
-    if context.shape != text:
+def check_context(
+    config: TransformerConfig, context: Array, clip_fea: Array | None, padding: int = 0
+) -> None:
+    """Raise ``ValueError`` unless text and image states have the tokens ``config`` names.
+
+    ``padding`` rows of the text are not in ``context``.
+    """
+    text = (context.shape[0], config.text_len - padding, config.text_dim)
+    if padding < 0 or context.shape != text:
         raise ValueError(f"context has shape {context.shape}; expected {text}, padding included")
     image = None
     if config.model_type == "i2v":

@@ -63,10 +63,15 @@ class Encoder(nnx.Module):
         # Layers up to here see as many frames as there are pixels of; from here on, fewer.
         self.large = [_is_temporal(place) for place in places].index(True)
 
-    def __call__(self, x: Frames, cache: Cache) -> tuple[Result, Cache]:
-        """A chunk of 1 or 4 frames to one latent frame: means, then log variances."""
+    def __call__(self, x: Frames, cache: Cache, *, at_once: bool = False) -> tuple[Result, Cache]:
+        """A chunk of 1 or ``4k`` frames to 1 or ``k``: means, then log variances.
+
+        ``at_once`` holds all frames of the large layers together: faster, for so many times the
+        memory.
+        """
         large, small = (None, None) if cache is None else cache
-        x, large = run_by_frame((self.conv_in, *self.downsamples[: self.large]), x, large)
+        run_large = run if at_once else run_by_frame
+        x, large = run_large((self.conv_in, *self.downsamples[: self.large]), x, large)
         x, small = run((*self.downsamples[self.large :], *self.middle, self.head), x, small)
         return x, (large, small)
 
@@ -89,11 +94,12 @@ class Decoder(nnx.Module):
         # From here on layers see as many frames as there will be pixels of.
         self.large = len(places) - [_is_temporal(place) for place in places[::-1]].index(True)
 
-    def __call__(self, x: Frames, cache: Cache) -> tuple[Result, Cache]:
-        """One latent frame to 1 frame (the video's first) or 4."""
+    def __call__(self, x: Frames, cache: Cache, *, at_once: bool = False) -> tuple[Result, Cache]:
+        """One latent frame to 1 frame (the video's first), or ``k`` to ``4k``; see Encoder."""
         small, large = (None, None) if cache is None else cache
         x, small = run((self.conv_in, *self.middle, *self.upsamples[: self.large]), x, small)
-        x, large = run_by_frame((*self.upsamples[self.large :], self.head), x, large)
+        run_large = run if at_once else run_by_frame
+        x, large = run_large((*self.upsamples[self.large :], self.head), x, large)
         return x, (small, large)
 
 

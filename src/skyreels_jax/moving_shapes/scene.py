@@ -1,6 +1,7 @@
 """What happens in a video of moving shapes, and which combinations are held out from training."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Final, Literal, TypeVar, get_args
@@ -145,7 +146,7 @@ def draw_scene(rng: np.random.Generator, seconds: float) -> Scene:
     first = _draw_thing(rng, COLOURS, seconds)
     if rng.random() >= PAIRS:
         return Scene((first,), background)
-    others = tuple(colour for colour in COLOURS if colour != first.colour)
+    others: list[Colour] = [colour for colour in COLOURS if colour != first.colour]
     while True:
         second = _draw_thing(rng, others, seconds)
         apart = math.hypot(first.x - second.x, first.y - second.y)
@@ -157,20 +158,22 @@ def draw_held_out(rng: np.random.Generator, combination: Combination, seconds: f
     """One thing that moves as ``combination`` says."""
     while True:
         radius = rng.uniform(SMALLEST, LARGEST)
+        x, y = rng.uniform(radius, 1 - radius, 2)
         thing = Thing(
             combination.kind,
             combination.colour,
             "move",
             combination.direction,
             _choice(rng, SPEEDS),
-            *rng.uniform(radius, 1 - radius, 2),
+            x,
+            y,
             radius,
         )
         if _stays_inside(thing, seconds):
             return Scene((thing,), _choice(rng, BACKGROUNDS))
 
 
-def _draw_thing(rng: np.random.Generator, colours: tuple[Colour, ...], seconds: float) -> Thing:
+def _draw_thing(rng: np.random.Generator, colours: Sequence[Colour], seconds: float) -> Thing:
     motion = MOTIONS[rng.choice(len(MOTIONS), p=MOTION_SHARES)]
     kind, colour = _choice(rng, KINDS), _choice(rng, colours)
     moves = motion in ("move", "bounce")
@@ -200,5 +203,5 @@ def _reflected(value: float, radius: float) -> float:
     return radius + min(folded, 2 * span - folded)
 
 
-def _choice(rng: np.random.Generator, values: tuple[Value, ...]) -> Value:
-    return values[rng.integers(len(values))]
+def _choice(rng: np.random.Generator, values: Sequence[Value]) -> Value:
+    return values[int(rng.integers(len(values)))]

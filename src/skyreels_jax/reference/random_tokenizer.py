@@ -1,48 +1,17 @@
-"""A small tokenizer in the form of UMT5's."""
+"""The tokenizer of small random checkpoints."""
 
 import string
 from pathlib import Path
 from typing import Final
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from skyreels_jax.weights.unigram import write_unigram
 
-from skyreels_jax.prompts import EOS, PAD
-from skyreels_jax.weights.store import write_json
-
-UNKNOWN: Final = "<unk>"
-# In T5's order; their places are their ids.
-SPECIAL: Final = (PAD, EOS, UNKNOWN)
 WORDS: Final = ("a", "an", "the", "of", "in", "on", "with", "sun", "sea", "sky", "lake", "cat")
 CHARACTERS: Final = (
     string.ascii_letters + string.digits + string.punctuation + "你好世界一只猫äéñöü"
 )
-SENTINELS: Final = ("<extra_id_1>", "<extra_id_0>")
 
 
 def write_tokenizer(folder: Path) -> int:
-    """Write the two files of a tokenizer; returns how many ids it has.
-
-    It splits into known words, else characters, else ``<unk>``, and ends a text with ``</s>``.
-    """
-    # A unigram model takes the split of the highest sum of scores: whole words must win.
-    pieces = [(piece, 0.0) for piece in SPECIAL]
-    pieces += [(f"▁{word}", -2.0 - 0.01 * i) for i, word in enumerate(WORDS)]
-    pieces += [("▁", -3.0), *((c, -4.0 - 0.01 * i) for i, c in enumerate(CHARACTERS))]
-    pieces += [(sentinel, 0.0) for sentinel in SENTINELS]
-    tokenizer = Tokenizer(models.Unigram(pieces, SPECIAL.index(UNKNOWN), False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
-    )
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.add_special_tokens([*SPECIAL, *SENTINELS])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, SPECIAL.index(EOS))]
-    )
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": EOS, "extra_ids": len(SENTINELS), "pad_token": PAD}
-    write_json(
-        folder / "tokenizer_config.json",
-        {**settings, "tokenizer_class": "T5Tokenizer", "unk_token": UNKNOWN},
-    )
-    return len(pieces)
+    """Write the two files of a tokenizer; returns how many ids it has."""
+    return write_unigram(folder, WORDS, CHARACTERS)

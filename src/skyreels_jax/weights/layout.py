@@ -121,6 +121,19 @@ def read_layout(folder: Path) -> Layout:
     return Layout(folder, dialect, folder, config, parts)
 
 
+def parts_of(folder: Path) -> Layout:
+    """A folder in diffusers' layout of which the transformer is not asked for, and may be missing.
+
+    Raises:
+        WeightsError: if it is no folder, or holds no part of a checkpoint.
+    """
+    parts = _parts(folder, "diffusers")
+    if not parts:
+        names = ", ".join(PATHS["diffusers"])
+        raise WeightsError(f"{folder} holds no part of a checkpoint: expected one of {names}")
+    return Layout(folder, "diffusers", folder / "transformer", {}, parts)
+
+
 def _read_config(folder: Path) -> Mapping[str, Any]:
     if (folder / CONFIG).is_file():
         return read_json(folder / CONFIG)

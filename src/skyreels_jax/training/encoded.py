@@ -1,0 +1,154 @@
+"""Encoded clips of moving shapes, kept in a folder: what the transformer learns from.
+
+A clip is encoded once; its shards appear whole, so that an interrupted run goes on where it was.
+Captions are drawn anew each time a clip is, from a few wordings.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from skyreels_jax.media import whole_file
+from skyreels_jax.models.vae import WanVae
+from skyreels_jax.models.vae_config import FRAME_STRIDE
+from skyreels_jax.moving_shapes.captions import caption
+from skyreels_jax.moving_shapes.render import render
+from skyreels_jax.moving_shapes.scene import HELD_OUT, Scene, draw_held_out, draw_scene
+from skyreels_jax.training.vae import moments
+
+# Clips of a shard, and of one call of the encoder.
+SHARD: Final = 512
+CHUNK: Final = 16
+WORDINGS: Final = 6
+RATES: Final = (16, 24)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Encoded clips; arrays have one row each.
+
+    Attributes:
+        latents: normalised.
+        known: mask and latents of the video of which only the first frame is known.
+        first: that frame, uint8.
+        fps: frames a second.
+        captions: some wordings of each.
+    """
+
+    latents: Float[np.ndarray, "N C F H W"]
+    known: Float[np.ndarray, "N Y F H W"]
+    first: np.ndarray
+    fps: np.ndarray
+    captions: Sequence[Sequence[str]]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which clips: the training distribution or, ``held``, the combinations held out from it."""
+
+    seed: int
+    frames: int
+    size: int
+    held: bool = False
+
+    def scene(self, index: int) -> tuple[Scene, int, np.random.Generator]:
+        """A clip's scene, frames a second, and what draws its wordings."""
+        rng = np.random.default_rng([self.seed, int(self.held), index])
+        fps = RATES[rng.integers(len(RATES))]
+        seconds = self.frames / fps
+        if not self.held:
+            return draw_scene(rng, seconds), fps, rng
+        combinations = sorted(HELD_OUT, key=str)
+        return draw_held_out(rng, combinations[index % len(combinations)], seconds), fps, rng
+
+
+def encoded_clips(
+    folder: Path,
+    vae: WanVae,
+    source: Source,
+    count: int,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> Clips:
+    """``count`` clips, from ``folder`` where they are there, and written there where not.
+
+    The folder is of one VAE and one source; :func:`fingerprint` in its name keeps others apart.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    encode = _encoder(vae)
+    parts = []
+    for start in range(0, count, SHARD):
+        file = folder / f"{'held' if source.held else 'clips'}-{start:07d}-{SHARD}.npz"
+        if not file.is_file():
+            say(f"encoding clips {start} to {min(start + SHARD, count)} of {count}")
+            part = _encode(encode, source, range(start, start + SHARD))
+            with whole_file(file) as temporary:
+                np.savez(temporary, **part)
+        with np.load(file, allow_pickle=False) as stored:
+            parts.append({name: stored[name] for name in stored.files})
+    joined = {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
+    captions = [json.loads(line) for line in joined.pop("captions")]
+    return Clips(**joined, captions=captions)
+
+
+Encode = Callable[[np.ndarray], np.ndarray]
+
+
+def _encoder(vae: WanVae) -> Encode:
+    graph, state = nnx.split(vae)
+    mean = np.asarray(vae.config.latents_mean, np.float32)
+    std = np.asarray(vae.config.latents_std, np.float32)
+
+    @jax.jit
+    def means(state: nnx.State, pixels: jax.Array) -> jax.Array:
+        found = moments(nnx.merge(graph, state), pixels).mean
+        return jnp.moveaxis((found - mean) / std, -1, 1)
+
+    return lambda pixels: np.asarray(means(state, pixels))
+
+
+def _encode(encode: Encode, source: Source, indices: range) -> dict[str, Any]:
+    """Arrays of one shard."""
+    names = ("latents", "known", "first", "fps", "captions")
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    for start in range(indices.start, indices.stop, CHUNK):
+        videos = []
+        for index in range(start, min(start + CHUNK, indices.stop)):
+            scene, fps, rng = source.scene(index)
+            size = (source.size, source.size)
+            videos.append(render(scene, frames=source.frames, fps=fps, size=size))
+            columns["fps"].append(fps)
+            columns["captions"].append(json.dumps([caption(scene, rng) for _ in range(WORDINGS)]))
+        frames = np.stack(videos)
+        pixels = np.moveaxis(frames, -1, 1) / np.float32(127.5) - np.float32(1)
+        columns["latents"].append(encode(pixels))
+        # As generation has it: frames that are not known are mid-grey.
+        columns["known"].append(_with_mask(encode(_only_first(pixels))))
+        columns["first"].append(frames[:, 0])
+    whole = ("latents", "known", "first")
+    return {n: np.concatenate(v) if n in whole else np.array(v) for n, v in columns.items()}
+
+
+def _only_first(pixels: np.ndarray) -> np.ndarray:
+    known = np.zeros_like(pixels)
+    known[:, :, 0] = pixels[:, :, 0]
+    return known
+
+
+def _with_mask(latents: np.ndarray) -> np.ndarray:
+    """Behind four channels of mask: the first latent frame is known, the others are not."""
+    count, _, *rest = latents.shape
+    mask = np.zeros((count, FRAME_STRIDE, *rest), latents.dtype)
+    mask[:, :, 0] = 1
+    return np.concatenate([mask, latents], axis=1)

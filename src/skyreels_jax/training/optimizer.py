@@ -1,0 +1,123 @@
+"""What turns gradients into updates: optax's optimisers, by name and numbers."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from skyreels_jax.training.parameters import Params
+
+if TYPE_CHECKING:
+    import optax
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimiser and the course of its rate.
+
+    Attributes:
+        name: ``adamw``; ``muon`` (orthogonalised momentum for the matrices, Adam for the rest),
+            which learns more in a step; ``adafactor``, which keeps least; or ``sgd``.
+        learning_rate: at its highest.
+        schedule: falls to zero as a cosine or a line after the warm-up, or stays.
+        warmup: steps over which the rate rises from zero.
+        weight_decay: of matrices and convolutions, as a share of the rate.
+        beta1: of the first moment, and of momentum.
+        beta2: of the second moment.
+        clip: largest norm of the gradient of all parameters together.
+    """
+
+    name: Literal["adamw", "muon", "adafactor", "sgd"] = "adamw"
+    learning_rate: float = 1e-4
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup: int = 100
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.99
+    clip: float = 1.0
+
+    def __post_init__(self):
+        if not (self.learning_rate > 0 and self.clip > 0):
+            raise ValueError(f"{self.learning_rate=} and {self.clip=} should be positive")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"{self.beta1=} and {self.beta2=} should be at least 0 and below 1")
+        if self.warmup < 0 or self.weight_decay < 0:
+            raise ValueError(f"{self.warmup=} and {self.weight_decay=} should not be negative")
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> "optax.Schedule":
+    """The rate by step, over a run of ``steps``."""
+    import optax
+
+    after = max(steps - config.warmup, 1)
+    course = {
+        "constant": optax.constant_schedule(config.learning_rate),
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, after),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, after),
+    }[config.schedule]
+    rise = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup, 1))
+    return optax.join_schedules([rise, course], [config.warmup])
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, params: Params
+) -> "optax.GradientTransformation":
+    """The optimiser of a run of ``steps``, gradients cut to ``config.clip`` first.
+
+    Of ``params`` only names and shapes are looked at.
+    """
+    import optax
+    from optax.contrib import muon
+
+    rate = learning_rate(config, steps)
+    matrices, axes = is_matrix(params), muon_axes(params)
+    if config.name == "adamw":
+        chosen = optax.adamw(
+            rate, b1=config.beta1, b2=config.beta2, mask=matrices, weight_decay=config.weight_decay
+        )
+    elif config.name == "muon":
+        chosen = muon(
+            rate,
+            beta=config.beta1,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            # By name: within optax some leaves are stand-ins without a shape.
+            muon_weight_dimension_numbers=lambda _: axes,
+            # Updates of a matrix as large as Adam's would be, so that one rate serves both.
+            consistent_rms=0.2,
+            weight_decay=config.weight_decay,
+        )
+    elif config.name == "adafactor":
+        chosen = optax.adafactor(
+            rate, weight_decay_rate=config.weight_decay or None, weight_decay_mask=matrices
+        )
+    else:
+        chosen = optax.chain(
+            optax.add_decayed_weights(config.weight_decay, matrices),
+            optax.sgd(rate, momentum=config.beta1 or None),
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip), chosen)
+
+
+def is_matrix(params: Params) -> dict[str, bool]:
+    """Which parameters multiply what passes through: kernels, not norms, biases and tables."""
+    return {name: name.endswith("kernel") for name in params}
+
+
+def muon_axes(params: Params) -> dict[str, Any]:
+    """Which axes of a kernel are its rows and columns; those of layers are apart. None for Adam."""
+    from optax.contrib import MuonDimensionNumbers
+
+    def axes(name: str, ndim: int) -> Any:
+        if not name.endswith("kernel"):
+            return None
+        first = 1 if name.startswith("blocks.") else 0
+        return MuonDimensionNumbers(tuple(range(first, ndim - 1)), ndim - 1)
+
+    return {name: axes(name, value.ndim) for name, value in params.items()}
+
+
+def global_norm(tree: Params) -> jax.Array:
+    """Of all values together, float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in tree.values()))
