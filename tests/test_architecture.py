@@ -48,7 +48,16 @@ ALLOWED: dict[str, set[str]] = {
     },
     "moving_shapes": {"shapes", "errors"},
     "training": {
-        *{"models", "diffusion", "weights", "checkpoints", "presets", "moving_shapes", "media"},
+        *{
+            "models",
+            "diffusion",
+            "weights",
+            "checkpoints",
+            "presets",
+            "hub",
+            "moving_shapes",
+            "media",
+        },
         *{"prompts", "ops", "shapes", "errors"},
     },
     "caches": set(),

@@ -28,6 +28,9 @@ NEEDED: Final = (
     "tokenizer/*",
 )
 NOT_NEEDED: Final = ("xlm-roberta-large/*",)
+# The checkpoints that come with the package.
+ASSETS: Final = Path(__file__).parent / "assets"
+BUILT_IN: Final = ("mini", "mini-i2v")
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -40,13 +43,13 @@ class Location:
 
 
 def locate(path_or_id: str | Path, revision: str | None = None) -> Location:
-    """Find a checkpoint: an existing folder as it is, else a Hugging Face id.
+    """Find a checkpoint: an existing folder as it is, one of this package, or a Hugging Face id.
 
     An id is fetched into the hub's own cache (once), or found there when ``HF_HUB_OFFLINE`` is set.
     A local folder needs no network.
 
     Args:
-        path_or_id: a folder, or ``owner/name``.
+        path_or_id: a folder, a name in :data:`BUILT_IN`, or ``owner/name``.
         revision: branch, tag or commit of an id.
 
     Raises:
@@ -64,6 +67,8 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Location:
         return Location(folder)
     if folder.exists():
         raise RequestError(f"{text} is a file; give the checkpoint's folder")
+    if text in BUILT_IN and (ASSETS / text).is_dir():
+        return Location(ASSETS / text)
     if isinstance(path_or_id, Path) or not _ID.fullmatch(text):
         raise RequestError(
             f"{text} is neither a folder here{_similar(folder)} nor a Hugging Face id, which has "

@@ -1,11 +1,11 @@
-"""The released checkpoints as one table: everything that depends on which one it is.
+"""The released checkpoints and those of this package: all that depends on which one it is.
 
 Sources: the model cards and command-line defaults of SkyworkAI/SkyReels-V2 (resolutions, frames,
 shift, guidance, steps), and the cache coefficients that it takes over from Wan 2.1.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from skyreels_jax.models.transformer_config import (
@@ -71,9 +71,10 @@ class Preset:
         shift: of the sigmas.
         guidance_scale: of classifier-free guidance.
         steps: of the solver.
-        cache: coefficients of the residual cache.
+        cache: coefficients of TeaCache; None where nobody has measured any.
         repo: Hugging Face id in the original layout; None where there is none.
         diffusers_repo: the same in the diffusers layout.
+        negative_prompt: what to keep away from; None for what the original says.
     """
 
     name: str
@@ -85,9 +86,10 @@ class Preset:
     shift: float
     guidance_scale: float
     steps: int = 30
-    cache: CacheCoefficients
+    cache: CacheCoefficients | None
     repo: str | None
-    diffusers_repo: str
+    diffusers_repo: str | None
+    negative_prompt: str | None = None
 
 
 _SIZES: Final[Mapping[str, tuple[tuple[int, int], int]]] = {
@@ -119,6 +121,40 @@ def _preset(task: Task, size: str, shape: str, config: TransformerConfig) -> Pre
     )
 
 
+def _mini(name: str, task: Task, config: TransformerConfig) -> Preset:
+    """The small models of this package, of moving shapes."""
+    return Preset(
+        name=name,
+        task=task,
+        config=config,
+        resolution=(64, 64),
+        num_frames=17,
+        fps=16,
+        shift=2.0,
+        guidance_scale=3.0,
+        steps=20,
+        cache=None,
+        repo=None,
+        diffusers_repo=None,
+        # In training, no text is the empty text.
+        negative_prompt="",
+    )
+
+
+MINI_DF: Final = TransformerConfig(
+    model_type="t2v",
+    dim=192,
+    ffn_dim=512,
+    num_heads=4,
+    num_layers=8,
+    in_dim=16,
+    text_dim=128,
+    inject_sample_info=True,
+)
+MINI_I2V: Final = replace(
+    MINI_DF, model_type="i2v", in_dim=36, image_dim=160, inject_sample_info=False
+)
+
 # Of several with one configuration, the one assumed when nothing else tells stands first. First-
 # last-frame checkpoints are the image-to-video weights with positions for a second image; they
 # exist in the diffusers layout only.
@@ -134,5 +170,7 @@ _ALL: Final = (
     _preset("flf2v", "1.3B", "540P", FLF2V_1_3B),
     _preset("flf2v", "14B", "540P", FLF2V_14B),
     _preset("flf2v", "14B", "720P", FLF2V_14B),
+    _mini("mini", "df", MINI_DF),
+    _mini("mini-i2v", "i2v", MINI_I2V),
 )
 PRESETS: Final[Mapping[str, Preset]] = {preset.name: preset for preset in _ALL}

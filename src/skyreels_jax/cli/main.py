@@ -31,6 +31,7 @@ VERBS: Final[Mapping[str, str]] = {
     "generate": "make a video from a prompt, and an image where the checkpoint takes one",
     "resume": "go on with a long video that was interrupted",
     "convert": "translate a checkpoint into the other layout or another dtype",
+    "data": "write videos with captions, to train on",
     "train": "train a model from a TOML file, or go on with it",
     "validate": "compare the JAX model with PyTorch's, layer by layer and frame by frame",
     "info": "what a checkpoint is and what it lacks",

@@ -72,7 +72,7 @@ def resolve_cache(
     if name != "teacache":
         return CacheSettings(name, threshold)
     preset = checkpoint.guess.preset
-    if preset is None:
+    if preset is None or preset.cache is None:
         raise RequestError(
             "--cache teacache: its coefficients are fitted to released checkpoints, and this is "
             "none of them; use --cache easycache, or --preset if it has the weights of one"

@@ -49,17 +49,13 @@ def resolve(
     video, still = draft.given_video()
     fps = draft.choose("fps", defaults.fps)
     height, width = draft.size(still if image is None else image)
-    chinese = checkpoint.task == "df"
     values: dict[str, Any] = {
         "model": checkpoint.repo or checkpoint.folder.resolve().name,
         "task": checkpoint.task,
         "prompts": (),
         "negative_prompt": draft.choose(
             "negative_prompt",
-            Default(
-                NEGATIVE_PROMPT_ZH if chinese else NEGATIVE_PROMPT_EN,
-                f"the original's for {checkpoint.task.upper()} checkpoints",
-            ),
+            _negative_prompt(checkpoint),
         ),
         "image": image,
         "last_image": last_image,
@@ -98,6 +94,14 @@ def resolve(
         if not problems:
             return resolved
     raise RequestError("\n".join(problems))
+
+
+def _negative_prompt(checkpoint: Checkpoint) -> Default[str]:
+    preset = checkpoint.guess.preset
+    if preset is not None and preset.negative_prompt is not None:
+        return Default(preset.negative_prompt, f"preset {preset.name}")
+    text = NEGATIVE_PROMPT_ZH if checkpoint.task == "df" else NEGATIVE_PROMPT_EN
+    return Default(text, f"the original's for {checkpoint.task.upper()} checkpoints")
 
 
 def _violations(request: Request, values: Mapping[str, Any]) -> list[str]:

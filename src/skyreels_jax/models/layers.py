@@ -149,9 +149,11 @@ def last_counts(states: KeyValues, count: int) -> KeyValues:
 def attend_text(query: Heads, text: KeyValues, implementation: str | None) -> Heads:
     """Attention to text states, whose last may stand for many (:func:`last_counts`)."""
     width = query.shape[-1]
-    if text.key.shape[-1] > width:
-        query = jnp.concatenate([query, jnp.ones((*query.shape[:-1], 1), query.dtype)], axis=-1)
-    return attention(query, *text, scale=width**-0.5, implementation=implementation)
+    if text.key.shape[-1] == width:
+        return attention(query, *text, implementation=implementation)
+    query = jnp.concatenate([query, jnp.ones((*query.shape[:-1], 1), query.dtype)], axis=-1)
+    # Few keys, wider than their values: no kernel is made for that, and none is needed.
+    return attention(query, *text, scale=width**-0.5, implementation="xla")
 
 
 class _Projections(nnx.Module):

@@ -32,7 +32,9 @@ GROWTH: Final = 1.35
 SMALLEST: Final = 0.15
 LARGEST: Final = 0.3
 # Seconds for which a path is planned, at most: past them nothing could grow without end.
-LONGEST: Final = 0.9 * math.log(LARGEST / SMALLEST) / math.log(GROWTH)
+LONGEST: Final = 0.9 * min(
+    math.log(LARGEST / SMALLEST) / math.log(GROWTH), (1 - 2 * SMALLEST) / max(SPEED.values())
+)
 # How often each motion is drawn, in the order of MOTIONS, and how often there are two shapes.
 MOTION_SHARES: Final = (0.56, 0.16, 0.12, 0.08, 0.08)
 PAIRS: Final = 0.25

@@ -31,19 +31,19 @@ SMALL_SCORES: Final = 4 * 1024**2
 def attention(
     query: Float[Array, "B L N K"],
     key: Float[Array, "B S N K"],
-    value: Float[Array, "B S N K"],
+    value: Float[Array, "B S N V"],
     *,
     mask: Mask | None = None,
     scale: float | None = None,
     earlier: Earlier | None = None,
     implementation: str | None = None,
-) -> Float[Array, "B L N K"]:
+) -> Float[Array, "B L N V"]:
     """``softmax(scale * query @ key^T) @ value`` for each head, softmax in float32.
 
     Args:
         query: ``[B, L, N, K]``.
         key: ``[B, S, N, K]``.
-        value: ``[B, S, N, K]``.
+        value: ``[B, S, N, V]``; another width than the keys' is for ``xla`` alone.
         mask: which keys a query sees; ``None`` for all.
         scale: positive; ``K ** -0.5`` unless given.
         earlier: more keys, of tokens before these (``S`` is then ``L``).

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from skyreels_jax.media import whole_file
 from skyreels_jax.models.vae import WanVae
@@ -37,15 +37,15 @@ class Clips:
 
     Attributes:
         latents: normalised.
-        known: mask and latents of the video of which only the first frame is known.
+        known: mask and latents of the video of which only the first frame is known, if asked for.
         first: that frame, uint8.
         fps: frames a second.
         captions: some wordings of each.
     """
 
     latents: Float[np.ndarray, "N C F H W"]
-    known: Float[np.ndarray, "N Y F H W"]
-    first: np.ndarray
+    known: Float[np.ndarray, "N Y F H W"] | None
+    first: UInt8[np.ndarray, "N height width 3"]
     fps: np.ndarray
     captions: Sequence[Sequence[str]]
 
@@ -79,6 +79,7 @@ def encoded_clips(
     source: Source,
     count: int,
     *,
+    with_known: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Clips:
     """``count`` clips, from ``folder`` where they are there, and written there where not.
@@ -86,20 +87,30 @@ def encoded_clips(
     The folder is of one VAE and one source; :func:`fingerprint` in its name keeps others apart.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    encode = _encoder(vae)
-    parts = []
-    for start in range(0, count, SHARD):
-        file = folder / f"{'held' if source.held else 'clips'}-{start:07d}-{SHARD}.npz"
-        if not file.is_file():
-            say(f"encoding clips {start} to {min(start + SHARD, count)} of {count}")
-            part = _encode(encode, source, range(start, start + SHARD))
-            with whole_file(file) as temporary:
-                np.savez(temporary, **part)
-        with np.load(file, allow_pickle=False) as stored:
-            parts.append({name: stored[name] for name in stored.files})
+    encode, parts = _encoder(vae), []
+    shard = min(SHARD, count)
+    for start in range(0, count, shard):
+        part: dict[str, np.ndarray] = {}
+        for kind, make in (("clips", _encode), ("known", _encode_known)):
+            if kind == "known" and not with_known:
+                continue
+            file = folder / f"{kind}-{'held' if source.held else 'drawn'}-{start:07d}-{shard}.npz"
+            if not file.is_file():
+                say(f"encoding {kind} {start} to {start + shard} of {count}")
+                with whole_file(file) as temporary:
+                    columns = make(encode, source, range(start, start + shard))
+                    np.savez(temporary, allow_pickle=False, **columns)
+            with np.load(file, allow_pickle=False) as stored:
+                part |= {name: stored[name] for name in stored.files}
+        parts.append(part)
     joined = {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
-    captions = [json.loads(line) for line in joined.pop("captions")]
-    return Clips(**joined, captions=captions)
+    return Clips(
+        joined["latents"],
+        joined.get("known"),
+        joined["first"],
+        joined["fps"],
+        [json.loads(line) for line in joined["captions"]],
+    )
 
 
 Encode = Callable[[np.ndarray], np.ndarray]
@@ -120,7 +131,7 @@ def _encoder(vae: WanVae) -> Encode:
 
 def _encode(encode: Encode, source: Source, indices: range) -> dict[str, Any]:
     """Arrays of one shard."""
-    names = ("latents", "known", "first", "fps", "captions")
+    names = ("latents", "first", "fps", "captions")
     columns: dict[str, list[Any]] = {name: [] for name in names}
     for start in range(indices.start, indices.stop, CHUNK):
         videos = []
@@ -133,17 +144,22 @@ def _encode(encode: Encode, source: Source, indices: range) -> dict[str, Any]:
         frames = np.stack(videos)
         pixels = np.moveaxis(frames, -1, 1) / np.float32(127.5) - np.float32(1)
         columns["latents"].append(encode(pixels))
-        # As generation has it: frames that are not known are mid-grey.
-        columns["known"].append(_with_mask(encode(_only_first(pixels))))
         columns["first"].append(frames[:, 0])
-    whole = ("latents", "known", "first")
+    whole = ("latents", "first")
     return {n: np.concatenate(v) if n in whole else np.array(v) for n, v in columns.items()}
 
 
-def _only_first(pixels: np.ndarray) -> np.ndarray:
-    known = np.zeros_like(pixels)
-    known[:, :, 0] = pixels[:, :, 0]
-    return known
+def _encode_known(encode: Encode, source: Source, indices: range) -> dict[str, np.ndarray]:
+    """Of one shard; as generation has it, frames that are not known are mid-grey."""
+    parts, size = [], (source.size, source.size)
+    for start in range(indices.start, indices.stop, CHUNK):
+        chunk = range(start, min(start + CHUNK, indices.stop))
+        pixels = np.zeros((len(chunk), 3, source.frames, *size), np.float32)
+        for row, index in enumerate(chunk):
+            frame = render(source.scene(index)[0], frames=1, fps=1, size=size)[0]
+            pixels[row, :, 0] = np.moveaxis(frame, -1, 0) / np.float32(127.5) - np.float32(1)
+        parts.append(_with_mask(encode(pixels)))
+    return {"known": np.concatenate(parts)}
 
 
 def _with_mask(latents: np.ndarray) -> np.ndarray:

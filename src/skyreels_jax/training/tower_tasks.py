@@ -16,7 +16,6 @@ from typing import Any, Final, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -188,7 +187,7 @@ class TowerTask(Generic[ModelT]):
         del key
         inputs, classes = batch
         losses = [
-            jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, classes[:, i]))
+            -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), classes[:, i, None], axis=1))
             for i, logits in enumerate(self._logits(params, inputs))
         ]
         return jnp.mean(jnp.stack(losses)), {}

@@ -1,6 +1,7 @@
 """Training the transformer: flow matching, diffusion forcing, image-to-video."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ from skyreels_jax.weights.transformer_folder import (
     save_transformer,
 )
 
+logger = logging.getLogger(__name__)
 # Streams of random numbers that no two uses share.
 TRAINING: Final = 1
 # Levels at which the held-out loss is measured, and clips it is measured on.
@@ -151,21 +153,25 @@ class VideoTraining:
 class VideoTask:
     """A :class:`~skyreels_jax.training.task.Task`."""
 
-    def __init__(self, training: VideoTraining, seed: int, sampler: Sampler | None = None):
+    # Shows what the model makes; whoever can generate sets it.
+    sampler: Sampler | None = None
+
+    def __init__(self, training: VideoTraining, seed: int):
         """``seed`` decides initial values and the order of data.
 
         Raises:
             RequestError: ``model.start`` and ``model.model_type`` do not go together.
         """
-        self.training, self.seed, self._sampler = training, seed, sampler
+        self.training, self.seed = training, seed
         data = training.data
         self.config, first = self._begin()
         vae = stored_vae(parts_of(Path(data.vae))).load(jnp.float32)
         source = Source(seed, data.frames, data.size)
         encode = (Path(data.encoded), vae)
-        self._clips = encoded_clips(*encode, source, data.clips, say=print)
+        wanted = {"with_known": self.config.model_type == "i2v", "say": logger.warning}
+        self._clips = encoded_clips(*encode, source, data.clips, **wanted)
         held = dataclasses.replace(source, held=True)
-        self._held = encoded_clips(*encode, held, EVALUATED, say=print)
+        self._held = encoded_clips(*encode, held, EVALUATED, **wanted)
         self._texts = TextStates(Path(data.text), data.text_length)
         self._images = self._image_states()
         self.template, self.first = Template.of(first)
@@ -243,7 +249,7 @@ class VideoTask:
             latents=jnp.asarray(clips.latents[rows]),
             context=jnp.asarray(self._texts(texts)),
             clip_fea=None if images is None else jnp.asarray(images),
-            y=None if images is None else jnp.asarray(clips.known[rows]),
+            y=None if clips.known is None else jnp.asarray(clips.known[rows]),
             fps=jnp.asarray(clips.fps[rows] != 16, jnp.int32),
         )
 
@@ -289,8 +295,8 @@ class VideoTask:
 
     def sample(self, params: Params, folder: Path) -> None:
         """What the sampler writes, if there is one."""
-        if self._sampler is not None:
-            self._sampler(self.template.model(params), folder)
+        if self.sampler is not None:
+            self.sampler(self.template.model(params), folder)
 
 
 def widen(model: WanModel, begun: Params) -> None:

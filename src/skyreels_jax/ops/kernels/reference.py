@@ -12,11 +12,11 @@ from skyreels_jax.ops.masks import Mask
 def reference_attention(
     query: Float[Array, "B L N K"],
     key: Float[Array, "B S N K"],
-    value: Float[Array, "B S N K"],
+    value: Float[Array, "B S N V"],
     *,
     mask: Mask | None,
     scale: float,
-) -> Float[Array, "B L N K"]:
+) -> Float[Array, "B L N V"]:
     """Scores, softmax and average as written in the textbook; scores and softmax in float32."""
     allowed = None if mask is None else jnp.asarray(mask.as_array(query.shape[1], key.shape[1]))
     return _textbook(query, key, value, allowed, scale)
@@ -43,10 +43,10 @@ def reference_attention_after(
 def _textbook(
     query: Float[Array, "B L N K"],
     key: Float[Array, "B S N K"],
-    value: Float[Array, "B S N K"],
+    value: Float[Array, "B S N V"],
     allowed: Bool[Array, "L S"] | None,
     scale: float,
-) -> Float[Array, "B L N K"]:
+) -> Float[Array, "B L N V"]:
     precision = exact_precision(query.dtype)
     scores = jnp.einsum(
         "BLNK,BSNK->BNLS", query, key, precision=precision, preferred_element_type=jnp.float32
