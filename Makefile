@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 STAMPS := $(VENV)/.installed
 
-.PHONY: demo test validate lint format types bench clean
+.PHONY: demo test mini eval validate lint format types bench clean
 
 demo: $(STAMPS)-core
 	$(BIN)/python examples/demo.py --output out/demo.mp4
@@ -21,6 +21,13 @@ EXAMPLE := docs/examples/validation
 validate: $(STAMPS)-dev
 	$(BIN)/python test_jax_port.py --num_tests 2 --output_dir $(EXAMPLE)
 	rm -rf $(EXAMPLE)/raw $(EXAMPLE)/*.png $(EXAMPLE)/*.mp4 $(EXAMPLE)/plan.json
+
+# The small models of the package, from nothing; stopped, it goes on. Hours on a CPU.
+mini: $(STAMPS)-dev
+	$(BIN)/python -m skyreels_jax.training.mini
+
+eval: $(STAMPS)-core
+	$(BIN)/python -m skyreels_jax.validation.quality
 
 lint: $(STAMPS)-dev
 	$(BIN)/ruff check .
@@ -46,7 +53,7 @@ $(STAMPS)-core: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(STAMPS)-dev: $(STAMPS)-core
-	$(PIP) -e '.[torch,validation,dev]'
+	$(PIP) -e '.[torch,validation,train,dev]'
 	touch $@
 
 clean:

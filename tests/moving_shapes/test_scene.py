@@ -118,11 +118,6 @@ def test_each_word_is_drawn_as_often_as_it_should_be(drawn: list[Scene]):
     assert off([t.motion for t in things], wrong) > 6
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="draw_scene draws the second thing's words anew where it would touch the first: "
-    "65 % of them are fast and 3 % shrink, of 50 and 9",
-)
 def test_second_things_are_drawn_like_first_ones(drawn: list[Scene]):
     things = [scene.things[1] for scene in drawn if len(scene.things) == 2]
     speeds = [thing.speed for thing in things if thing.speed is not None]
@@ -220,11 +215,6 @@ def test_times_for_which_nothing_can_be_planned_are_refused(seconds):
         draw_scene(np.random.default_rng(0), seconds)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="past (1 - 2 * SMALLEST) / 0.45 = 1.556 s no fast thing can stay inside and draw_scene "
-    "never ends, though it takes LONGEST = 2.079 s",
-)
 def test_the_longest_scenes_do_not_take_forever():
     def hangs(number, frame):
         raise AssertionError("hangs")

@@ -26,7 +26,6 @@ from skyreels_jax.moving_shapes.scene import (
     draw_scene,
 )
 from skyreels_jax.prompts import Tokenizer
-from skyreels_jax.training import tower_tasks
 from skyreels_jax.training.optimizer import OptimizerConfig, make_optimizer
 from skyreels_jax.training.step import init_state, make_step
 from skyreels_jax.training.tower_tasks import (
@@ -45,25 +44,6 @@ MOVES = Thing("star", "blue", "move", "up left", "fast", 0.3, 0.5, 0.2)
 STILL = Thing("square", "red", "still", None, None, 0.7, 0.5, 0.2)
 KEY = jax.random.key(0)
 STEPS = 80
-
-
-@pytest.fixture(scope="module", autouse=True)
-def whole_rates():
-    """The task gives `render` whole frames a second; run-time checks take floats alone."""
-
-    def with_float(scene: Scene, *, fps: float, **rest: Any) -> np.ndarray:
-        return render(scene, fps=float(fps), **rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tower_tasks, "render", with_float)
-        yield
-
-
-@pytest.fixture
-def mixed_types():
-    """`TextTask` divides states by a count of tokens, which strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +79,6 @@ def falls(task: TowerTask) -> tuple[float, float]:
     return fall(batches), fall(unrelated)
 
 
-@pytest.mark.usefixtures("mixed_types")
 def test_the_text_tower_learns_what_captions_say(text: TextTask):
     told, guessed = falls(text)
     # Measured: 0.36 of the first loss, and 0.73 where answers are to other captions.
@@ -166,7 +145,6 @@ def test_batches_follow_from_seed_and_step(text: TextTask):
     assert classes.shape == (32, 11)
 
 
-@pytest.mark.usefixtures("mixed_types")
 def test_padding_changes_nothing(text: TextTask):
     (ids, mask), classes = text.batch(0)
     params = text.init()
@@ -187,7 +165,6 @@ def test_a_caption_longer_than_the_rows_is_refused(text: TextTask):
         TextTask(short, 0).batch(0)
 
 
-@pytest.mark.usefixtures("mixed_types")
 def test_figures_are_shares_of_right_answers(text: TextTask):
     figures = text.evaluate(text.init())
     names = ("kind", "colour", "motion", "direction", "speed", "background")

@@ -111,6 +111,16 @@ def test_a_terminated_run_saves_and_goes_on(config, whole, tmp_path):
     assert weights(output) == weights(whole)
 
 
+def test_figures_for_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    run = RunConfig(steps=4, log_every=1, tensorboard=True)
+    train(Toy(99), run, OptimizerConfig(), tmp_path)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    written = file.read_bytes()
+    assert written.count(b"loss") == 4
+    assert b"grad_norm" in written
+
+
 class Toy:
     """A line through points; the batch after ``broken`` holds a value that is no number."""
 

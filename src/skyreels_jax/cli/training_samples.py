@@ -38,7 +38,7 @@ def sampler(data: ShapesData) -> Sampler:
             for number in range(SCENES):
                 scene = source.scene(number)[0]
                 prompt, size = plain_caption(scene), (data.size, data.size)
-                image = render(scene, frames=1, fps=16, size=size)[0]
+                image = render(scene, frames=1, fps=16.0, size=size)[0]
                 given = image if model.config.model_type == "i2v" else None
                 sizes = {"height": size[0], "width": size[1], "num_frames": data.frames}
                 video = pipeline(prompt, image=given, seed=number, **sizes, **SETTINGS)

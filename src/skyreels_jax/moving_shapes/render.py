@@ -36,7 +36,9 @@ TURN: Final[dict[Kind, float]] = {
 STAR_WAIST: Final = 0.45
 
 
-def render(scene: Scene, *, frames: int, fps: float, size: tuple[int, int] = (64, 64)) -> Frames:
+def render(
+    scene: Scene, *, frames: int, fps: float | int, size: tuple[int, int] = (64, 64)
+) -> Frames:
     """Frames ``[T, height, width, 3]``, uint8.
 
     Args:

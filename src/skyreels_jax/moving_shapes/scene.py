@@ -38,6 +38,8 @@ LONGEST: Final = 0.9 * min(
 # How often each motion is drawn, in the order of MOTIONS, and how often there are two shapes.
 MOTION_SHARES: Final = (0.56, 0.16, 0.12, 0.08, 0.08)
 PAIRS: Final = 0.25
+# Places tried for what is said about a thing.
+TRIES: Final = 2000
 
 
 @dataclass(frozen=True)
@@ -145,15 +147,15 @@ def draw_scene(rng: np.random.Generator, seconds: float) -> Scene:
     if not 0 < seconds <= LONGEST:
         raise ValueError(f"{seconds=} should be above 0 and at most {LONGEST:.2f}")
     background = _choice(rng, BACKGROUNDS)
-    first = _draw_thing(rng, COLOURS, seconds)
+    first = None
+    while first is None:
+        first = _draw_thing(rng, COLOURS, seconds)
     if rng.random() >= PAIRS:
         return Scene((first,), background)
     others: list[Colour] = [colour for colour in COLOURS if colour != first.colour]
-    while True:
-        second = _draw_thing(rng, others, seconds)
-        apart = math.hypot(first.x - second.x, first.y - second.y)
-        if apart > first.radius + second.radius:
-            return Scene((first, second), background)
+    second = _draw_thing(rng, others, seconds, beside=first)
+    # Rarely there is no room for it beside the first.
+    return draw_scene(rng, seconds) if second is None else Scene((first, second), background)
 
 
 def draw_held_out(rng: np.random.Generator, combination: Combination, seconds: float) -> Scene:
@@ -175,22 +177,29 @@ def draw_held_out(rng: np.random.Generator, combination: Combination, seconds: f
             return Scene((thing,), _choice(rng, BACKGROUNDS))
 
 
-def _draw_thing(rng: np.random.Generator, colours: Sequence[Colour], seconds: float) -> Thing:
+def _draw_thing(
+    rng: np.random.Generator, colours: Sequence[Colour], seconds: float, beside: Thing | None = None
+) -> Thing | None:
     motion = MOTIONS[rng.choice(len(MOTIONS), p=MOTION_SHARES)]
     kind, colour = _choice(rng, KINDS), _choice(rng, colours)
     moves = motion in ("move", "bounce")
-    # A path that leads out of the frame is drawn again from here, so that what is said about a
-    # thing is as frequent as if none did.
+    # A path that leads out of the frame, or begins on another thing, is drawn again from here, so
+    # that what is said about a thing is as frequent as if none did.
     direction = _choice(rng, DIRECTIONS) if moves else None
     speed = _choice(rng, SPEEDS) if moves else None
-    while True:
+    for _ in range(TRIES):
         radius = rng.uniform(SMALLEST, LARGEST)
         x, y = rng.uniform(radius, 1 - radius, 2)
         thing = Thing(kind, colour, motion, direction, speed, x, y, radius)
         if is_held_out(thing):
-            return _draw_thing(rng, colours, seconds)
-        if _stays_inside(thing, seconds):
+            return _draw_thing(rng, colours, seconds, beside)
+        if _stays_inside(thing, seconds) and (beside is None or _apart(thing, beside)):
             return thing
+    return None
+
+
+def _apart(one: Thing, other: Thing) -> bool:
+    return math.hypot(one.x - other.x, one.y - other.y) > one.radius + other.radius
 
 
 def _stays_inside(thing: Thing, seconds: float) -> bool:

@@ -138,7 +138,7 @@ def _encode(encode: Encode, source: Source, indices: range) -> dict[str, Any]:
         for index in range(start, min(start + CHUNK, indices.stop)):
             scene, fps, rng = source.scene(index)
             size = (source.size, source.size)
-            videos.append(render(scene, frames=source.frames, fps=fps, size=size))
+            videos.append(render(scene, frames=source.frames, fps=float(fps), size=size))
             columns["fps"].append(fps)
             columns["captions"].append(json.dumps([caption(scene, rng) for _ in range(WORDINGS)]))
         frames = np.stack(videos)
@@ -156,7 +156,7 @@ def _encode_known(encode: Encode, source: Source, indices: range) -> dict[str, n
         chunk = range(start, min(start + CHUNK, indices.stop))
         pixels = np.zeros((len(chunk), 3, source.frames, *size), np.float32)
         for row, index in enumerate(chunk):
-            frame = render(source.scene(index)[0], frames=1, fps=1, size=size)[0]
+            frame = render(source.scene(index)[0], frames=1, fps=1.0, size=size)[0]
             pixels[row, :, 0] = np.moveaxis(frame, -1, 0) / np.float32(127.5) - np.float32(1)
         parts.append(_with_mask(encode(pixels)))
     return {"known": np.concatenate(parts)}

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import jax
 
-from skyreels_jax.errors import SkyReelsError
+from skyreels_jax.errors import SkyReelsError, UnsupportedError
 from skyreels_jax.training.checkpointing import Checkpoints, checkpoints
 from skyreels_jax.training.optimizer import OptimizerConfig, make_optimizer
 from skyreels_jax.training.parameters import Params
@@ -47,6 +47,7 @@ class RunConfig:
         sample_every: steps between two samples; 0 for none but the last.
         checkpoint_every: steps between two checkpoints.
         keep: checkpoints that stay.
+        tensorboard: write the log's figures for TensorBoard too (takes the extra ``train``).
     """
 
     steps: int
@@ -58,6 +59,7 @@ class RunConfig:
     sample_every: int = 0
     checkpoint_every: int = 500
     keep: int = 2
+    tensorboard: bool = False
 
     def __post_init__(self):
         counts = (self.steps, self.accumulate, self.log_every, self.checkpoint_every, self.keep)
@@ -115,7 +117,7 @@ def train(
     with checkpoints(output / "checkpoints", keep=run.keep) as saved, stop_requested() as stop:
         if saved.latest() is not None:
             state = saved.restore(state)
-        log = _Log(output / LOG, int(state.step), watch)
+        log = _Log(output, int(state.step), watch, board=run.tensorboard)
         key = jax.random.key(run.seed)
         done, last = int(state.step), None
         with _ahead(task.batch, done, run.steps) as batches:
@@ -172,7 +174,9 @@ def _check(report: StepReport, step: int, saved: Checkpoints, output: Path) -> N
 class _Log:
     """Lines of JSON; what an interrupted run wrote past its last checkpoint is dropped."""
 
-    def __init__(self, file: Path, done: int, watch: Watch):
+    def __init__(self, output: Path, done: int, watch: Watch, *, board: bool):
+        file = output / LOG
+        self.board = _board(output / "tensorboard", done) if board else None
         lines = file.read_text().splitlines() if file.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= done]
         file.write_text("".join(f"{line}\n" for line in kept))
@@ -186,7 +190,22 @@ class _Log:
         self.latest |= figures
         with self.file.open("a") as stream:
             stream.write(json.dumps({"step": step, "seconds": seconds, **figures}) + "\n")
+        if self.board is not None:
+            for name, value in figures.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
         self.watch(step, figures)
+
+
+def _board(folder: Path, done: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            "run.tensorboard = true takes tensorboardX: pip install 'skyreels-jax[train]'"
+        ) from error
+    # What an interrupted run wrote past its last checkpoint is hidden.
+    return SummaryWriter(str(folder), purge_step=done + 1 if done else None)
 
 
 @contextmanager

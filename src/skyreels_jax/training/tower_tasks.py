@@ -260,7 +260,9 @@ class TextTask(TowerTask[Umt5Encoder]):
 
     def _pooled(self, model: Umt5Encoder, batch: tuple[Array, Array]) -> Float[Array, "B D"]:
         ids, mask = batch
-        return jnp.sum(model(ids, mask), axis=1) / jnp.sum(mask, axis=1, keepdims=True)
+        return jnp.sum(model(ids, mask), axis=1) / jnp.sum(
+            mask, axis=1, keepdims=True, dtype=jnp.float32
+        )
 
     def export(self, params: Params, folder: Path) -> None:
         """``tokenizer`` and ``text_encoder`` in diffusers' layout, bfloat16."""
@@ -294,7 +296,7 @@ class ImageTask(TowerTask[ClipVision]):
         del rng
         size = self.training.data.size
         things = sorted(scene.things, key=lambda thing: thing.x)
-        frame = render(scene, frames=1, fps=16, size=(size, size))[0]
+        frame = render(scene, frames=1, fps=16.0, size=(size, size))[0]
         return frame, answers(things, scene.background, tuple(self.asked))
 
     def _together(self, inputs: list[np.ndarray]) -> np.ndarray:

@@ -177,7 +177,7 @@ class VaeTask:
         scenes = [draw_scene(rng, seconds) for _ in range(count)]
         things = tuple(thing for scene in scenes for thing in scene.things)
         scene = Scene(things, scenes[0].background)
-        fps = (16, 24)[rng.integers(2)]
+        fps = (16.0, 24.0)[int(rng.integers(2))]
         return render(scene, frames=data.frames, fps=fps, size=(data.size, data.size))
 
 

@@ -112,7 +112,7 @@ def score(
     make_video: MakeVideo,
     scenes: Sequence[Scene],
     *,
-    fps: float = FPS,
+    fps: float | int = FPS,
     say: Callable[[str], None] = lambda line: None,
 ) -> Score:
     """Make a video of each scene and judge it; the first warms up what is compiled."""

@@ -98,7 +98,7 @@ class Verdict:
         return self.colour and self.kind and self.motion
 
 
-def look(frames: Frames, fps: float) -> tuple[Seen, ...]:
+def look(frames: Frames, fps: float | int) -> tuple[Seen, ...]:
     """The one or two things of a video, the larger first; none where nothing is coloured.
 
     Args:
@@ -174,7 +174,7 @@ def _seen(
     share: Float[np.ndarray, "T height width"],
     path: Float[np.ndarray, "T 3"],
     others: Sequence[Float[np.ndarray, "T 3"]],
-    fps: float,
+    fps: float | int,
 ) -> Seen:
     there = np.isfinite(path[:, 0])
     apart = there.copy()
@@ -187,7 +187,9 @@ def _seen(
     number = np.flatnonzero(clear)
     compact = np.median(_spread(share[number], path[number])) < COMPACT
     half = max(2, len(number) // 2)
-    kinds = [_kind(share, path, part) for part in (number[:half], number[-half:], number)]
+    kinds: list[Kind] = [
+        _kind(share, path, part) for part in (number[:half], number[-half:], number)
+    ]
     # One that another covers is judged by all it shows; one alone must stay what it is.
     kind: Kind | None = kinds[2] if kinds[0] == kinds[1] or others else None
     motion, direction, speed = _motion(path[number], number / fps)
