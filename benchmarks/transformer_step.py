@@ -8,21 +8,16 @@ is what diffusers does at every step.
 
 import argparse
 import dataclasses
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from benchmarks.measure import Taken, middle, peak_gib, timed, versions
+from benchmarks import sides
+from benchmarks.measure import middle, versions
+from benchmarks.sides import Calls, Side
 
 FRAMES, ROWS, COLUMNS = 5, 34, 60  # latents of 17 frames 272 x 480: 2550 tokens
 THREADS = 2
-
-
-Calls = dict[str, Callable[[], Any]]
 
 
 def random_tile(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> np.ndarray:
@@ -138,54 +133,18 @@ def torch_side(model_type: str, layers: int) -> tuple[Calls, dict[str, float]]:
 
 def serve(side: str, model_type: str, layers: int) -> None:
     """In a process of its own: time one call for each name read, report as JSON lines."""
-    calls, seconds = {"jax": jax_side, "diffusers": torch_side}[side](model_type, layers)
-    weights = peak_gib()
-    print(json.dumps({"calls": list(calls), "seconds": seconds, "weights": weights}), flush=True)
-    for line in sys.stdin:
-        result, taken = timed(calls[line.strip()])
-        values = np.asarray(result if side == "jax" else result[0].float())
-        answer = {"taken": taken, "peak": peak_gib(), "finite": bool(np.isfinite(values).all())}
-        print(json.dumps(answer), flush=True)
 
+    def is_finite(result: Any) -> bool:
+        return bool(np.isfinite(result if side == "jax" else result[0].float().numpy()).all())
 
-class Side:
-    """The parent's end of one process."""
-
-    def __init__(self, name: str, model_type: str, layers: int):
-        command = [sys.executable, "-m", "benchmarks.transformer_step"]
-        self.process = subprocess.Popen(
-            [*command, "--side", name, "--model", model_type, "--layers", str(layers)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.name = name
-        self.ready = self.answer()
-        self.peak = 0.0
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
-
-    def time(self, call: str) -> Taken:
-        assert self.process.stdin is not None
-        print(call, file=self.process.stdin, flush=True)
-        answer = self.answer()
-        assert answer["finite"], f"{self.name}: {call} is not finite"
-        self.peak = max(self.peak, answer["peak"])
-        return Taken(*answer["taken"])
+    sides.serve(*{"jax": jax_side, "diffusers": torch_side}[side](model_type, layers), is_finite)
 
 
 def compare(model_type: str, layers: int, rounds: int) -> None:
     """Print one table."""
-    sides = [Side(name, model_type, layers) for name in ("jax", "diffusers")]
-    calls = [(side, call) for side in sides for call in side.ready["calls"]]
-    for side, call in calls:
-        side.time(call)
-    taken: dict[tuple[str, str], list[Taken]] = {(side.name, call): [] for side, call in calls}
-    for _ in range(rounds):
-        for side, call in calls:
-            taken[side.name, call].append(side.time(call))
+    command = ["benchmarks.transformer_step", "--model", model_type, "--layers", str(layers)]
+    both = [Side(name, [*command, "--side", name]) for name in ("jax", "diffusers")]
+    taken = sides.in_turn(both, rounds)
     tokens = FRAMES * ROWS * COLUMNS // 4
     print(f"\n{model_type} at the 1.3B width, {layers} layers, {tokens} tokens, bfloat16")
     print(versions())
@@ -193,14 +152,14 @@ def compare(model_type: str, layers: int, rounds: int) -> None:
     print("|---|---|---|---|---|---|---|---|")
     theirs = middle([one.clock for one in taken["diffusers", "step"]])
     for (name, call), times in taken.items():
-        side = next(side for side in sides if side.name == name)
+        side = next(side for side in both if side.name == name)
         clock = [one.clock for one in times]
         print(
             f"| {name} | {call} | {middle(clock):.2f} | {min(clock):.2f} "
             f"| {middle([one.cpu for one in times]):.2f} | {middle(clock) / theirs:.2f} "
             f"| {side.peak:.2f} | {side.ready['seconds'].get('compile', 0.0):.1f} |"
         )
-    for side in sides:
+    for side in both:
         side.process.communicate()
 
 

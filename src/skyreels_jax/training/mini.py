@@ -33,6 +33,8 @@ FOLDERS: Final[Mapping[str, tuple[str, Mapping[Part, str]]]] = {
     "mini": ("df", SHARED),
     "mini-i2v": ("i2v", {**SHARED, **IMAGE}),
 }
+# Written by people, from an evaluation.
+CARD: Final = ("README.md", "wrong.png")
 
 
 def make(configs: Path, outputs: Path, *, only: str | None = None) -> bool:
@@ -61,9 +63,11 @@ def assemble(outputs: Path, assets: Path, name: str) -> Path:
 
     Args:
         outputs: folder of the runs.
-        assets: folder of the models; ``name`` in it is replaced.
+        assets: folder of the models; ``name`` in it is replaced, but for its card.
         name: one of :data:`FOLDERS`.
     """
+    cards = [assets / name / file for file in CARD if (assets / name / file).is_file()]
+    kept = {card.name: card.read_bytes() for card in cards}
     run, parts = FOLDERS[name]
     preset = PRESETS[name]
     with new_folder(assets / name, overwrite=True) as folder:
@@ -78,6 +82,8 @@ def assemble(outputs: Path, assets: Path, name: str) -> Path:
         write_json(folder / MODEL_INDEX, model_index(PIPELINE_OF[preset.task], named, tower))
         runs = sorted({run, *parts.values()}, key=RUNS.index)
         write_json(folder / "training.json", made_by(outputs, runs))
+        for file, content in kept.items():
+            (folder / file).write_bytes(content)
     return assets / name
 
 
