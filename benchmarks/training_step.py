@@ -1,8 +1,8 @@
 """One step of training (loss, gradients, AdamW) beside PyTorch's through diffusers' model.
 
-float32, diffusion forcing (a noise level for every frame), random weights of the 1.3B width and few
-layers; with and without gradient checkpointing. Each side lives in a process of its own, so that its
-peak memory is its own; the steps alternate.
+float32, diffusion forcing (a noise level for every frame), random weights of the 1.3B width and
+few layers; with and without gradient checkpointing. Each side lives in a process of its own, so
+that its peak memory is its own; the steps alternate.
 """
 
 import argparse

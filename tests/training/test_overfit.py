@@ -1,4 +1,4 @@
-"""What is learned is what the sampler integrates: one clip, learned by heart, comes out of noise."""
+"""What is learned is what the sampler integrates: a clip learned by heart comes out of noise."""
 
 from dataclasses import replace
 from pathlib import Path
