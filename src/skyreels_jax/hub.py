@@ -28,7 +28,7 @@ NEEDED: Final = (
     "tokenizer/*",
 )
 NOT_NEEDED: Final = ("xlm-roberta-large/*",)
-# The checkpoints that come with the package.
+# The checkpoints that the package makes for itself.
 ASSETS: Final = Path(__file__).parent / "assets"
 BUILT_IN: Final = ("mini", "mini-i2v")
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -67,8 +67,13 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Location:
         return Location(folder)
     if folder.exists():
         raise RequestError(f"{text} is a file; give the checkpoint's folder")
-    if text in BUILT_IN and (ASSETS / text).is_dir():
-        return Location(ASSETS / text)
+    if text in BUILT_IN:
+        if (ASSETS / text).is_dir():
+            return Location(ASSETS / text)
+        raise RequestError(
+            f"{text} does not come with this installation; make it with `make mini` (hours), or "
+            "name a folder or a Hugging Face id with --model"
+        )
     if isinstance(path_or_id, Path) or not _ID.fullmatch(text):
         raise RequestError(
             f"{text} is neither a folder here{_similar(folder)} nor a Hugging Face id, which has "

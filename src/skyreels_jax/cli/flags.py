@@ -34,8 +34,8 @@ def _add_checkpoint(group: Any) -> None:
         "--model_id",
         default="mini",
         metavar="DIR_OR_ID",
-        help="checkpoint folder (original or diffusers layout), Hugging Face id, or one of this "
-        "package: mini (the default), mini-i2v",
+        help="checkpoint folder (original or diffusers layout), Hugging Face id, or one made by "
+        "`make mini`: mini (the default), mini-i2v",
     )
     group.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     group.add_argument("--preset", help="which released checkpoint it is, if that is not plain")
