@@ -9,14 +9,11 @@ from jaxtyping import Float
 from PIL import Image
 
 from skyreels_jax.generation.components import ImageCondition
+from skyreels_jax.models.clip_vision import PIXEL_MEAN, PIXEL_STD
 from skyreels_jax.ops.resize import bicubic_resize
 
 ClipPixels = Float[np.ndarray, "3 side side"]
 ClipPreprocessing = Literal["original", "diffusers"]
-
-# Of CLIP's training images, red, green, blue.
-MEAN: Final = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD: Final = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def squash(image: ImageCondition, side: int = 224) -> ClipPixels:
@@ -49,4 +46,4 @@ PREPROCESSING: Final = MappingProxyType[ClipPreprocessing, Callable[..., ClipPix
 
 def _normalise(pixels: ClipPixels) -> ClipPixels:
     """From [0, 1]."""
-    return (pixels - MEAN[:, None, None]) / STD[:, None, None]
+    return (pixels - PIXEL_MEAN[:, None, None]) / PIXEL_STD[:, None, None]

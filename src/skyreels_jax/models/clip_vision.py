@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -15,6 +16,10 @@ from skyreels_jax.ops.linear import linear
 from skyreels_jax.ops.scan_layers import scan_layers
 
 States = Float[Array, "B S D"]
+
+# Of CLIP's training images, red, green, blue, from 0 to 1: what is subtracted and divided by.
+PIXEL_MEAN: Final = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+PIXEL_STD: Final = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +9,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from skyreels_jax.models.clip_vision import ClipVision
+from skyreels_jax.models.clip_vision import PIXEL_MEAN, PIXEL_STD, ClipVision
 from skyreels_jax.models.umt5 import Umt5Encoder
 from skyreels_jax.ops.resize import bicubic_resize
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.weights.layout import parts_of
 from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder
-
-# Of CLIP's training images, red, green, blue.
-MEAN: Final = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD: Final = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def _applied(model: Umt5Encoder | ClipVision) -> Callable[..., np.ndarray]:
@@ -74,4 +69,4 @@ def clip_pixels(frames: np.ndarray, side: int) -> Float[np.ndarray, "B 3 side si
     pixels = np.moveaxis(frames, -1, 1) / np.float32(255)
     if pixels.shape[2:] != (side, side):
         pixels = np.stack([bicubic_resize(frame, side, side) for frame in pixels])
-    return (pixels - MEAN[None, :, None, None]) / STD[None, :, None, None]
+    return (pixels - PIXEL_MEAN[None, :, None, None]) / PIXEL_STD[None, :, None, None]
