@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "validation": {
         *{"generation", "reference", "pipeline", "models", "diffusion", "weights", "checkpoints"},
-        *{"media", "ops", "moving_shapes", "shapes", "errors"},
+        *{"media", "ops", "moving_shapes", "caches", "shapes", "errors"},
     },
     "moving_shapes": {"shapes", "errors"},
     "training": {

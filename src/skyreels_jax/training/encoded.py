@@ -4,6 +4,7 @@ A clip is encoded once; its shards appear whole, so that an interrupted run goes
 Captions are drawn anew each time a clip is, from a few wordings.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ SHARD: Final = 512
 CHUNK: Final = 16
 WORDINGS: Final = 6
 RATES: Final = (16, 24)
+# Raised when scenes, captions or their rendering change: what was encoded before is of no use then.
+DRAWING: Final = 2
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,10 @@ def encoded_clips(
 ) -> Clips:
     """``count`` clips, from ``folder`` where they are there, and written there where not.
 
-    The folder is of one VAE and one source; :func:`fingerprint` in its name keeps others apart.
+    What another VAE encoded, or of other clips, is not taken: :func:`fingerprint` names the folder
+    within ``folder``.
     """
+    folder = folder / fingerprint(vae, source)
     folder.mkdir(parents=True, exist_ok=True)
     encode, parts = _encoder(vae), []
     shard = min(SHARD, count)
@@ -111,6 +116,17 @@ def encoded_clips(
         joined["fps"],
         [json.loads(line) for line in joined["captions"]],
     )
+
+
+def fingerprint(vae: WanVae, source: Source) -> str:
+    """Of the VAE's parameters and of which clips there are; the same for held-out ones."""
+    digest = hashlib.sha256()
+    for path, leaf in nnx.to_flat_state(nnx.state(vae)):
+        digest.update(repr(path).encode())
+        digest.update(np.asarray(leaf.get_value()).tobytes())
+    statistics = (vae.config.latents_mean, vae.config.latents_std)
+    digest.update(repr((statistics, source.seed, source.frames, source.size, DRAWING)).encode())
+    return digest.hexdigest()[:12]
 
 
 Encode = Callable[[np.ndarray], np.ndarray]
