@@ -19,6 +19,7 @@ from skyreels_jax.training.levels import (
     ShiftedUniform,
     log_ways,
 )
+from skyreels_jax.training.objective import cosmap
 
 DRAWS = 40_000
 
@@ -131,3 +132,13 @@ def test_a_mixture_is_of_both_kinds():
 def test_impossible_distributions_are_refused(make):
     with pytest.raises(ValueError, match="should be"):
         make()
+
+
+def test_cosmap_is_the_density_of_its_levels():
+    # "t = 1 - 1 / (tan(pi / 2 * u) + 1)" for uniform u: its density is du / dt.
+    u = np.linspace(0.01, 0.99, 2001)
+    t = 1 - 1 / (np.tan(np.pi / 2 * u) + 1)
+    density = np.gradient(u, t)
+    found = np.asarray(cosmap(jnp.asarray(t, jnp.float32)[None]))[0]
+    # Measured: 5e-7 within, the differences being coarse at both ends.
+    np.testing.assert_allclose(found[1:-1], density[1:-1], rtol=1e-5)

@@ -17,6 +17,9 @@ from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.shapes import Context, Latents
 from skyreels_jax.training.levels import Sigmas
 
+# Of a level's error.
+Weight = Callable[[Sigmas], Sigmas]
+
 
 class Batch(NamedTuple):
     """Videos to learn from, encoded.
@@ -48,7 +51,7 @@ def velocity_loss(
     noise: Latents,
     sigma: Sigmas,
     *,
-    weight: Callable[[Sigmas], Sigmas] | None = None,
+    weight: Weight | None = None,
     block_length: int | None = None,
     attention: str | None = None,
 ) -> Float[Array, ""]:
@@ -78,6 +81,15 @@ def velocity_loss(
     if weight is not None:
         error = error * by_frame(weight(sigma))
     return jnp.mean(error)
+
+
+def cosmap(sigma: Sigmas) -> Sigmas:
+    """Weights that the cosine noise schedule has in flow matching: most at the middle level.
+
+    ``2 / (pi * (1 - 2 sigma + 2 sigma^2))``, of mean 1 over all levels (Esser et al., "Scaling
+    Rectified Flow Transformers", 2024, section 3.1).
+    """
+    return 2 / (jnp.pi * (1 - 2 * sigma + 2 * jnp.square(sigma)))
 
 
 def by_frame(sigma: Sigmas) -> Float[Array, "B 1 steps 1 1"]:

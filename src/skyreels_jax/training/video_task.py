@@ -26,7 +26,7 @@ from skyreels_jax.training.levels import (
     NonDecreasing,
     ShiftedUniform,
 )
-from skyreels_jax.training.objective import Batch, velocity_loss
+from skyreels_jax.training.objective import Batch, Weight, cosmap, velocity_loss
 from skyreels_jax.training.parameters import Params, Template
 from skyreels_jax.weights.layout import parts_of, read_layout
 from skyreels_jax.weights.parts import stored_vae
@@ -85,6 +85,8 @@ class Objective:
         forcing: of such frames: ``non_decreasing`` (FoPP) or ``independent``.
         forcing_shift: of those levels towards noise.
         text_dropout: share of clips without text, for guidance.
+        weighting: of errors by their level: ``flat``, or ``cosmap``
+            (:func:`~skyreels_jax.training.objective.cosmap`).
     """
 
     levels: Literal["logit_normal", "uniform"] = "logit_normal"
@@ -93,6 +95,7 @@ class Objective:
     forcing: Literal["non_decreasing", "independent"] = "non_decreasing"
     forcing_shift: float = 1.0
     text_dropout: float = 0.1
+    weighting: Literal["flat", "cosmap"] = "flat"
 
     def __post_init__(self):
         if not (0 <= self.frames <= 1 and 0 <= self.text_dropout < 1):
@@ -261,15 +264,16 @@ class VideoTask:
         shape = batch.latents.shape
         noise = jax.random.normal(noise_key, shape)
         sigma = self._levels.sample(level_key, shape[0], shape[2])
-        return self._velocity_loss(params, batch, noise, sigma), {}
+        weight = cosmap if self.training.objective.weighting == "cosmap" else None
+        return self._velocity_loss(params, batch, noise, sigma, weight), {}
 
     def _velocity_loss(
-        self, params: Params, batch: Batch, noise: Array, sigma: Array
+        self, params: Params, batch: Batch, noise: Array, sigma: Array, weight: Weight | None = None
     ) -> Float[Array, ""]:
         model = self.template.model(params)
         context = model.prepare_context(batch.context, batch.clip_fea, padding=self._padding)
         batch = batch._replace(context=context, clip_fea=None)
-        return velocity_loss(model, batch, noise, sigma)
+        return velocity_loss(model, batch, noise, sigma, weight=weight)
 
     def _loss_at(self, params: Params, batch: Batch, sigma: Array) -> Float[Array, ""]:
         noise = jax.random.normal(jax.random.key(0), batch.latents.shape)
