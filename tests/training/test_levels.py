@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from skyreels_jax.training.levels import (
+    KNOWN,
+    Continuation,
     EachFrame,
     LogitNormal,
     Mixed,
@@ -118,6 +120,22 @@ def test_a_mixture_is_of_both_kinds():
     together = np.mean(np.ptp(sigma, axis=1) == 0)
     assert abs(together - 0.25) < 0.03
     assert jnp.all(jnp.diff(sigma, axis=1) >= 0)
+
+
+def test_a_continuation_knows_its_first_frames():
+    sigma = np.asarray(Continuation(LogitNormal(shift=4.0)).sample(jax.random.key(5), 4000, 5))
+    known = sigma == np.float32(KNOWN)
+    given = known.sum(axis=1)
+    # In front, at least one, never all, each number alike.
+    assert np.all(known == (np.arange(5) < given[:, None]))
+    assert Counter(given).keys() == {1, 2, 3, 4}
+    assert max(abs(n - 1000) for n in Counter(given).values()) < 130
+    # The others share one level, of the distribution given.
+    others = np.where(known, sigma[:, 4:], sigma)
+    assert np.all(others == sigma[:, 4:])
+    assert abs(np.median(sigma[:, 4]) - 0.8) < 0.01
+    with pytest.raises(ValueError, match="one latent frame"):
+        Continuation(LogitNormal()).sample(jax.random.key(5), 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ A level ``sigma`` is the share of noise, 0 to below 1, as in inference
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int
 from skyreels_jax.diffusion.schedule import TRAIN_LEVELS
 
 Sigmas = Float[Array, "B steps"]
+# Of frames that are given: that of the original's `addnoise_condition`, 20 of 1000.
+KNOWN: Final = 0.02
 
 
 @runtime_checkable
@@ -75,6 +77,25 @@ class EachFrame:
     def sample(self, key: Array, batch: int, frames: int) -> Sigmas:
         """``[B, F]``."""
         return self.levels.sample(key, batch * frames, 1).reshape(batch, frames)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One frame or more given, at level :data:`KNOWN`, the others together by ``levels``.
+
+    This is what extending a video asks for, and every window of a long one but the first.
+    """
+
+    levels: Levels
+
+    def sample(self, key: Array, batch: int, frames: int) -> Sigmas:
+        """``[B, F]``; raises ValueError for a single frame."""
+        if frames < 2:
+            raise ValueError("a video of one latent frame cannot be continued")
+        which, level = jax.random.split(key)
+        given = jax.random.randint(which, (batch, 1), 1, frames)
+        sigma = self.levels.sample(level, batch, 1)
+        return jnp.where(jnp.arange(frames)[None] < given, KNOWN, sigma)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from skyreels_jax.weights.parts import stored_image_encoder
 from skyreels_jax.weights.store import new_folder, write_json
 
 # In the order in which they need each other, by the names of their files and output folders.
-RUNS: Final = ("text", "image", "vae-frames", "vae", "df", "i2v")
+RUNS: Final = ("text", "image", "vae-frames", "vae", "df-first", "df", "i2v")
 # Which run each part of a folder comes from.
 SHARED: Final[Mapping[Part, str]] = {"tokenizer": "text", "text_encoder": "text", "vae": "vae"}
 IMAGE: Final[Mapping[Part, str]] = {"image_encoder": "image", "image_processor": "image"}

@@ -19,12 +19,15 @@ from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.training.conditions import ImageStates, TextStates
 from skyreels_jax.training.encoded import WORDINGS, Clips, Source, encoded_clips
 from skyreels_jax.training.levels import (
+    KNOWN,
+    Continuation,
     EachFrame,
     Levels,
     LogitNormal,
     Mixed,
     NonDecreasing,
     ShiftedUniform,
+    Sigmas,
 )
 from skyreels_jax.training.objective import Batch, Weight, cosmap, velocity_loss
 from skyreels_jax.training.parameters import Params, Template
@@ -82,6 +85,7 @@ class Objective:
         levels: of whole videos: ``logit_normal`` or ``uniform``.
         shift: of those levels towards noise.
         frames: share of videos whose frames have levels of their own: diffusion forcing.
+        continued: share of videos whose first frames are given (almost no noise, no error counted).
         forcing: of such frames: ``non_decreasing`` (FoPP) or ``independent``.
         forcing_shift: of those levels towards noise.
         text_dropout: share of clips without text, for guidance.
@@ -92,14 +96,19 @@ class Objective:
     levels: Literal["logit_normal", "uniform"] = "logit_normal"
     shift: float = 1.0
     frames: float = 0.0
+    continued: float = 0.0
     forcing: Literal["non_decreasing", "independent"] = "non_decreasing"
     forcing_shift: float = 1.0
     text_dropout: float = 0.1
     weighting: Literal["flat", "cosmap"] = "flat"
 
     def __post_init__(self):
-        if not (0 <= self.frames <= 1 and 0 <= self.text_dropout < 1):
-            raise ValueError(f"{self.frames=} is a share, {self.text_dropout=} one below 1")
+        shares = (self.frames, self.continued)
+        if not (min(shares) >= 0 and sum(shares) <= 1 and 0 <= self.text_dropout < 1):
+            raise ValueError(
+                f"{self.frames=} and {self.continued=} should be shares of 1, and "
+                f"{self.text_dropout=} one below 1"
+            )
         self.distribution()
 
     def distribution(self) -> Levels:
@@ -114,7 +123,15 @@ class Objective:
             if self.forcing == "non_decreasing"
             else EachFrame(ShiftedUniform(self.forcing_shift))
         )
-        return whole if self.frames == 0 else Mixed(by_frame, whole, self.frames)
+        shared = self.frames + self.continued
+        if self.continued:
+            by_frame = Mixed(Continuation(whole), by_frame, self.continued / shared)
+        return Mixed(by_frame, whole, shared) if shared else whole
+
+    def weight(self, sigma: Sigmas) -> Sigmas:
+        """Of errors at these levels."""
+        weight = cosmap(sigma) if self.weighting == "cosmap" else jnp.ones_like(sigma)
+        return jnp.where(sigma > KNOWN, weight, 0.0) if self.continued else weight
 
 
 @dataclass(frozen=True)
@@ -264,7 +281,7 @@ class VideoTask:
         shape = batch.latents.shape
         noise = jax.random.normal(noise_key, shape)
         sigma = self._levels.sample(level_key, shape[0], shape[2])
-        weight = cosmap if self.training.objective.weighting == "cosmap" else None
+        weight = self.training.objective.weight
         return self._velocity_loss(params, batch, noise, sigma, weight), {}
 
     def _velocity_loss(
