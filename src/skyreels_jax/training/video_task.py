@@ -148,6 +148,7 @@ class ShapesData:
         frames: of a clip, ``4k + 1``.
         size: height and width, a multiple of 16.
         text_length: tokens that hold the longest caption.
+        pairs: share of clips of two things; as many as there are in ``clips`` unless given.
     """
 
     vae: str
@@ -159,6 +160,11 @@ class ShapesData:
     frames: int = 17
     size: int = 64
     text_length: int = 48
+    pairs: float | None = None
+
+    def __post_init__(self):
+        if self.pairs is not None and not 0 <= self.pairs <= 1:
+            raise ValueError(f"{self.pairs=} should be a share of 1")
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,7 @@ class VideoTask:
         self._clips = encoded_clips(*encode, source, data.clips, **wanted)
         held = dataclasses.replace(source, held=True)
         self._held = encoded_clips(*encode, held, EVALUATED, **wanted)
+        self._chances = None if data.pairs is None else chances(source, data.clips, data.pairs)
         self._texts = TextStates(Path(data.text), data.text_length)
         self._images = self._image_states()
         self.template, self.first = Template.of(first)
@@ -257,7 +264,7 @@ class VideoTask:
     def batch(self, index: int) -> Batch:
         """Clips with one of their wordings each, or none."""
         rng = np.random.default_rng([self.seed, TRAINING, index])
-        rows = rng.integers(len(self._clips), size=self.training.data.batch)
+        rows = rng.choice(len(self._clips), size=self.training.data.batch, p=self._chances)
         texts = [self._clips.captions[row][int(rng.integers(WORDINGS))] for row in rows]
         empty = rng.random(len(rows)) < self.training.objective.text_dropout
         said = [("" if none else str(text)) for none, text in zip(empty, texts, strict=True)]
@@ -318,6 +325,16 @@ class VideoTask:
         """What the sampler writes, if there is one."""
         if self.sampler is not None:
             self.sampler(self.template.model(params), folder)
+
+
+def chances(source: Source, count: int, pairs: float) -> Float[np.ndarray, " N"]:
+    """Of the first ``count`` clips, so that a share ``pairs`` of those drawn has two things."""
+    is_pair = np.array([len(source.scene(index)[0].things) == 2 for index in range(count)])
+    of_each = np.array([np.sum(~is_pair), np.sum(is_pair)])
+    wanted = np.array([1 - pairs, pairs])
+    if np.any((of_each == 0) & (wanted > 0)):
+        raise RequestError(f"data.pairs = {pairs} cannot be had from {count} clips")
+    return np.where(is_pair, *(wanted / np.maximum(of_each, 1))[::-1])
 
 
 def widen(model: WanModel, begun: Params) -> None:

@@ -1,13 +1,15 @@
-"""The table `objective` of a training file: which levels, and what their errors count."""
+"""The tables of a video training file: which levels, what errors count, which clips."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from skyreels_jax.errors import RequestError
+from skyreels_jax.training.encoded import Source
 from skyreels_jax.training.levels import KNOWN
 from skyreels_jax.training.objective import cosmap
-from skyreels_jax.training.video_task import Objective
+from skyreels_jax.training.video_task import Objective, chances
 
 
 def test_shares_are_those_of_videos():
@@ -36,3 +38,16 @@ def test_known_frames_count_nothing():
 def test_impossible_shares_are_refused(wrong):
     with pytest.raises(ValueError, match="should be shares"):
         Objective(**wrong)
+
+
+def test_two_things_come_as_often_as_asked():
+    source = Source(seed=3, frames=17, size=64)
+    is_pair = np.array([len(source.scene(index)[0].things) == 2 for index in range(64)])
+    assert 0 < is_pair.sum() < 64
+    for share in (0.0, 0.06, 1.0):
+        found = chances(source, 64, share)
+        assert found.sum() == pytest.approx(1)
+        assert found[is_pair].sum() == pytest.approx(share)
+        assert len(set(found[is_pair])) == len(set(found[~is_pair])) == 1
+    with pytest.raises(RequestError, match="cannot be had from 1 clips"):
+        chances(source, 1, 0.5)
