@@ -62,6 +62,7 @@ class Defaults:
     shift: Default[float]
     guidance_scale: Default[float]
     steps: Default[int]
+    ar_step: Default[int]
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,7 @@ def _defaults(layout: Layout, config: TransformerConfig, guess: Guess) -> Defaul
         shift=_stored_shift(layout) or Default(preset.shift, source),
         guidance_scale=Default(preset.guidance_scale, source),
         steps=Default(preset.steps, source),
+        ar_step=Default(preset.ar_step, source if preset.ar_step else "all frames together"),
     )
 
 

@@ -259,7 +259,6 @@ REQUESTS: dict[str, Bad] = {
     "output that is there": flag("there.mp4 exists", "--overwrite", output="{there}"),
     "misspelt flag": flag("--guidence-scale", "did you mean --guidance-scale", guidence_scale="5"),
     "flag of the original": flag("--outdir", "--output", outdir="videos"),
-    "no model": flag("--model", "make mini", model_=None),
     "model that is missing": flag("t2v-orignal", "t2v-original", model_="{models}/t2v-orignal"),
     "model that is a file": flag("is a file", model_="{image}"),
     "model in no form": flag("neither a folder", model_="a b c"),

@@ -117,6 +117,7 @@ def checkpoint(task: str = "t2v", folder: Path = Path("model"), **changes) -> Ch
         "shift": Default(8.0, "preset tiny"),
         "guidance_scale": Default(6.0, "preset tiny"),
         "steps": Default(3, "preset tiny"),
+        "ar_step": Default(0, "all frames together"),
     }
     return Checkpoint(
         layout=Layout(folder=folder, dialect="original", transformer=folder, config={}),

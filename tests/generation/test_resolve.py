@@ -63,6 +63,17 @@ def test_the_negative_prompt_is_the_originals(task: str, expected: str):
     assert resolved(task).negative_prompt == expected
 
 
+def test_frames_run_behind_each_other_as_the_checkpoint_wants():
+    made = standins.checkpoint("df", ar_step=Default(5, "preset tiny"))
+    found = resolve(Request(prompt="a fox"), made, memory=PLENTY)
+    assert found.forcing is not None and found.forcing.ar_step == 5
+    assert found.sources["ar_step"] == "preset tiny"
+    found = resolve(Request(prompt="a fox", ar_step=0), made, memory=PLENTY)
+    assert found.forcing is not None and found.forcing.ar_step == 0
+    other = resolved("df")
+    assert other.forcing is not None and other.forcing.ar_step == 0
+
+
 def test_words_for_sizes_and_lengths():
     request = resolved(resolution="540P", aspect="9:16", seconds=1.0, fps=16)
     assert (request.height, request.width, request.num_frames) == (960, 544, 17)

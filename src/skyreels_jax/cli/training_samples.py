@@ -24,7 +24,7 @@ from skyreels_jax.weights.transformer_folder import save_transformer
 
 # Scenes of combinations that training never sees.
 SCENES: Final = 4
-SETTINGS: Final[Mapping[str, Any]] = {"fps": 16, "steps": 20, "guidance_scale": 3.0, "shift": 2.0}
+SETTINGS: Final[Mapping[str, Any]] = {"fps": 16, "steps": 20, "guidance_scale": 4.0, "shift": 4.0}
 
 
 def sampler(data: ShapesData) -> Sampler:

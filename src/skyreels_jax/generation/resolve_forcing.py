@@ -47,7 +47,7 @@ def resolve_forcing(draft: Draft, values: Mapping[str, Any]) -> Forcing | None:
             if overlapping
             else Default(1, "one window"),
         ),
-        ar_step=draft.choose("ar_step", Default(0, "all frames together")),
+        ar_step=draft.choose("ar_step", draft.checkpoint.defaults.ar_step),
         causal_block_size=draft.choose("causal_block_size", Default(1, "frame by frame")),
         addnoise_condition=draft.choose(
             "addnoise_condition", Default(0, "given frames stay clean")

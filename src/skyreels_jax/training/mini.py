@@ -33,6 +33,8 @@ FOLDERS: Final[Mapping[str, tuple[str, Mapping[Part, str]]]] = {
     "mini": ("df", SHARED),
     "mini-i2v": ("i2v", {**SHARED, **IMAGE}),
 }
+# Runs that begin with another's parameters.
+BEGUN_BY: Final[Mapping[str, str]] = {"vae": "vae-frames", "df": "df-first", "i2v": "df"}
 # Written by people, from an evaluation.
 CARD: Final = ("README.md", "wrong.png")
 
@@ -80,8 +82,10 @@ def assemble(outputs: Path, assets: Path, name: str) -> Path:
         tower = stored_image_encoder(parts_of(folder)).config if "image_encoder" in parts else None
         named: list[Part] = [*parts, "scheduler"]
         write_json(folder / MODEL_INDEX, model_index(PIPELINE_OF[preset.task], named, tower))
-        runs = sorted({run, *parts.values()}, key=RUNS.index)
-        write_json(folder / "training.json", made_by(outputs, runs))
+        runs = {run, *parts.values()}
+        while more := {BEGUN_BY[name] for name in runs if name in BEGUN_BY} - runs:
+            runs |= more
+        write_json(folder / "training.json", made_by(outputs, sorted(runs, key=RUNS.index)))
         for file, content in kept.items():
             (folder / file).write_bytes(content)
     return assets / name

@@ -195,9 +195,10 @@ def _write(output: Path, found: Mapping[str, Score]) -> None:
 # Each row changes one setting of the defaults.
 SWEEP: Final[Sequence[Mapping[str, Any]]] = (
     {},
-    *({"guidance_scale": scale} for scale in (1.0, 2.0, 5.0, 8.0)),
+    *({"guidance_scale": scale} for scale in (1.0, 2.0, 3.0, 6.0, 9.0)),
     *({"steps": steps} for steps in (5, 10, 40)),
-    *({"shift": shift} for shift in (1.0, 4.0, 8.0)),
+    *({"shift": shift} for shift in (1.0, 2.0, 8.0)),
+    *({"ar_step": step} for step in (0, 2, 10, 20)),
     *({"cache": "easycache", "cache_threshold": level} for level in (0.02, 0.05, 0.1, 0.2, 0.4)),
     {"dtype": "bfloat16"},
 )
