@@ -160,3 +160,11 @@ def test_offline_an_id_that_is_not_cached_is_an_error_without_network(tmp_path):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert "HF_HUB_OFFLINE" in done.stdout
+
+
+def test_a_built_in_model_that_is_not_there_says_how_it_is_made(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "ASSETS", tmp_path)
+    with pytest.raises(RequestError, match="make mini"):
+        hub.locate("mini")
+    (tmp_path / "mini").mkdir()
+    assert hub.locate("mini").folder == tmp_path / "mini"

@@ -91,6 +91,16 @@ def test_image_features_are_those_of_transformers(
     assert np.abs(features - states[-1][0].numpy()).max() > 0.1
 
 
+def test_the_squash_has_the_side_of_the_model():
+    # The small model of the package has a tower for 64 x 64 pixels.
+    encoder = TorchImageEncoder.load(Checkpoint.open("mini-i2v"), "cpu", jnp.float32, "original")
+    side = encoder.model.config.image_size
+    patches = (side // encoder.model.config.patch_size) ** 2
+    assert side == 64
+    assert encoder.encode(photo(64, 96)).shape == (1 + patches, 160)
+    assert squashed(torch.zeros(3, 30, 50), side).shape == (1, 3, side, side)
+
+
 def test_the_squash_keeps_the_whole_frame_and_the_crop_does_not(checkpoints: Checkpoints):
     checkpoint = Checkpoint.open(checkpoints("i2v", "diffusers"))
     image = photo(64, 96)

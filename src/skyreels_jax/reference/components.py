@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -82,7 +82,7 @@ class TorchImageEncoder:
             checkpoint: to read from.
             device: of PyTorch.
             dtype: of weights and activations.
-            preprocessing: ``original`` squashes the frame at video resolution to 224 x 224, as the
+            preprocessing: ``original`` squashes the frame at video resolution to a square, as the
                 models were trained; ``diffusers`` cuts the centre out of the image as given.
 
         Raises:
@@ -97,7 +97,8 @@ class TorchImageEncoder:
         import torch
 
         if self.processor is None:
-            pixels = squashed(torch.from_numpy(image.pixels))
+            config: Any = self.model.config
+            pixels = squashed(torch.from_numpy(image.pixels), config.image_size)
         else:
             pixels = self.processor(images=image.source, return_tensors="pt")["pixel_values"]
         weight = next(self.model.parameters())
@@ -116,15 +117,15 @@ def _processor(checkpoint: Checkpoint) -> "CLIPImageProcessor":
     return CLIPImageProcessor() if folder is None else CLIPImageProcessor.from_pretrained(folder)
 
 
-def squashed(pixels: "torch.Tensor") -> "torch.Tensor":
-    """A frame in [-1, 1] resized to 224 x 224 whatever its shape, normalised for CLIP.
+def squashed(pixels: "torch.Tensor", side: int = 224) -> "torch.Tensor":
+    """A frame in [-1, 1] resized to a square whatever its shape, normalised for CLIP.
 
     As Wan 2.1's ``CLIPModel.visual``, but in float32 (there the resize runs in half precision).
     """
     import torch
 
     small = torch.nn.functional.interpolate(
-        pixels[None].float(), size=(224, 224), mode="bicubic", align_corners=False
+        pixels[None].float(), size=(side, side), mode="bicubic", align_corners=False
     )
     mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     return (small * 0.5 + 0.5 - mean) / std
