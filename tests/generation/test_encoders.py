@@ -24,7 +24,7 @@ from tokenizers import models, pre_tokenizers
 from transformers import CLIPImageProcessorPil
 
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.generation import clip_input, encoders
+from skyreels_jax.generation import encoders
 from skyreels_jax.generation.clip_input import centre_crop, squash
 from skyreels_jax.generation.components import ImageCondition
 from skyreels_jax.generation.encoders import ClipImageEncoder, Umt5TextEncoder
@@ -53,7 +53,8 @@ def torch_squash(pixels: np.ndarray, **resize: object) -> np.ndarray:
     """The original's preprocessing in its own words, in float32."""
     x = torch.from_numpy(pixels)[None]
     x = torch.nn.functional.interpolate(x, size=(224, 224), **resize)[0]
-    mean, std = (torch.tensor(v)[:, None, None] for v in (clip_input.MEAN, clip_input.STD))
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
     return ((x.mul(0.5).add(0.5) - mean) / std).numpy()
 
 

@@ -20,9 +20,13 @@ from skyreels_jax.training.optimizer import make_optimizer
 from skyreels_jax.training.parameters import Template
 from skyreels_jax.training.recipe import read_recipe
 from skyreels_jax.training.step import init_state, make_step
+from skyreels_jax.training.video_task import Objective
 
-# The shipped recipe; its rate rises over more steps than a test has.
+# The shipped recipe's optimiser; its rate rises over more steps than a test has. The levels are the
+# trainer's defaults: the recipe's are shifted to where there is little but noise, and what is left
+# of the loss there is noise that nobody can foretell (0.36 of it in 60 steps, measured).
 RECIPE = read_recipe(Path(__file__).parents[2] / "configs" / "mini" / "df.toml")
+OBJECTIVE = Objective(frames=0.5)
 CONFIG = TransformerConfig(
     model_type="t2v",
     dim=96,
@@ -47,10 +51,10 @@ def clip() -> jax.Array:
 def trained(
     clip: jax.Array, *, steps: int = STEPS, backwards: bool = False
 ) -> tuple[WanModel, list[float]]:
-    """The shipped optimiser and objective on one clip; backwards, the velocity's sign is turned."""
+    """The shipped optimiser on one clip; backwards, the velocity's sign is turned."""
     exact = {"dtype": jnp.float32, "param_dtype": jnp.float32}
     template, params = Template.of(WanModel(CONFIG, rngs=nnx.Rngs(0), **exact))
-    levels = RECIPE.tables.objective.distribution()
+    levels = OBJECTIVE.distribution()
     context = jax.random.normal(jax.random.key(4), (8, 8, 16))
     clips = jnp.repeat(clip, 8, axis=0)
 

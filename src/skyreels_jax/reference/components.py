@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.generation.clip_input import ClipPreprocessing
 from skyreels_jax.generation.components import Components, ImageCondition
+from skyreels_jax.models.clip_vision import PIXEL_MEAN, PIXEL_STD
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.reference.modules import (
     load_clip,
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKLWan
     from transformers import CLIPImageProcessor, UMT5EncoderModel
-
-# OpenAI's colour statistics, which every CLIP was trained with.
-CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +124,7 @@ def squashed(pixels: "torch.Tensor", side: int = 224) -> "torch.Tensor":
     small = torch.nn.functional.interpolate(
         pixels[None].float(), size=(side, side), mode="bicubic", align_corners=False
     )
-    mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.from_numpy(v).reshape(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
     return (small * 0.5 + 0.5 - mean) / std
 
 
