@@ -25,6 +25,12 @@ ALIASES = {
 }
 
 
+def test_the_package_is_the_program_too():
+    words = [sys.executable, "-m", "skyreels_jax", "--version"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert version("skyreels-jax") in done.stdout
+
+
 def test_help_lists_every_verb(command: Command):
     outcome = command("--help")
     assert outcome.code == 0
