@@ -74,8 +74,8 @@ def resolve_cache(
     preset = checkpoint.guess.preset
     if preset is None or preset.cache is None:
         raise RequestError(
-            "--cache teacache: its coefficients are fitted to released checkpoints, and this is "
-            "none of them; use --cache easycache, or --preset if it has the weights of one"
+            "--cache teacache: its coefficients are fitted to mini and the released checkpoints; "
+            "this is none of them: use --cache easycache, or --preset if it has the weights of one"
         )
     tables = preset.cache
     coefficients = tables.retained if use_ret_steps else tables.plain

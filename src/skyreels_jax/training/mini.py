@@ -25,16 +25,21 @@ from skyreels_jax.weights.parts import stored_image_encoder
 from skyreels_jax.weights.store import new_folder, write_json
 
 # In the order in which they need each other, by the names of their files and output folders.
-RUNS: Final = ("text", "image", "vae-frames", "vae", "df-first", "df", "i2v")
+RUNS: Final = ("text", "image", "vae-frames", "vae", "df-first", "df", "df-last", "i2v")
 # Which run each part of a folder comes from.
 SHARED: Final[Mapping[Part, str]] = {"tokenizer": "text", "text_encoder": "text", "vae": "vae"}
 IMAGE: Final[Mapping[Part, str]] = {"image_encoder": "image", "image_processor": "image"}
 FOLDERS: Final[Mapping[str, tuple[str, Mapping[Part, str]]]] = {
-    "mini": ("df", SHARED),
+    "mini": ("df-last", SHARED),
     "mini-i2v": ("i2v", {**SHARED, **IMAGE}),
 }
 # Runs that begin with another's parameters.
-BEGUN_BY: Final[Mapping[str, str]] = {"vae": "vae-frames", "df": "df-first", "i2v": "df"}
+BEGUN_BY: Final[Mapping[str, str]] = {
+    "vae": "vae-frames",
+    "df": "df-first",
+    "df-last": "df",
+    "i2v": "df-last",
+}
 # Written by people, from an evaluation.
 CARD: Final = ("README.md", "wrong.png")
 

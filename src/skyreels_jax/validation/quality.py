@@ -201,7 +201,8 @@ SWEEP: Final[Sequence[Mapping[str, Any]]] = (
     *({"steps": steps} for steps in (5, 10, 40)),
     *({"shift": shift} for shift in (1.0, 2.0, 8.0)),
     *({"ar_step": step} for step in (0, 2, 10, 20)),
-    *({"cache": "easycache", "cache_threshold": level} for level in (0.02, 0.05, 0.1, 0.2, 0.4)),
+    *({"cache": "teacache", "cache_threshold": level} for level in (0.1, 0.2, 0.3)),
+    *({"cache": "easycache", "cache_threshold": level} for level in (0.05, 0.1, 0.2)),
     {"dtype": "bfloat16"},
 )
 
