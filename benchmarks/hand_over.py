@@ -5,22 +5,22 @@ is the distance from it, window by window, and whether the judge still finds the
 """
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
 
 import numpy as np
 from benchmarks.measure import head, middle, row, versions
+from benchmarks.step_cache import MODES
 
 from skyreels_jax.caches import enable_compilation_cache
-from skyreels_jax.moving_shapes.captions import plain_caption
 from skyreels_jax.moving_shapes.scene import Scene
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.shapes import Frames
 from skyreels_jax.validation.metrics import psnr
-from skyreels_jax.validation.scores import FPS, FRAMES, SIZE, Share, held_out_scenes
+from skyreels_jax.validation.quality import OVERLAP
+from skyreels_jax.validation.scores import FPS, FRAMES, Share, from_text, held_out_scenes
 from skyreels_jax.validation.shapes import agrees, look
-
-OVERLAP = 9
-MODES = {"synchronous": 0, "asynchronous": 5}
 
 
 def still_scenes(count: int) -> list[Scene]:
@@ -38,6 +38,27 @@ def ends(frames: Frames) -> list[Frames]:
     return [frames[at : at + 1] for at in range(FRAMES - 1, len(frames), step)]
 
 
+@dataclass
+class Drift:
+    """Of one way to hand over, video by video."""
+
+    distances: list[list[float]] = field(default_factory=list)
+    lighter: list[float] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
+
+
+def measure(pipeline: Pipeline, scenes: list[Scene], shown: list[int], **settings: Any) -> Drift:
+    """Of all scenes, after each of the windows ``shown``."""
+    found = Drift()
+    for seed, scene in enumerate(scenes):
+        frames = from_text(pipeline, scene, seed, **settings)
+        last = ends(frames)
+        found.distances.append([psnr(last[n], last[0]) for n in shown])
+        found.lighter.append(float(last[-1].mean()) - float(last[0].mean()))
+        found.right.append(agrees(look(frames, FPS), scene).all)
+    return found
+
+
 def main() -> None:
     """Print a table for docs/performance.md."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -49,33 +70,20 @@ def main() -> None:
     enable_compilation_cache()
     print(versions())
     pipeline = Pipeline.from_pretrained(options.model, dtype="float32", keep=True)
+    scenes = still_scenes(options.count)
     shown = [n for n in (1, 2, 4, 8, 16) if n < options.windows]
-    length = FRAMES + (options.windows - 1) * (FRAMES - OVERLAP)
+    windows = {
+        "num_frames": FRAMES + (options.windows - 1) * (FRAMES - OVERLAP),
+        "base_num_frames": FRAMES,
+        "overlap_history": OVERLAP,
+        "addnoise_condition": options.addnoise_condition,
+    }
     head("hand-over", "mode", *(f"dB after {n}" for n in shown), "darker or lighter", "all right")
-    for hand_over in ("latents", "pixels"):
-        for mode, ar_step in MODES.items():
-            distances, lighter, right = [], [], []
-            for seed, scene in enumerate(still_scenes(options.count)):
-                frames = pipeline(
-                    plain_caption(scene),
-                    seed=seed,
-                    height=SIZE[0],
-                    width=SIZE[1],
-                    fps=FPS,
-                    num_frames=length,
-                    base_num_frames=FRAMES,
-                    overlap_history=OVERLAP,
-                    addnoise_condition=options.addnoise_condition,
-                    ar_step=ar_step,
-                    hand_over=hand_over,
-                ).frames
-                last = ends(frames)
-                distances.append([psnr(last[n], last[0]) for n in shown])
-                lighter.append(float(last[-1].mean()) - float(last[0].mean()))
-                right.append(agrees(look(frames, FPS), scene).all)
-            middles = [f"{middle(list(column)):.1f}" for column in zip(*distances, strict=True)]
-            drift = f"{np.mean(lighter):+.1f} ± {np.std(lighter):.1f}"
-            row(hand_over, mode, *middles, drift, Share(sum(right), len(right)))
+    for hand_over, (mode, ar_step) in product(("latents", "pixels"), MODES.items()):
+        found = measure(pipeline, scenes, shown, hand_over=hand_over, ar_step=ar_step, **windows)
+        middles = [f"{middle(list(column)):.1f}" for column in zip(*found.distances, strict=True)]
+        drift = f"{np.mean(found.lighter):+.1f} ± {np.std(found.lighter):.1f}"
+        row(hand_over, mode, *middles, drift, Share(sum(found.right), len(found.right)))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def assemble(outputs: Path, assets: Path, name: str) -> Path:
         named: list[Part] = [*parts, "scheduler"]
         write_json(folder / MODEL_INDEX, model_index(PIPELINE_OF[preset.task], named, tower))
         runs = {run, *parts.values()}
-        while more := {BEGUN_BY[name] for name in runs if name in BEGUN_BY} - runs:
+        while more := {BEGUN_BY[later] for later in runs & BEGUN_BY.keys()} - runs:
             runs |= more
         write_json(folder / "training.json", made_by(outputs, sorted(runs, key=RUNS.index)))
         for file, content in kept.items():

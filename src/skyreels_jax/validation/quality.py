@@ -83,9 +83,13 @@ def long_video(pipeline: Pipeline, count: int, mode: str, say: Callable[[str], N
     """Scenes without end at four times the training length; ``jumps`` is the largest of a video's
     steps at joins over its other steps, the middle and the worst of the videos."""
     jumps: list[float] = []
-    settings = {"num_frames": LONG, "base_num_frames": FRAMES, "overlap_history": OVERLAP}
-    # The level of given frames in training (skyreels_jax.training.levels.KNOWN).
-    settings |= {"addnoise_condition": 20}
+    settings = {
+        "num_frames": LONG,
+        "base_num_frames": FRAMES,
+        "overlap_history": OVERLAP,
+        # The level of given frames in training (skyreels_jax.training.levels.KNOWN).
+        "addnoise_condition": 20,
+    }
 
     def make(scene: Scene, seed: int) -> Frames:
         frames = from_text(pipeline, scene, seed, **settings, **MODES[mode])

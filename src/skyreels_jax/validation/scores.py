@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -26,6 +26,13 @@ from skyreels_jax.validation.shapes import Seen, Verdict, agrees, look
 SIZE: Final = (64, 64)
 FRAMES: Final = 17
 FPS: Final = 16
+# What the small models were trained on: the settings of a video that they make.
+CLIP: Final[Mapping[str, Any]] = {
+    "height": SIZE[0],
+    "width": SIZE[1],
+    "num_frames": FRAMES,
+    "fps": FPS,
+}
 # A jump of the centre below this, in sides of the frame, is none that could be seen.
 UNSEEN: Final = 0.02
 # A scene (of which a caption, and perhaps the first frame, is given away) and a seed to its video.
@@ -111,13 +118,7 @@ def score(
 
 def from_text(pipeline: Pipeline, scene: Scene, seed: int, **settings: Any) -> Frames:
     """By the plain caption alone."""
-    given: dict[str, Any] = {
-        "height": SIZE[0],
-        "width": SIZE[1],
-        "num_frames": FRAMES,
-        "fps": FPS,
-    } | settings
-    return pipeline(plain_caption(scene), seed=seed, **given).frames
+    return pipeline(plain_caption(scene), seed=seed, **{**CLIP, **settings}).frames
 
 
 def from_image(pipeline: Pipeline, scene: Scene, seed: int, **settings: Any) -> Frames:

@@ -31,7 +31,7 @@ from skyreels_jax.generation.sampling import Denoised, Sampling
 from skyreels_jax.moving_shapes.captions import plain_caption
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.presets import CacheCoefficients
-from skyreels_jax.validation.scores import FPS, FRAMES, SIZE, first_frame, held_out_scenes
+from skyreels_jax.validation.scores import CLIP, first_frame, held_out_scenes
 
 DEGREE: Final = 4
 # What a recorder notes: step, and relative changes of embedding, projection and residual.
@@ -168,9 +168,8 @@ def main() -> None:
         given = [{"prompt": prompt, "image": args.image} for prompt in args.prompt]
     else:
         image = pipeline.checkpoint.task == "i2v"
-        size = {"height": SIZE[0], "width": SIZE[1], "num_frames": FRAMES, "fps": FPS}
         given = [
-            {"prompt": plain_caption(scene), "image": first_frame(scene) if image else None} | size
+            {**CLIP, "prompt": plain_caption(scene), "image": first_frame(scene) if image else None}
             for scene in held_out_scenes(args.count, seed=4)
         ]
     modes = [{"ar_step": step} for step in args.ar_step] if args.ar_step else [{}]
