@@ -24,10 +24,10 @@ validate: $(STAMPS)-dev
 
 # The small models of the package, from nothing; stopped, it goes on. Hours on a CPU.
 mini: $(STAMPS)-dev
-	$(BIN)/python -m skyreels_jax.training.mini
+	$(BIN)/python -m skyreels_jax.mini.make
 
 eval: $(STAMPS)-core
-	$(BIN)/python -m skyreels_jax.validation.quality
+	$(BIN)/python -m skyreels_jax.evaluation.quality
 
 lint: $(STAMPS)-dev
 	$(BIN)/ruff check .

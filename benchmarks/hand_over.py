@@ -13,14 +13,14 @@ import numpy as np
 from benchmarks.measure import head, middle, row, versions
 from benchmarks.step_cache import MODES
 
-from skyreels_jax.caches import enable_compilation_cache
+from skyreels_jax.cache_dirs import enable_compilation_cache
+from skyreels_jax.evaluation.quality import OVERLAP
+from skyreels_jax.evaluation.scores import FPS, FRAMES, Share, from_text, held_out_scenes
+from skyreels_jax.moving_shapes.judge import agrees, look
 from skyreels_jax.moving_shapes.scene import Scene
+from skyreels_jax.parity.metrics import psnr
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.shapes import Frames
-from skyreels_jax.validation.metrics import psnr
-from skyreels_jax.validation.quality import OVERLAP
-from skyreels_jax.validation.scores import FPS, FRAMES, Share, from_text, held_out_scenes
-from skyreels_jax.validation.shapes import agrees, look
 
 
 def still_scenes(count: int) -> list[Scene]:

@@ -13,13 +13,13 @@ import numpy as np
 from benchmarks.measure import head, middle, row, versions
 from flax import nnx
 
-from skyreels_jax.diffusion.forcing import plan_blocks, timetable
+from skyreels_jax.diffusion.frame_schedule import plan_blocks, timetable
 from skyreels_jax.diffusion.guidance import NoGuidance
-from skyreels_jax.diffusion.schedule import flow_sigmas
-from skyreels_jax.generation.denoise import Denoised, Denoiser, Sampling
-from skyreels_jax.generation.noise import draw_noise
+from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import T2V_1_3B
+from skyreels_jax.sampling.denoiser import Denoised, Denoiser, Sampling
+from skyreels_jax.sampling.noise import draw_noise
 
 STEPS, SHIFT, FRAMES = 30, 8.0, 25
 CONFIG = dataclasses.replace(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.measure import versions
 
-from skyreels_jax.reference.random_checkpoint import make_checkpoint
+from skyreels_jax.testing.random_checkpoint import make_checkpoint
 
 LENGTHS = (97, 737)
 SIZE = ("--height", "128", "--width", "128", "--steps", "4", "--seed", "1", "--dtype", "float32")

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from benchmarks.measure import head, middle, row, versions
 
-from skyreels_jax.caches import enable_compilation_cache
+from skyreels_jax.cache_dirs import enable_compilation_cache
+from skyreels_jax.evaluation.scores import CLIP, FPS, Share, held_out_scenes
 from skyreels_jax.moving_shapes.captions import plain_caption
+from skyreels_jax.moving_shapes.judge import agrees, look
 from skyreels_jax.moving_shapes.scene import Scene
+from skyreels_jax.parity.metrics import psnr
 from skyreels_jax.pipeline import Pipeline
-from skyreels_jax.validation.metrics import psnr
-from skyreels_jax.validation.scores import CLIP, FPS, Share, held_out_scenes
-from skyreels_jax.validation.shapes import agrees, look
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3)
 WAYS: dict[str, dict[str, Any]] = {

@@ -16,15 +16,15 @@ import jax.numpy as jnp
 from benchmarks.measure import head, row, versions
 
 from skyreels_jax.models.transformer_config import T2V_1_3B
-from skyreels_jax.reference.random_checkpoint import TEXT_DIM, make_checkpoint, random_tensors
-from skyreels_jax.validation.plan import settle
-from skyreels_jax.validation.run import validate
+from skyreels_jax.parity.plan import settle
+from skyreels_jax.parity.run import validate
+from skyreels_jax.testing.random_checkpoint import TEXT_DIM, make_checkpoint, random_tensors
 from skyreels_jax.weights.convert import exported
 from skyreels_jax.weights.layout import CONFIG
-from skyreels_jax.weights.store import TRANSFORMER_STEM, write_json, write_tensors
 from skyreels_jax.weights.transformer_folder import abstract_transformer
 from skyreels_jax.weights.transformer_json import config_json
 from skyreels_jax.weights.transformer_rules import transformer_rules
+from skyreels_jax.weights.writer import TRANSFORMER_STEM, write_json, write_tensors
 
 WHO = {"either side": resource.RUSAGE_CHILDREN, "comparison": resource.RUSAGE_SELF}
 CONFIG_1_3B = dataclasses.replace(T2V_1_3B, text_dim=TEXT_DIM)

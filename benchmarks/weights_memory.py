@@ -21,7 +21,6 @@ import numpy as np
 from skyreels_jax.models.transformer_config import I2V_1_3B, TransformerConfig
 from skyreels_jax.weights.convert import exported, parameters
 from skyreels_jax.weights.layout import CONFIG, read_layout
-from skyreels_jax.weights.store import write_json, write_tensors
 from skyreels_jax.weights.transformer_folder import (
     abstract_transformer,
     load_transformer_state,
@@ -29,6 +28,7 @@ from skyreels_jax.weights.transformer_folder import (
 )
 from skyreels_jax.weights.transformer_json import config_json
 from skyreels_jax.weights.transformer_rules import transformer_rules
+from skyreels_jax.weights.writer import write_json, write_tensors
 
 GIB = 1 << 30
 

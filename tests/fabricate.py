@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from skyreels_jax.reference.random_checkpoint import Kind, make_checkpoint
+from skyreels_jax.testing.random_checkpoint import Kind, make_checkpoint
 from skyreels_jax.weights.rules import Dialect
 
 Checkpoints = Callable[[Kind, Dialect], Path]

@@ -11,76 +11,155 @@ PACKAGE = "skyreels_jax"
 
 # Room -> the rooms it may import. A room is a folder or a single module of the package.
 ALLOWED: dict[str, set[str]] = {
+    "__init__": {"checkpoints", "errors", "generation", "models", "pipeline"},
+    "__main__": {"cli"},
+    "backends": {"checkpoints", "components", "prompts", "torch_side", "weights"},
+    "cache_dirs": set(),
+    "checkpoints": {"errors", "hub", "models", "presets", "weights"},
+    "cli": {
+        "backends",
+        "cache_dirs",
+        "checkpoints",
+        "components",
+        "errors",
+        "generation",
+        "geometry",
+        "hub",
+        "media",
+        "memory",
+        "models",
+        "moving_shapes",
+        "ops",
+        "parity",
+        "pipeline",
+        "sampling",
+        "shapes",
+        "testing",
+        "torch_side",
+        "training",
+        "weights",
+    },
+    "components": {"errors", "geometry", "media", "memory", "models", "ops", "prompts", "shapes"},
+    "diffusion": {"errors", "shapes"},
     "errors": set(),
-    "shapes": set(),
-    "ops": {"shapes", "errors"},
-    "models": {"ops", "shapes", "errors"},
-    "diffusion": {"shapes", "errors"},
-    "media": {"shapes", "errors"},
-    "prompts": {"errors"},
-    "hub": {"errors"},
-    "weights": {"models", "shapes", "errors"},
-    "presets": {"models"},
-    "checkpoints": {"hub", "presets", "weights", "models", "errors"},
+    "evaluation": {
+        "cache_dirs",
+        "checkpoints",
+        "diffusion",
+        "generation",
+        "media",
+        "models",
+        "moving_shapes",
+        "parity",
+        "pipeline",
+        "presets",
+        "sampling",
+        "shapes",
+        "weights",
+    },
     "generation": {
-        *{"models", "diffusion", "weights", "checkpoints", "presets", "media", "prompts", "ops"},
-        *{"shapes", "errors"},
+        "checkpoints",
+        "components",
+        "diffusion",
+        "errors",
+        "geometry",
+        "media",
+        "memory",
+        "models",
+        "ops",
+        "presets",
+        "prompts",
+        "sampling",
+        "shapes",
+        "weights",
     },
-    "reference": {
-        *{"checkpoints", "weights", "models", "generation", "prompts", "diffusion"},
-        *{"shapes", "errors"},
-    },
+    "geometry": {"errors"},
+    "hub": {"errors"},
     "hybrid": {
-        *{"generation", "reference", "weights", "models", "checkpoints", "media"},
-        *{"shapes", "errors"},
+        "checkpoints",
+        "components",
+        "errors",
+        "generation",
+        "media",
+        "models",
+        "sampling",
+        "torch_side",
+        "weights",
     },
-    "backends": {
-        *{"generation", "reference", "weights", "checkpoints", "prompts", "shapes", "errors"},
+    "media": {"errors", "shapes"},
+    "memory": {"errors", "models", "weights"},
+    "mini": {
+        "checkpoints",
+        "hub",
+        "models",
+        "moving_shapes",
+        "presets",
+        "prompts",
+        "training",
+        "weights",
+    },
+    "models": {"errors", "ops", "shapes"},
+    "moving_shapes": {"errors", "shapes"},
+    "ops": {"errors"},
+    "parity": {
+        "checkpoints",
+        "components",
+        "diffusion",
+        "errors",
+        "generation",
+        "geometry",
+        "media",
+        "models",
+        "ops",
+        "pipeline",
+        "sampling",
+        "shapes",
+        "torch_side",
+        "weights",
     },
     "pipeline": {
-        *{"backends"},
-        *{"generation", "reference", "weights", "models", "checkpoints", "media", "prompts"},
-        *{"shapes", "errors"},
+        "backends",
+        "checkpoints",
+        "components",
+        "errors",
+        "generation",
+        "media",
+        "memory",
+        "prompts",
+        "sampling",
+        "shapes",
+        "weights",
     },
-    "validation": {
-        *{"generation", "reference", "pipeline", "models", "diffusion", "weights", "checkpoints"},
-        *{"media", "ops", "moving_shapes", "presets", "caches", "shapes", "errors"},
+    "presets": {"models"},
+    "prompts": {"errors"},
+    "sampling": {"diffusion", "errors", "models", "ops", "shapes"},
+    "shapes": set(),
+    "testing": {"models", "weights"},
+    "torch_side": {
+        "checkpoints",
+        "components",
+        "diffusion",
+        "errors",
+        "models",
+        "prompts",
+        "shapes",
+        "weights",
     },
-    "moving_shapes": {"shapes", "errors"},
     "training": {
-        *{
-            "models",
-            "diffusion",
-            "weights",
-            "checkpoints",
-            "presets",
-            "hub",
-            "moving_shapes",
-            "media",
-        },
-        *{"prompts", "ops", "shapes", "errors"},
+        "diffusion",
+        "errors",
+        "media",
+        "mini",
+        "models",
+        "moving_shapes",
+        "ops",
+        "prompts",
+        "shapes",
+        "weights",
     },
-    "caches": set(),
-    "cli": {
-        *{"pipeline", "hybrid", "generation", "weights", "models", "checkpoints", "hub"},
-        *{
-            "media",
-            "prompts",
-            "caches",
-            "ops",
-            "shapes",
-            "errors",
-            "validation",
-            "reference",
-            "backends",
-            "training",
-            "moving_shapes",
-        },
-    },
-    "__main__": {"cli"},
-    "__init__": {"pipeline", "errors", "generation", "checkpoints", "media", "models"},
+    "weights": {"errors", "models"},
 }
-# Imported nowhere at module level, and only under reference/ at all.
+# Imported nowhere at module level, and only under torch_side/ at all.
 TORCH_SIDE = {"torch", "diffusers", "transformers", "accelerate"}
 OPTIONAL = {"matplotlib", "skimage", "gradio", "optax", "orbax", "grain", "tensorboardX"}
 
@@ -134,8 +213,8 @@ def violations(file: Path, source: str) -> list[str]:
         top, *rest = name.split(".")
         if top == PACKAGE and rest and rest[0] != room and rest[0] not in ALLOWED[room]:
             found.append(f"{room} may not import {name}")
-        if top in TORCH_SIDE and room != "reference":
-            found.append(f"{name}: only reference/ may import the PyTorch side")
+        if top in TORCH_SIDE and room != "torch_side":
+            found.append(f"{name}: only torch_side/ may import the PyTorch side")
     for name in imports_of(at_module_level(tree)):
         if name.split(".")[0] in TORCH_SIDE | OPTIONAL:
             found.append(f"{name} at module level, though the core installs without it")
@@ -156,7 +235,7 @@ def test_imports_follow_the_table(file: Path):
     [
         ("ops/x.py", "from skyreels_jax.models import transformer"),
         ("models/x.py", "import torch"),
-        ("reference/x.py", "import torch"),
+        ("torch_side/x.py", "import torch"),
         ("diffusion/x.py", "from skyreels_jax import models"),
         ("generation/x.py", "def f():\n    import diffusers"),
         ("weights/x.py", "from skyreels_jax.checkpoints import Checkpoint"),
@@ -166,8 +245,8 @@ def test_a_forbidden_import_is_caught(place: str, line: str):
     assert violations(SOURCE / PACKAGE / place, line) != []
 
 
-def test_a_torch_import_inside_a_function_of_reference_is_allowed():
-    file = SOURCE / PACKAGE / "reference" / "x.py"
+def test_a_torch_import_inside_a_function_of_torch_side_is_allowed():
+    file = SOURCE / PACKAGE / "torch_side" / "x.py"
     assert violations(file, "def f():\n    import torch") == []
     assert violations(file, "if TYPE_CHECKING:\n    import torch") == []
 

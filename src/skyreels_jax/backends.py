@@ -8,16 +8,16 @@ from typing import Final, Literal, get_args
 from jax.typing import DTypeLike
 
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.generation.codec import VaeTiling, WanVideoCodec
-from skyreels_jax.generation.components import ImageEncoder, TextEncoder, VideoCodec
-from skyreels_jax.generation.encoders import ClipImageEncoder, Umt5TextEncoder
+from skyreels_jax.components.autoencoder import VaeTiling, WanVideoCodec
+from skyreels_jax.components.encoders import ClipImageEncoder, Umt5TextEncoder
+from skyreels_jax.components.protocols import ImageEncoder, TextEncoder, VideoCodec
 from skyreels_jax.prompts import Tokenizer
-from skyreels_jax.reference.components import (
+from skyreels_jax.torch_side.components import (
     TorchImageEncoder,
     TorchTextEncoder,
     TorchVideoCodec,
 )
-from skyreels_jax.reference.modules import require_torch
+from skyreels_jax.torch_side.modules import require_torch
 from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
 
 # The transformer is in JAX with either; `hybrid` takes the extra `torch`.

@@ -12,18 +12,18 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.components.clip_preprocessing import ClipPreprocessing
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.generation.api import generate
-from skyreels_jax.generation.clip_input import ClipPreprocessing
-from skyreels_jax.generation.denoise import Denoiser
-from skyreels_jax.generation.progress import Progress
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
 from skyreels_jax.generation.video import Video
 from skyreels_jax.media import ImageInput
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
-from skyreels_jax.reference.components import torch_components
+from skyreels_jax.sampling.denoiser import Denoiser
+from skyreels_jax.sampling.progress import Progress
+from skyreels_jax.torch_side.components import torch_components
 from skyreels_jax.weights.transformer_folder import (
     abstract_transformer,
     load_transformer_state,
@@ -143,7 +143,7 @@ class HybridPipeline:
             dtype: of the text and image encoders, and of a transformer that is loaded here;
                 ``None`` for that of ``jax_model``, or bfloat16. The VAE runs in float32.
             preprocessing: how an image is brought to CLIP's 224 x 224 (see
-                :class:`~skyreels_jax.reference.components.TorchImageEncoder`).
+                :class:`~skyreels_jax.torch_side.components.TorchImageEncoder`).
 
         Raises:
             WeightsError: a part is missing, unsound or incomplete, or ``jax_model`` has another

@@ -15,30 +15,30 @@ from jax.typing import DTypeLike
 
 from skyreels_jax.backends import BACKENDS, PARTS, Backend
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
-from skyreels_jax.errors import RequestError
-from skyreels_jax.generation import api
-from skyreels_jax.generation.codec import VAE_TILINGS, VaeTiling
-from skyreels_jax.generation.components import (
-    Components,
-    TextEncoder,
-)
-from skyreels_jax.generation.denoise import Denoiser
-from skyreels_jax.generation.long_video import frames_in_turn
-from skyreels_jax.generation.memory import refused_in_words
-from skyreels_jax.generation.on_demand import (
+from skyreels_jax.components.autoencoder import VAE_TILINGS, VaeTiling
+from skyreels_jax.components.lazy import (
     CodecOnDemand,
     ImageOnDemand,
     TextOnDemand,
     making_room,
 )
-from skyreels_jax.generation.progress import Clock, Progress
-from skyreels_jax.generation.prompt_cache import CachedTextEncoder, fingerprint
+from skyreels_jax.components.prompt_cache import CachedTextEncoder, fingerprint
+from skyreels_jax.components.protocols import (
+    Components,
+    TextEncoder,
+)
+from skyreels_jax.errors import RequestError
+from skyreels_jax.generation import api
+from skyreels_jax.generation.long_video import frames_in_turn
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve import DTYPES, resolve
 from skyreels_jax.generation.rollout import Kept, roll_out
 from skyreels_jax.generation.video import Video
 from skyreels_jax.media import ImageInput
+from skyreels_jax.memory import refused_in_words
 from skyreels_jax.prompts import Tokenizer
+from skyreels_jax.sampling.denoiser import Denoiser
+from skyreels_jax.sampling.progress import Clock, Progress
 from skyreels_jax.shapes import Frames
 from skyreels_jax.weights.complete import verify_checkpoint
 from skyreels_jax.weights.convert_folder import convert_folder

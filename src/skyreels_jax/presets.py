@@ -55,7 +55,7 @@ _CACHE_T2V_14B: Final = CacheCoefficients(
     retained=(-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1),
     plain=(-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
 )
-# Our own, by ``python -m skyreels_jax.validation.teacache_fit --count 24 --ar-step 0 5``: they
+# Our own, by ``python -m skyreels_jax.evaluation.fit_teacache --count 24 --ar-step 0 5``: they
 # explain an eighth of the changes only (docs/performance.md).
 _CACHE_MINI: Final = CacheCoefficients(
     retained=(2374.21146, -896.325772, 112.656944, -4.47195921, 1.08783659e-1),

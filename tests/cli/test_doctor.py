@@ -10,7 +10,7 @@ import jax
 import pytest
 from tests.cli.commands import Command
 
-from skyreels_jax import caches
+from skyreels_jax import cache_dirs
 from skyreels_jax.cli import doctor
 
 
@@ -67,7 +67,7 @@ def test_an_accelerator_says_what_is_free():
 
 
 def test_caches_are_measured_where_they_are(command: Command, cache_folder: Path):
-    before = caches.size_of(cache_folder / "compiled")[0]
+    before = cache_dirs.size_of(cache_folder / "compiled")[0]
     (cache_folder / "compiled").mkdir(exist_ok=True)
     (cache_folder / "compiled" / "program").write_bytes(bytes(2_000_000))
     told = report(command)

@@ -11,7 +11,7 @@ from tests.cli.commands import Command
 from tests.fabricate import Checkpoints
 
 from skyreels_jax import media
-from skyreels_jax.validation.store import writing
+from skyreels_jax.parity.recording import writing
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from skyreels_jax.diffusion.easycache import EasyCache
-from skyreels_jax.diffusion.forcing import plan_blocks, timetable
-from skyreels_jax.diffusion.schedule import flow_sigmas
+from skyreels_jax.diffusion.frame_schedule import plan_blocks, timetable
+from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.diffusion.step_cache import NoCache, Position, StepCache
 from skyreels_jax.diffusion.teacache import TeaCache
 from skyreels_jax.presets import PRESETS

@@ -8,7 +8,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from skyreels_jax.diffusion import unipc
-from skyreels_jax.diffusion.schedule import FlowSchedule, diffusers_sigmas, flow_sigmas
+from skyreels_jax.diffusion.sigmas import FlowSchedule, diffusers_sigmas, flow_sigmas
 
 FRAMES, FRAME_SHAPE = 3, (2, 4)
 # Maximum over all elements; samples are of size 3. Diffusers works its weights out in float32.

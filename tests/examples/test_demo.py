@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from skyreels_jax.media import read_settings, read_video
-from skyreels_jax.validation.shapes import look
+from skyreels_jax.moving_shapes.judge import look
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 

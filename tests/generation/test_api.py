@@ -5,20 +5,20 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import standins
 from PIL import Image
+from tests import standins
 
 from skyreels_jax import media
+from skyreels_jax.components.conditioning import condition_latents, prepare_image, to_frames
+from skyreels_jax.components.protocols import Components
 from skyreels_jax.diffusion.guidance import guidance_of
-from skyreels_jax.diffusion.schedule import diffusers_sigmas, flow_sigmas
+from skyreels_jax.diffusion.sigmas import diffusers_sigmas, flow_sigmas
 from skyreels_jax.errors import NumericsError, RequestError
 from skyreels_jax.generation.api import generate
-from skyreels_jax.generation.components import Components
-from skyreels_jax.generation.conditioning import condition_latents, prepare_image, to_frames
-from skyreels_jax.generation.denoise import Denoiser, Sampling
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
 from skyreels_jax.generation.rollout import starting_noise
+from skyreels_jax.sampling.denoiser import Denoiser, Sampling
 
 COMPONENTS = Components(standins.Words(), standins.Blocks(), standins.Glance())
 

@@ -6,18 +6,18 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import standins
+from tests import standins
 
 from skyreels_jax import media
+from skyreels_jax.components.protocols import Components
 from skyreels_jax.errors import RequestError, Stopped
 from skyreels_jax.generation.api import Gathered, generate
-from skyreels_jax.generation.components import Components
-from skyreels_jax.generation.denoise import Denoiser
 from skyreels_jax.generation.long_video import frames_in_turn
-from skyreels_jax.generation.progress import Clock
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
 from skyreels_jax.generation.rollout import movement, prefix_noise, roll_out, starting_noise
+from skyreels_jax.sampling.denoiser import Denoiser
+from skyreels_jax.sampling.progress import Clock
 
 COMPONENTS = Components(standins.Words(), standins.Blocks())
 SIZE = {"height": 16, "width": 32, "steps": 2, "base_num_frames": 97}

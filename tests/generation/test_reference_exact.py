@@ -5,16 +5,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import standins
 import torch
+from tests import standins
 
+from skyreels_jax.components.protocols import Components
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation.components import Components
-from skyreels_jax.generation.denoise import Denoiser
-from skyreels_jax.generation.progress import Clock
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve import resolve
 from skyreels_jax.generation.rollout import roll_out, starting_noise
+from skyreels_jax.sampling.denoiser import Denoiser
+from skyreels_jax.sampling.progress import Clock
 
 LONG = {"num_frames": 41, "base_num_frames": 17, "overlap_history": 5}
 IMAGE = np.zeros((32, 48, 3), np.uint8)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import standins
 from PIL import Image
+from tests import standins
 
 from skyreels_jax.checkpoints import Default
 from skyreels_jax.errors import RequestError

@@ -21,7 +21,7 @@ from jax_implementation.utils.weight_converter import (
     load_torch_weights,
 )
 from skyreels_jax.errors import RequestError, UnsupportedError, WeightsError
-from skyreels_jax.reference.random_checkpoint import make_checkpoint
+from skyreels_jax.testing.random_checkpoint import make_checkpoint
 from skyreels_jax.weights.rules import DIALECTS
 
 ROOT = Path(__file__).parents[2]

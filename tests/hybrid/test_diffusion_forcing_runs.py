@@ -17,7 +17,7 @@ from PIL import Image
 from tests.fabricate import Checkpoints
 from tests.hybrid import oracle
 
-from skyreels_jax.diffusion.schedule import flow_sigmas
+from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.generation.api import generate_long
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve

@@ -18,14 +18,14 @@ from PIL import Image
 from tests.fabricate import Checkpoints
 from tests.hybrid import oracle
 
-from skyreels_jax.diffusion.schedule import flow_sigmas
+from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.generation.api import generate
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve import resolve
 from skyreels_jax.hybrid import HybridPipeline
 from skyreels_jax.models import transformer
-from skyreels_jax.ops.rope import RopeTable
-from skyreels_jax.reference.random_checkpoint import Kind
+from skyreels_jax.ops.positions import RopeTable
+from skyreels_jax.testing.random_checkpoint import Kind
 from skyreels_jax.weights.rules import Dialect
 
 STEPS, SHIFT, GUIDANCE = 10, 5.0, 5.0

@@ -20,7 +20,7 @@ from transformer_oracle import (
 )
 
 from skyreels_jax.models import transformer
-from skyreels_jax.ops.rope import RopeTable, rope_table
+from skyreels_jax.ops.positions import RopeTable, rope_table
 
 # Measured over all cases: t2v 7.6e-7, i2v 2.3e-6 (two attentions, 769 keys), df 6.9e-7,
 # df with frame rates 4.4e-7, block-causal 5.6e-7, everything at once 1.5e-6.

@@ -21,7 +21,7 @@ from transformer_oracle import (
 
 from skyreels_jax.models.transformer import unpatchify
 from skyreels_jax.ops.masks import BlockCausal
-from skyreels_jax.ops.rope import rope_table
+from skyreels_jax.ops.positions import rope_table
 
 SHAPE = Shape(heads=3, head_dim=14, layers=2, ffn=50, frames=4, height=4, width=6, batch=2)
 GRID = (4, 2, 3)

@@ -24,19 +24,19 @@ from tests.hybrid import oracle
 from skyreels_jax import backends
 from skyreels_jax.backends import PARTS, Backend
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
-from skyreels_jax.diffusion.schedule import flow_sigmas
+from skyreels_jax.components.autoencoder import WanVideoCodec
+from skyreels_jax.components.encoders import ClipImageEncoder, Umt5TextEncoder
+from skyreels_jax.components.protocols import Components
+from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.generation.api import generate
-from skyreels_jax.generation.codec import WanVideoCodec
-from skyreels_jax.generation.components import Components
-from skyreels_jax.generation.denoise import Denoiser
-from skyreels_jax.generation.encoders import ClipImageEncoder, Umt5TextEncoder
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
 from skyreels_jax.models.vae_layers import CausalConv
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.prompts import Tokenizer
-from skyreels_jax.reference.random_checkpoint import Kind, make_checkpoint
+from skyreels_jax.sampling.denoiser import Denoiser
+from skyreels_jax.testing.random_checkpoint import Kind, make_checkpoint
 from skyreels_jax.weights.layout import Layout
 from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
 from skyreels_jax.weights.rules import DIALECTS

@@ -11,9 +11,9 @@ from tests.fabricate import Checkpoints
 from skyreels_jax import backends
 from skyreels_jax import pipeline as pipeline_module
 from skyreels_jax.errors import RequestError, UnsupportedError, WeightsError
-from skyreels_jax.generation.memory import refused_in_words
+from skyreels_jax.memory import refused_in_words
 from skyreels_jax.pipeline import Pipeline
-from skyreels_jax.reference.random_checkpoint import make_checkpoint
+from skyreels_jax.testing.random_checkpoint import make_checkpoint
 
 SMALL = {"height": 32, "width": 48, "num_frames": 5, "steps": 2, "seed": 1}
 TOO_MUCH = 2**46

@@ -10,17 +10,17 @@ import pytest
 from flax import nnx
 
 from skyreels_jax.diffusion.guidance import NoGuidance
-from skyreels_jax.diffusion.schedule import flow_sigmas
-from skyreels_jax.generation.denoise import Denoiser
-from skyreels_jax.generation.sampling import Sampling
+from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.sampling.denoiser import Denoiser
+from skyreels_jax.sampling.sampling import Sampling
 from skyreels_jax.training.objective import Batch, noised, velocity_loss
 from skyreels_jax.training.optimizer import make_optimizer
 from skyreels_jax.training.parameters import Template
 from skyreels_jax.training.recipe import read_recipe
 from skyreels_jax.training.step import init_state, make_step
-from skyreels_jax.training.video_task import Objective
+from skyreels_jax.training.transformer_task import Objective
 
 # The shipped recipe's optimiser; its rate rises over more steps than a test has. The levels are the
 # trainer's defaults: the recipe's are shifted to where there is little but noise, and what is left

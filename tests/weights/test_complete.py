@@ -43,8 +43,8 @@ def test_no_tensor_is_read(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyP
     def refuse(self: TensorSource, name: str) -> None:
         raise AssertionError(f"{name} was read")
 
-    monkeypatch.setattr("skyreels_jax.weights.pth.PthSource.read", refuse)
-    monkeypatch.setattr("skyreels_jax.weights.safetensors_source.SafetensorsSource.read", refuse)
+    monkeypatch.setattr("skyreels_jax.weights.torch_file.PthSource.read", refuse)
+    monkeypatch.setattr("skyreels_jax.weights.safetensors_file.SafetensorsSource.read", refuse)
     verify(checkpoints("i2v", "original"))
 
 

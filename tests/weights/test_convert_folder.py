@@ -12,7 +12,7 @@ from tests.weights.tiny import DF, I2V, T2V, edit_tensors, save
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.cli import convert, info
 from skyreels_jax.errors import RequestError, WeightsError
-from skyreels_jax.reference.random_checkpoint import Kind
+from skyreels_jax.testing.random_checkpoint import Kind
 from skyreels_jax.weights.convert_folder import convert_folder
 from skyreels_jax.weights.diffusers_folder import About
 from skyreels_jax.weights.layout import read_layout, safetensors_of

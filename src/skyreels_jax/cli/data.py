@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the folder; it appears whole or not at all."""
     from skyreels_jax.media import VideoWriter
     from skyreels_jax.moving_shapes.clips import check_clip, clip
-    from skyreels_jax.weights.store import new_folder
+    from skyreels_jax.weights.writer import new_folder
 
     if not 1 <= args.count <= MOST:
         nearest = 1 if args.count < 1 else MOST

@@ -6,11 +6,11 @@ import jax
 
 from skyreels_jax.backends import Backend
 from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.components.autoencoder import VaeTiling
 from skyreels_jax.errors import UnsupportedError
-from skyreels_jax.generation.codec import VaeTiling
-from skyreels_jax.generation.memory import available_memory
 from skyreels_jax.generation.plan_memory import Memory, StagePlan, plan
 from skyreels_jax.generation.request import ResolvedRequest
+from skyreels_jax.memory import available_memory
 
 GIB: Final = 2**30
 HEADINGS: Final = ("stage", "weights", "state", "work", "total", "operations", "compiled in")

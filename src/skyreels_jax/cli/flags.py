@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from skyreels_jax.backends import BACKENDS
+from skyreels_jax.components.autoencoder import VAE_TILINGS
 from skyreels_jax.generation.caching import CACHES
-from skyreels_jax.generation.codec import VAE_TILINGS
-from skyreels_jax.generation.noise import NOISES
 from skyreels_jax.generation.request import HAND_OVERS
 from skyreels_jax.generation.resolve import DTYPES
-from skyreels_jax.generation.sizes import RESOLUTIONS
+from skyreels_jax.geometry import RESOLUTIONS
 from skyreels_jax.ops.attention import PATHS
+from skyreels_jax.sampling.noise import NOISES
 
 DEFAULT_OUTPUT: Final = Path("out.mp4")
 LATENTS_SUFFIX: Final = ".latents.safetensors"

@@ -18,11 +18,11 @@ from skyreels_jax.cli.report import summarise
 from skyreels_jax.errors import RequestError, SkyReelsError, Stopped
 from skyreels_jax.generation.api import settings_of
 from skyreels_jax.generation.job import Job
-from skyreels_jax.generation.progress import Clock
 from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.generation.windows import pixel_frames
 from skyreels_jax.media import VideoWriter, contact_sheet, whole_file, write_image, write_settings
 from skyreels_jax.pipeline import Pipeline
+from skyreels_jax.sampling.progress import Clock
 from skyreels_jax.shapes import Frames
 
 # Pictures in a strip, which are all that a preview keeps of a window.

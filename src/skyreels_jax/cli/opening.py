@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from skyreels_jax.caches import enable_compilation_cache, prompt_cache_folder
+from skyreels_jax.cache_dirs import enable_compilation_cache, prompt_cache_folder
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.pipeline import Pipeline
 

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
-from skyreels_jax.generation.progress import Progress, Stage
+from skyreels_jax.sampling.progress import Progress, Stage
 
 # Seconds between two plain lines of one stage: logs stay readable.
 QUIET_SECONDS = 10.0

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.generation.progress import Timings
 from skyreels_jax.generation.request import ResolvedRequest
+from skyreels_jax.sampling.progress import Timings
 
 # In the order they are printed; the rest of a request has no default worth telling.
 REPORTED: Final = (

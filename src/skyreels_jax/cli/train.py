@@ -29,11 +29,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Train."""
-    from skyreels_jax.caches import enable_compilation_cache
+    from skyreels_jax.cache_dirs import enable_compilation_cache
     from skyreels_jax.cli.training_samples import sampler
     from skyreels_jax.training.loop import train
     from skyreels_jax.training.recipe import read_recipe
-    from skyreels_jax.training.video_task import VideoTask
+    from skyreels_jax.training.transformer_task import VideoTask
 
     enable_compilation_cache()
     overrides: dict[str, Any] = {}

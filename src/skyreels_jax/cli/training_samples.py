@@ -15,12 +15,12 @@ from skyreels_jax.moving_shapes.captions import plain_caption
 from skyreels_jax.moving_shapes.render import render
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.training.encoded import Source
-from skyreels_jax.training.video_task import Sampler, ShapesData
+from skyreels_jax.training.transformer_task import Sampler, ShapesData
 from skyreels_jax.weights.diffusers_json import model_index, scheduler_json
 from skyreels_jax.weights.layout import MODEL_INDEX, Part, parts_of
 from skyreels_jax.weights.parts import stored_image_encoder
-from skyreels_jax.weights.store import write_json
 from skyreels_jax.weights.transformer_folder import save_transformer
+from skyreels_jax.weights.writer import write_json
 
 # Scenes of combinations that training never sees.
 SCENES: Final = 4

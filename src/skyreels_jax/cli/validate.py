@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _videos(a: Path, b: Path) -> int:
-    from skyreels_jax.validation.judge import LEAST_PSNR, LEAST_SSIM, compare_videos
+    from skyreels_jax.parity.verdict import LEAST_PSNR, LEAST_SSIM, compare_videos
 
     try:
         found = compare_videos(a, b)
@@ -102,8 +102,8 @@ def _videos(a: Path, b: Path) -> int:
 
 
 def _traces(a: Path, b: Path) -> int:
-    from skyreels_jax.validation.compare import LAYER_BUDGET, distance
-    from skyreels_jax.validation.store import arrays
+    from skyreels_jax.parity.compare import LAYER_BUDGET, distance
+    from skyreels_jax.parity.recording import arrays
 
     try:
         ours, theirs = arrays(a), arrays(b)
@@ -127,9 +127,9 @@ def _traces(a: Path, b: Path) -> int:
 def _pipelines(args: argparse.Namespace) -> int:
     from skyreels_jax.hub import locate
     from skyreels_jax.media import read_image
-    from skyreels_jax.reference.modules import require_torch
-    from skyreels_jax.validation.plan import settle
-    from skyreels_jax.validation.run import validate
+    from skyreels_jax.parity.plan import settle
+    from skyreels_jax.parity.run import validate
+    from skyreels_jax.torch_side.modules import require_torch
 
     require_torch()
     names = ("height", "width", "num_frames", "steps", "guidance_scale", "shift")
@@ -164,7 +164,7 @@ def _model(given: str | None) -> Iterator[Path]:
     if given is not None:
         yield Path(given)
         return
-    from skyreels_jax.reference.random_checkpoint import make_checkpoint
+    from skyreels_jax.testing.random_checkpoint import make_checkpoint
 
     with tempfile.TemporaryDirectory() as temporary:
         yield make_checkpoint(Path(temporary) / "random-i2v", "i2v")

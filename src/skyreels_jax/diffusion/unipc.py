@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from skyreels_jax.diffusion.schedule import FlowSchedule
+from skyreels_jax.diffusion.sigmas import FlowSchedule
 
 
 class Coefficients(NamedTuple):

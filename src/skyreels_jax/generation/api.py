@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from skyreels_jax.diffusion.schedule import FlowSchedule
-from skyreels_jax.generation import sizes
-from skyreels_jax.generation.components import Components, VideoCodec
-from skyreels_jax.generation.denoise import Denoiser
+from skyreels_jax import geometry
+from skyreels_jax.components.protocols import Components, VideoCodec
+from skyreels_jax.diffusion.sigmas import FlowSchedule
 from skyreels_jax.generation.long_video import counted, frames_in_turn
-from skyreels_jax.generation.progress import Clock, NoProgress, Progress, Timings
 from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.generation.rollout import roll_out
 from skyreels_jax.generation.video import Video
 from skyreels_jax.generation.windows import Window
 from skyreels_jax.media import VideoWriter
+from skyreels_jax.sampling.denoiser import Denoiser
+from skyreels_jax.sampling.progress import Clock, NoProgress, Progress, Timings
 from skyreels_jax.shapes import Frames, HostLatents, Latents
 
 logger = logging.getLogger(__name__)
@@ -49,13 +49,13 @@ class Sample:
     @property
     def num_frames(self) -> int:
         """Pixel frames, once decoded."""
-        return (self.latents.shape[1] - 1) * sizes.FRAMES_PER_LATENT + 1
+        return (self.latents.shape[1] - 1) * geometry.FRAMES_PER_LATENT + 1
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels, once decoded."""
         _, _, rows, columns = self.latents.shape
-        return rows * sizes.PIXELS_PER_LATENT, columns * sizes.PIXELS_PER_LATENT
+        return rows * geometry.PIXELS_PER_LATENT, columns * geometry.PIXELS_PER_LATENT
 
 
 def generate(

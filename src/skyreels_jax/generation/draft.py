@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import Final, TypeVar
 
+from skyreels_jax import geometry
 from skyreels_jax.checkpoints import Checkpoint, Default
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation import sizes
 from skyreels_jax.generation.caching import CacheSettings, resolve_cache
 from skyreels_jax.generation.request import GivenVideo, Request
 from skyreels_jax.media import ImageInput, RgbImage, read_image, survey_video
@@ -86,8 +86,8 @@ class Draft:
             return self._given_size(named)
         source = GIVEN if request.resolution else default.source
         try:
-            height, width = sizes.with_aspect(
-                sizes.resolution(request.resolution) if request.resolution else default.value,
+            height, width = geometry.with_aspect(
+                geometry.resolution(request.resolution) if request.resolution else default.value,
                 request.aspect,
             )
         except RequestError as error:
@@ -141,4 +141,4 @@ class Draft:
         if not (math.isfinite(request.seconds) and request.seconds > 0):
             self.problems.append(f"--seconds {request.seconds} must be a number above 0")
             return 1
-        return sizes.frames_in(request.seconds, fps)
+        return geometry.frames_in(request.seconds, fps)

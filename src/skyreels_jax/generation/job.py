@@ -24,8 +24,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from skyreels_jax import geometry
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation import sizes
 from skyreels_jax.generation.caching import CacheSettings
 from skyreels_jax.generation.request import Forcing, GivenVideo, ResolvedRequest
 from skyreels_jax.generation.windows import Window
@@ -129,7 +129,7 @@ class Job:
         path = self._path(window)
         if not path.is_file():
             return None
-        expected = (sizes.LATENT_CHANNELS, window.frames, *self.request.latent_shape[1:])
+        expected = (geometry.LATENT_CHANNELS, window.frames, *self.request.latent_shape[1:])
         try:
             with safe_open(path, framework="np") as file:
                 latents = file.get_tensor(TENSOR)

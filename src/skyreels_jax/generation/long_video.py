@@ -13,13 +13,13 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
+from skyreels_jax.components.conditioning import prepare_image, to_frames
 from skyreels_jax.errors import NumericsError
-from skyreels_jax.generation.conditioning import prepare_image, to_frames
-from skyreels_jax.generation.progress import Clock
 from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.generation.rollout import Rollout
 from skyreels_jax.generation.windows import pixel_frames
 from skyreels_jax.media import stream_video
+from skyreels_jax.sampling.progress import Clock
 from skyreels_jax.shapes import Frames, HostLatents, Pixels
 
 

@@ -15,21 +15,21 @@ import numpy as np
 from flax import nnx
 from jax import ShapeDtypeStruct as Abstract
 
+from skyreels_jax import geometry
 from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.components.autoencoder import VaeTiling, tiling_for
 from skyreels_jax.diffusion.guidance import NoGuidance, guidance_of
-from skyreels_jax.diffusion.schedule import flow_sigmas
-from skyreels_jax.generation import sizes
+from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.generation.caching import step_cache
-from skyreels_jax.generation.codec import VaeTiling, tiling_for
-from skyreels_jax.generation.denoise import Denoiser, Sampling, Told
-from skyreels_jax.generation.memory import Direction, vae_work
 from skyreels_jax.generation.operations import operations
 from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.generation.rollout import movement, prefix_noise
 from skyreels_jax.generation.windows import Window, latent_frames
+from skyreels_jax.memory import Direction, vae_work
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_config import FRAME_STRIDE, PIXEL_STRIDE
 from skyreels_jax.prompts import TEXT_LEN
+from skyreels_jax.sampling.denoiser import Denoiser, Sampling, Told
 from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
 from skyreels_jax.weights.transformer_folder import abstract_transformer
 
@@ -172,12 +172,12 @@ def plan_denoising(checkpoint: Checkpoint, request: ResolvedRequest) -> StagePla
 
     def programs(window: Window, attention: str | None) -> Sequence[tuple[jax.stages.Traced, int]]:
         shape = (window.columns, *request.latent_shape[1:])
-        channels = config.in_dim - sizes.LATENT_CHANNELS
+        channels = config.in_dim - geometry.LATENT_CHANNELS
         y = Abstract((1, channels, *shape), jnp.float32) if channels else None
         frames = movement(request, schedule, window)
         cache = step_cache(request.cache, request.steps, frames.rows)
         return denoiser.programs(
-            Abstract((1, sizes.LATENT_CHANNELS, *shape), jnp.float32),
+            Abstract((1, geometry.LATENT_CHANNELS, *shape), jnp.float32),
             Told(text, features, y, Abstract((1,), jnp.int32)),
             Sampling(schedule, guidance, attention, cache, latents=request.latent_dtype),
             frames=frames,

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from skyreels_jax.generation import sizes
+from skyreels_jax import geometry
 from skyreels_jax.generation.caching import CacheSettings
 from skyreels_jax.generation.windows import Window, latent_frames, plan_windows
 from skyreels_jax.media import ImageInput, RgbImage
@@ -165,7 +165,7 @@ class ResolvedRequest:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Latent frames, rows and columns of the whole video."""
-        return sizes.latent_shape(self.num_frames, self.height, self.width)
+        return geometry.latent_shape(self.num_frames, self.height, self.width)
 
     @property
     def window_shape(self) -> tuple[int, int, int]:

@@ -10,20 +10,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+from skyreels_jax import geometry
 from skyreels_jax.checkpoints import Checkpoint, Default
-from skyreels_jax.diffusion.schedule import TRAIN_LEVELS, flow_sigmas
+from skyreels_jax.diffusion.sigmas import TRAIN_LEVELS, flow_sigmas
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation import sizes
 from skyreels_jax.generation.draft import Draft
-from skyreels_jax.generation.memory import available_memory, estimate
-from skyreels_jax.generation.noise import NOISES
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve_forcing import listed, resolve_forcing
 from skyreels_jax.generation.resolve_reference import reference_violations
 from skyreels_jax.generation.windows import pixel_frames, prompts_by_window
 from skyreels_jax.media import check_output
+from skyreels_jax.memory import available_memory, estimate
 from skyreels_jax.ops.attention import PATHS
 from skyreels_jax.prompts import NEGATIVE_PROMPT_EN, NEGATIVE_PROMPT_ZH
+from skyreels_jax.sampling.noise import NOISES
 
 DTYPES: Final = ("bfloat16", "float32")
 MAX_SEED: Final = 2**32 - 1
@@ -112,12 +112,12 @@ def _violations(request: Request, values: Mapping[str, Any]) -> list[str]:
     if not texts or not all(text.strip() for text in texts):
         found.append("--prompt is empty; say what the video should show")
     for name in ("height", "width"):
-        if values[name] < 1 or values[name] % sizes.SIZE_MULTIPLE:
-            near = _either(sizes.nearest_multiples(values[name]))
+        if values[name] < 1 or values[name] % geometry.SIZE_MULTIPLE:
+            near = _either(geometry.nearest_multiples(values[name]))
             found.append(f"--{name} {values[name]} must be a multiple of 16; nearest: {near}")
     frames = values["num_frames"]
-    if frames < 1 or frames % sizes.FRAMES_PER_LATENT != 1:
-        near = _either(sizes.nearest_multiples(frames, sizes.FRAMES_PER_LATENT, 1))
+    if frames < 1 or frames % geometry.FRAMES_PER_LATENT != 1:
+        near = _either(geometry.nearest_multiples(frames, geometry.FRAMES_PER_LATENT, 1))
         found.append(f"--num-frames {frames} must be 4 k + 1; nearest: {near}")
     for name, least, most in (
         ("steps", 1, TRAIN_LEVELS),

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from skyreels_jax import geometry
 from skyreels_jax.checkpoints import Default
-from skyreels_jax.diffusion.schedule import TRAIN_LEVELS
-from skyreels_jax.generation import sizes
+from skyreels_jax.diffusion.sigmas import TRAIN_LEVELS
 from skyreels_jax.generation.draft import Draft
 from skyreels_jax.generation.request import HAND_OVERS, Forcing, Request
 from skyreels_jax.generation.windows import latent_frames
@@ -73,7 +73,8 @@ def resolve_forcing(draft: Draft, values: Mapping[str, Any]) -> Forcing | None:
 def usual_overlap(at_once: int) -> int:
     """The overlap of windows of ``at_once`` frames, if none is asked for."""
     half = at_once // 2
-    return min(OVERLAP, max(1, (half - 1) // sizes.FRAMES_PER_LATENT * sizes.FRAMES_PER_LATENT + 1))
+    step = geometry.FRAMES_PER_LATENT
+    return min(OVERLAP, max(1, (half - 1) // step * step + 1))
 
 
 def _length_violations(
@@ -82,9 +83,9 @@ def _length_violations(
     found = []
     for name in ("base_num_frames", "overlap_history"):
         frames = getattr(forcing, name)
-        if frames < 1 or frames % sizes.FRAMES_PER_LATENT != 1:
+        if frames < 1 or frames % geometry.FRAMES_PER_LATENT != 1:
             near = " or ".join(
-                map(str, sizes.nearest_multiples(frames, sizes.FRAMES_PER_LATENT, 1))
+                map(str, geometry.nearest_multiples(frames, geometry.FRAMES_PER_LATENT, 1))
             )
             found.append(f"{flag(name)} {frames} must be 4 k + 1; nearest: {near}")
     if found:
@@ -98,7 +99,7 @@ def _length_violations(
         )
     given = values["video"]
     if given is not None and given.frames < overlap:
-        legal = sizes.FRAMES_PER_LATENT * (latent_frames(given.frames) - 1) + 1
+        legal = geometry.FRAMES_PER_LATENT * (latent_frames(given.frames) - 1) + 1
         found.append(
             f"--video {given.path} has {given.frames} frames, fewer than --overlap-history "
             f"{overlap}; give at most {legal}"
@@ -108,7 +109,7 @@ def _length_violations(
         what = f"the {held} frames taken from --video" if given is not None else "--image"
         found.append(
             f"--num-frames {values['num_frames']} leaves nothing to make besides {what}; at least "
-            f"{held + sizes.FRAMES_PER_LATENT}"
+            f"{held + geometry.FRAMES_PER_LATENT}"
         )
     return found
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from skyreels_jax.diffusion.schedule import flow_sigmas
-from skyreels_jax.generation import sizes
+from skyreels_jax import geometry
+from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.generation.request import Forcing
 from skyreels_jax.generation.windows import latent_frames
 
@@ -67,7 +67,7 @@ def _indivisible(forcing: Forcing, values: Mapping[str, Any]) -> Iterator[str]:
         if length % block:
             # Windows begin with a whole number of blocks, so the last one's rest is the video's.
             given = values[name] if name == "num_frames" else getattr(forcing, name)
-            step = sizes.FRAMES_PER_LATENT
+            step = geometry.FRAMES_PER_LATENT
             near = [given + step * by for by in (-(length % block), block - length % block)]
             legal = " or ".join(str(frames) for frames in near if frames > 0)
             yield (

@@ -16,24 +16,24 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
-from skyreels_jax.diffusion.forcing import Timetable, plan_blocks, timetable
-from skyreels_jax.diffusion.guidance import Guidance, NoGuidance, guidance_of
-from skyreels_jax.diffusion.schedule import FlowSchedule, flow_sigmas
-from skyreels_jax.generation import sizes
-from skyreels_jax.generation.caching import step_cache
-from skyreels_jax.generation.components import Components
-from skyreels_jax.generation.conditioning import (
+from skyreels_jax import geometry
+from skyreels_jax.components.conditioning import (
     condition_latents,
     encode_first_frame,
     encode_last_frames,
     prepare_image,
 )
-from skyreels_jax.generation.denoise import Denoiser, Sampling, together
-from skyreels_jax.generation.noise import draw_noise, draw_torch_noise, noise_key
-from skyreels_jax.generation.progress import Clock
+from skyreels_jax.components.protocols import Components
+from skyreels_jax.diffusion.frame_schedule import Timetable, plan_blocks, timetable
+from skyreels_jax.diffusion.guidance import Guidance, NoGuidance, guidance_of
+from skyreels_jax.diffusion.sigmas import FlowSchedule, flow_sigmas
+from skyreels_jax.generation.caching import step_cache
 from skyreels_jax.generation.request import ResolvedRequest
-from skyreels_jax.generation.step import Conditioning, PrefixNoise
 from skyreels_jax.generation.windows import Window
+from skyreels_jax.sampling.denoiser import Denoiser, Sampling, together
+from skyreels_jax.sampling.noise import draw_noise, draw_torch_noise, noise_key
+from skyreels_jax.sampling.progress import Clock
+from skyreels_jax.sampling.step import Conditioning, PrefixNoise
 from skyreels_jax.shapes import Context, HostLatents, Latents
 
 # Given frames, beside those of the window they are given to.
@@ -157,7 +157,7 @@ class Rollout:
             block_length = request.forcing.causal_attention
             denoiser = dataclasses.replace(denoiser, block_length=block_length)
         noise = self.noise(window)
-        shape = (1, sizes.LATENT_CHANNELS, window.frames, *request.latent_shape[1:])
+        shape = (1, geometry.LATENT_CHANNELS, window.frames, *request.latent_shape[1:])
         if noise.shape != shape:
             raise ValueError(f"noise has shape {noise.shape}; this window's latents are {shape}")
         if prefix is not None:
@@ -233,7 +233,7 @@ def roll_out(
 def starting_noise(request: ResolvedRequest, window: Window | None = None) -> Latents:
     """The noise of the request's seed for a window; by default its first."""
     window = window or request.windows[0]
-    one = (1, sizes.LATENT_CHANNELS, 1, *request.latent_shape[1:])
+    one = (1, geometry.LATENT_CHANNELS, 1, *request.latent_shape[1:])
     shape = (*one[:2], window.frames, *one[3:])
     if request.noise == "torch":
         earlier = sum(before.frames for before in request.windows[: window.number])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from skyreels_jax import media
-from skyreels_jax.generation.progress import Timings
+from skyreels_jax.sampling.progress import Timings
 from skyreels_jax.shapes import Frames, HostLatents
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation.sizes import FRAMES_PER_LATENT
+from skyreels_jax.geometry import FRAMES_PER_LATENT
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from skyreels_jax.models.transformer_config import Numerics, TransformerConfig
 from skyreels_jax.ops.attention import Earlier
 from skyreels_jax.ops.masks import BlockCausal
 from skyreels_jax.ops.norms import layer_norm, mul_add, mul_add_add
-from skyreels_jax.ops.rope import RopeTable
+from skyreels_jax.ops.positions import RopeTable
 
 FrameTokens = Float[Array, "B F P D"]
 

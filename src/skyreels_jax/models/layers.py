@@ -19,7 +19,7 @@ from skyreels_jax.ops.attention import Earlier, attention
 from skyreels_jax.ops.linear import linear
 from skyreels_jax.ops.masks import BlockCausal
 from skyreels_jax.ops.norms import layer_norm, mul_add_add, rms_norm
-from skyreels_jax.ops.rope import RopeTable, rope_apply
+from skyreels_jax.ops.positions import RopeTable, rope_apply
 from skyreels_jax.shapes import Context, Tokens
 
 Initializer = nnx.Initializer

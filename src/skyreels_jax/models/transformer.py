@@ -30,7 +30,7 @@ from skyreels_jax.models.transformer_config import Numerics, TransformerConfig
 from skyreels_jax.models.transformer_inputs import check_context, check_video
 from skyreels_jax.ops.attention import Earlier
 from skyreels_jax.ops.masks import BlockCausal
-from skyreels_jax.ops.rope import RopeTable, rope_table
+from skyreels_jax.ops.positions import RopeTable, rope_table
 from skyreels_jax.ops.scan_layers import scan_layers
 from skyreels_jax.ops.sinusoid import sinusoidal_embedding_1d
 from skyreels_jax.shapes import Latents, Timesteps

@@ -20,7 +20,7 @@ from skyreels_jax.training.optimizer import OptimizerConfig, make_optimizer
 from skyreels_jax.training.parameters import Params
 from skyreels_jax.training.step import StepReport, TrainState, init_state, make_step
 from skyreels_jax.training.task import Task
-from skyreels_jax.weights.store import new_folder
+from skyreels_jax.weights.writer import new_folder
 
 LOG: Final = "log.jsonl"
 # Batches made before they are asked for.

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from skyreels_jax.diffusion.schedule import TRAIN_LEVELS
+from skyreels_jax.diffusion.sigmas import TRAIN_LEVELS
 from skyreels_jax.models.layers import CrossContext
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.shapes import Context, Latents
-from skyreels_jax.training.levels import Sigmas
+from skyreels_jax.training.sigma_distributions import Sigmas
 
 # Of a level's error.
 Weight = Callable[[Sigmas], Sigmas]

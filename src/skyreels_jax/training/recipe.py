@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from skyreels_jax.errors import RequestError
+from skyreels_jax.mini.tasks import ImageTask, TextTask, TowerTraining
 from skyreels_jax.training.config import from_table, read_toml
 from skyreels_jax.training.loop import RunConfig
 from skyreels_jax.training.optimizer import OptimizerConfig
 from skyreels_jax.training.task import Task
-from skyreels_jax.training.tower_tasks import ImageTask, TextTask, TowerTraining
+from skyreels_jax.training.transformer_task import VideoTask, VideoTraining
 from skyreels_jax.training.vae_task import VaeTask, VaeTraining
-from skyreels_jax.training.video_task import VideoTask, VideoTraining
 
 # What can be trained: the tables of its own, and what is made of them and the seed.
 KINDS: Final[Mapping[str, tuple[type[Any], Callable[[Any, int], Task]]]] = {

@@ -23,9 +23,9 @@ from skyreels_jax.weights.layout import CONFIG, parts_of
 from skyreels_jax.weights.parts import stored_vae
 from skyreels_jax.weights.rounding import all_rounded
 from skyreels_jax.weights.rules import Rule
-from skyreels_jax.weights.store import TRANSFORMER_STEM, write_json, write_tensors
 from skyreels_jax.weights.transformer_folder import with_dtype
 from skyreels_jax.weights.vae_rules import vae_rules
+from skyreels_jax.weights.writer import TRANSFORMER_STEM, write_json, write_tensors
 
 # Streams of random numbers that no two uses share.
 TRAINING: Final = 1

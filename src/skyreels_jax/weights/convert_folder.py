@@ -12,8 +12,8 @@ from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.weights.diffusers_folder import About, needed_parts, write_card, write_parts
 from skyreels_jax.weights.layout import MODEL_INDEX, PATHS, Layout
 from skyreels_jax.weights.rules import Dialect
-from skyreels_jax.weights.store import new_folder
 from skyreels_jax.weights.transformer_folder import convert_transformer
+from skyreels_jax.weights.writer import new_folder
 
 
 @dataclass(frozen=True)

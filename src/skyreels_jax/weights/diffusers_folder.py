@@ -16,7 +16,7 @@ from skyreels_jax.weights.parts import (
     stored_vae,
 )
 from skyreels_jax.weights.rounding import RoundedSource
-from skyreels_jax.weights.store import (
+from skyreels_jax.weights.writer import (
     MAX_SHARD_BYTES,
     TRANSFORMER_STEM,
     write_json,
@@ -106,7 +106,7 @@ def write_parts(
     keep their dtype. ``model_index.json`` is written where every part of the pipeline is there.
 
     Args:
-        folder: the pipeline's, one that :func:`skyreels_jax.weights.store.new_folder` keeps out of
+        folder: the pipeline's, one that :func:`skyreels_jax.weights.writer.new_folder` keeps out of
             sight.
         source: in the original layout.
         config: of its transformer.

@@ -26,7 +26,7 @@ from typing import Any, Final, Literal, get_args
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.weights.plan import natural
 from skyreels_jax.weights.rules import Dialect
-from skyreels_jax.weights.safetensors_source import SafetensorsSource
+from skyreels_jax.weights.safetensors_file import SafetensorsSource
 from skyreels_jax.weights.transformer_json import dialect_of_config
 
 Part = Literal["vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler"]

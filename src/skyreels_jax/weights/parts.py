@@ -20,9 +20,9 @@ from skyreels_jax.models.vae_config import VaeConfig
 from skyreels_jax.weights import clip_rules, umt5_rules, vae_rules
 from skyreels_jax.weights.convert import Place, load_into, on_default_device, verify
 from skyreels_jax.weights.layout import CONFIG, Layout, read_json, safetensors_of
-from skyreels_jax.weights.pth import PthSource
 from skyreels_jax.weights.rules import Dialect, Rule
 from skyreels_jax.weights.source import TensorSource
+from skyreels_jax.weights.torch_file import PthSource
 
 ConfigT = TypeVar("ConfigT")
 ModelT = TypeVar("ModelT", bound=nnx.Module)

@@ -23,15 +23,15 @@ from skyreels_jax.weights.layout import CONFIG, Layout
 from skyreels_jax.weights.rounding import RoundedSource, all_rounded
 from skyreels_jax.weights.rules import Dialect
 from skyreels_jax.weights.source import TensorSpec
-from skyreels_jax.weights.store import (
+from skyreels_jax.weights.transformer_json import config_json, transformer_config
+from skyreels_jax.weights.transformer_rules import TRANSFORMER_IGNORED, transformer_rules
+from skyreels_jax.weights.writer import (
     MAX_SHARD_BYTES,
     TRANSFORMER_STEM,
     new_folder,
     write_json,
     write_tensors,
 )
-from skyreels_jax.weights.transformer_json import config_json, transformer_config
-from skyreels_jax.weights.transformer_rules import TRANSFORMER_IGNORED, transformer_rules
 
 
 def read_config(layout: Layout) -> TransformerConfig:
@@ -145,7 +145,7 @@ def convert_transformer(
     """Write ``source``'s transformer into the existing ``folder``, one tensor in memory at a time.
 
     Args and errors as for :func:`save_transformer`; the files are written in place, so ``folder``
-    is one that :func:`skyreels_jax.weights.store.new_folder` keeps out of sight.
+    is one that :func:`skyreels_jax.weights.writer.new_folder` keeps out of sight.
     """
     verify_transformer(source, config)
     tensors = RoundedSource(source.tensors(), dtype)

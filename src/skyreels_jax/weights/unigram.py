@@ -6,7 +6,7 @@ from typing import Final
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from skyreels_jax.weights.store import write_json
+from skyreels_jax.weights.writer import write_json
 
 PAD: Final = "<pad>"
 EOS: Final = "</s>"

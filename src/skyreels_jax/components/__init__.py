@@ -1,0 +1,1 @@
+"""Encoders and VAE as a generation uses them."""

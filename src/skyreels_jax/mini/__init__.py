@@ -1,0 +1,1 @@
+"""The small models in the package: how they are made."""

@@ -1,0 +1,142 @@
+"""Makes the small models of this package: every run in turn, then the folders users load.
+
+``python -m skyreels_jax.mini.make`` (``make mini``) goes on where it was interrupted.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from skyreels_jax.checkpoints import PIPELINE_OF
+from skyreels_jax.hub import ASSETS
+from skyreels_jax.presets import PRESETS
+from skyreels_jax.training.loop import LOG, train
+from skyreels_jax.training.recipe import read_recipe
+from skyreels_jax.weights.diffusers_json import model_index, scheduler_json
+from skyreels_jax.weights.layout import MODEL_INDEX, Part, parts_of
+from skyreels_jax.weights.parts import stored_image_encoder
+from skyreels_jax.weights.writer import new_folder, write_json
+
+# In the order in which they need each other, by the names of their files and output folders.
+RUNS: Final = ("text", "image", "vae-frames", "vae", "df-first", "df", "df-last", "i2v")
+# Which run each part of a folder comes from.
+SHARED: Final[Mapping[Part, str]] = {"tokenizer": "text", "text_encoder": "text", "vae": "vae"}
+IMAGE: Final[Mapping[Part, str]] = {"image_encoder": "image", "image_processor": "image"}
+FOLDERS: Final[Mapping[str, tuple[str, Mapping[Part, str]]]] = {
+    "mini": ("df-last", SHARED),
+    "mini-i2v": ("i2v", {**SHARED, **IMAGE}),
+}
+# Runs that begin with another's parameters.
+BEGUN_BY: Final[Mapping[str, str]] = {
+    "vae": "vae-frames",
+    "df": "df-first",
+    "df-last": "df",
+    "i2v": "df-last",
+}
+# Written by people, from an evaluation.
+CARD: Final = ("README.md", "wrong.png")
+
+
+def make(configs: Path, outputs: Path, *, only: str | None = None) -> bool:
+    """Train what is not trained yet; whether all of it is finished.
+
+    Args:
+        configs: folder of the recipes.
+        outputs: folder of the runs; the recipes name those of each other in it.
+        only: one of :data:`RUNS`.
+    """
+    for name in RUNS if only is None else (only,):
+        output = outputs / name
+        if (output / "model").is_dir():
+            print(f"{name}: done before", file=sys.stderr)
+            continue
+        recipe = read_recipe(configs / f"{name}.toml", {"output": str(output)})
+        print(f"{name}: {recipe.run.steps} steps", file=sys.stderr)
+        result = train(recipe.task(), recipe.run, recipe.optimizer, output, watch=_say)
+        if not result.finished:
+            return False
+    return True
+
+
+def assemble(outputs: Path, assets: Path, name: str) -> Path:
+    """Put the parts of one small model together in diffusers' layout.
+
+    Args:
+        outputs: folder of the runs.
+        assets: folder of the models; ``name`` in it is replaced, but for its card.
+        name: one of :data:`FOLDERS`.
+    """
+    cards = [assets / name / file for file in CARD if (assets / name / file).is_file()]
+    kept = {card.name: card.read_bytes() for card in cards}
+    run, parts = FOLDERS[name]
+    preset = PRESETS[name]
+    with new_folder(assets / name, overwrite=True) as folder:
+        shutil.copytree(outputs / run / "model" / "transformer", folder / "transformer")
+        for part, source in parts.items():
+            shutil.copytree(outputs / source / "model" / part, folder / part)
+        (folder / "scheduler").mkdir()
+        scheduler = scheduler_json(flow_shift=preset.shift)
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        tower = stored_image_encoder(parts_of(folder)).config if "image_encoder" in parts else None
+        named: list[Part] = [*parts, "scheduler"]
+        write_json(folder / MODEL_INDEX, model_index(PIPELINE_OF[preset.task], named, tower))
+        runs = {run, *parts.values()}
+        while more := {BEGUN_BY[later] for later in runs & BEGUN_BY.keys()} - runs:
+            runs |= more
+        write_json(folder / "training.json", made_by(outputs, sorted(runs, key=RUNS.index)))
+        for file, content in kept.items():
+            (folder / file).write_bytes(content)
+    return assets / name
+
+
+def made_by(outputs: Path, runs: list[str]) -> dict[str, Any]:
+    """How the parts were made: steps, hours and last figures of each run, and versions."""
+    found: dict[str, Any] = {}
+    for name in runs:
+        lines = [json.loads(line) for line in (outputs / name / LOG).read_text().splitlines()]
+        last = {key: value for line in lines for key, value in line.items()}
+        found[name] = {**last, "hours": round(last["seconds"] / 3600, 2)}
+    packages = ("jax", "flax", "optax", "numpy", "skyreels-jax")
+    return {
+        "runs": found,
+        "versions": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _say(step: int, figures: Mapping[str, float]) -> None:
+    line = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    print(f"  step {step}  {line}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Run the command line of this module."""
+    parser = argparse.ArgumentParser(description="Make the small models of this package.")
+    parser.add_argument("--configs", type=Path, default=Path("configs/mini"))
+    parser.add_argument("--outputs", type=Path, default=Path("out/mini"))
+    parser.add_argument("--assets", type=Path, default=ASSETS)
+    parser.add_argument("--only", choices=RUNS)
+    parser.add_argument("--assemble", choices=FOLDERS, help="put one together, train nothing")
+    args = parser.parse_args()
+    if args.assemble is not None:
+        print(assemble(args.outputs, args.assets, args.assemble))
+        return 0
+    if not make(args.configs, args.outputs, only=args.only):
+        print("stopped; run again to go on", file=sys.stderr)
+        return 143
+    if args.only is None:
+        for name in FOLDERS:
+            print(assemble(args.outputs, args.assets, name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""Training the small model's text and image towers: to tell what a scene is.
+
+From the mean of a tower's states, linear heads name the things of the scene. The heads are thrown
+away; what the states must hold so that a mean of them tells all this stays.
+"""
+
+import math
+import string
+import tempfile
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from skyreels_jax.models.clip_vision import ClipVision, ClipVisionConfig
+from skyreels_jax.models.umt5 import Umt5Config, Umt5Encoder
+from skyreels_jax.moving_shapes.captions import caption, words
+from skyreels_jax.moving_shapes.render import render
+from skyreels_jax.moving_shapes.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    HELD_OUT,
+    KINDS,
+    MOTIONS,
+    SPEEDS,
+    Scene,
+    Thing,
+    draw_held_out,
+    draw_scene,
+)
+from skyreels_jax.prompts import Tokenizer
+from skyreels_jax.training.conditions import clip_pixels
+from skyreels_jax.training.parameters import Params, Template
+from skyreels_jax.weights.clip_rules import clip_rules
+from skyreels_jax.weights.convert import export, exported
+from skyreels_jax.weights.diffusers_json import (
+    image_encoder_json,
+    image_processor_json,
+    text_encoder_json,
+)
+from skyreels_jax.weights.layout import CONFIG
+from skyreels_jax.weights.rounding import all_rounded
+from skyreels_jax.weights.rules import Rule
+from skyreels_jax.weights.transformer_folder import with_dtype
+from skyreels_jax.weights.umt5_rules import UMT5_RULES
+from skyreels_jax.weights.unigram import write_unigram
+from skyreels_jax.weights.writer import write_json, write_tensors
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
+# Streams of random numbers that no two uses share.
+TRAINING: Final = 1
+EVALUATION: Final = 2
+EVALUATED: Final = 512
+# Things that a scene may have.
+PLACES: Final = 2
+CHARACTERS: Final = string.ascii_letters + string.digits + string.punctuation
+
+
+@dataclass(frozen=True)
+class TowerData:
+    """Scenes; ``seconds`` is how long things must stay inside the frame."""
+
+    batch: int = 64
+    size: int = 64
+    text_length: int = 48
+    seconds: float = 1.0
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """The free numbers of a tower's config."""
+
+    dim: int = 128
+    ffn_dim: int = 256
+    num_heads: int = 4
+    num_layers: int = 3
+    image_size: int = 64
+    patch_size: int = 4
+
+
+@dataclass(frozen=True)
+class TowerTraining:
+    """A run's tables ``model`` and ``data``."""
+
+    model: TowerShape = field(default_factory=TowerShape)
+    data: TowerData = field(default_factory=TowerData)
+
+
+# Classes of a question, and the answer about a thing.
+Questions = Mapping[str, int]
+# Of every thing; one class more where there is none.
+THING: Final[Questions] = {"kind": len(KINDS) + 1, "colour": len(COLOURS) + 1}
+MOVING: Final[Questions] = {
+    "motion": len(MOTIONS) + 1,
+    "direction": len(DIRECTIONS) + 1,
+    "speed": len(SPEEDS) + 1,
+}
+_LEGAL: Final[Mapping[str, Sequence[str]]] = {
+    "kind": KINDS,
+    "colour": COLOURS,
+    "motion": MOTIONS,
+    "direction": DIRECTIONS,
+    "speed": SPEEDS,
+}
+
+
+def answers(things: Sequence[Thing], background: str, asked: Sequence[str]) -> list[int]:
+    """Classes of each question about the first and the second thing, then of the background."""
+    found = []
+    for place in range(PLACES):
+        for name in asked:
+            legal = _LEGAL[name]
+            value = getattr(things[place], name) if place < len(things) else None
+            found.append(len(legal) if value is None else legal.index(value))
+    return [*found, BACKGROUNDS.index(background)]
+
+
+class TowerTask(Generic[ModelT]):
+    """A :class:`~skyreels_jax.training.task.Task`; what differs are inputs and questions."""
+
+    asked: Questions
+
+    def __init__(self, training: TowerTraining, seed: int):
+        """``seed`` decides initial values and data."""
+        self.training, self.seed = training, seed
+        self.template, tower = Template.of(self._fresh())
+        self.classes = (*list(self.asked.values()) * PLACES, len(BACKGROUNDS))
+        shape = (self._width(), sum(self.classes))
+        kernel = jax.random.normal(jax.random.key(seed), shape) / math.sqrt(shape[0])
+        heads = {"head.kernel": kernel, "head.bias": jnp.zeros(shape[1:])}
+        self.first = {**{f"tower.{name}": value for name, value in tower.items()}, **heads}
+        self._right = jax.jit(self._answered)
+
+    @abstractmethod
+    def _fresh(self) -> ModelT: ...
+
+    @abstractmethod
+    def _width(self) -> int: ...
+
+    @abstractmethod
+    def _pooled(self, model: ModelT, batch: Any) -> Float[Array, "B D"]: ...
+
+    @abstractmethod
+    def _example(self, scene: Scene, rng: np.random.Generator) -> tuple[Any, list[int]]: ...
+
+    @abstractmethod
+    def _together(self, inputs: list[Any]) -> Any: ...
+
+    def init(self) -> Params:
+        """Tower and heads."""
+        return self.first
+
+    def batch(self, index: int) -> tuple[Any, np.ndarray]:
+        """Inputs, and classes ``[B, questions]``."""
+        rng = np.random.default_rng([self.seed, TRAINING, index])
+        return self._batch(rng, self.training.data.batch, held=False)
+
+    def _batch(self, rng: np.random.Generator, count: int, *, held: bool) -> tuple[Any, np.ndarray]:
+        seconds, combinations = self.training.data.seconds, sorted(HELD_OUT, key=str)
+        examples = []
+        for number in range(count):
+            combination = combinations[number % len(combinations)]
+            scene = draw_held_out(rng, combination, seconds) if held else draw_scene(rng, seconds)
+            examples.append(self._example(scene, rng))
+        inputs, classes = zip(*examples, strict=True)
+        return self._together(list(inputs)), np.array(classes, np.int32)
+
+    def _logits(self, params: Params, batch: Any) -> list[Float[Array, "B classes"]]:
+        prefix = "tower."
+        tower = {n.removeprefix(prefix): v for n, v in params.items() if n.startswith(prefix)}
+        pooled = self._pooled(self.template.model(tower), batch)
+        logits = pooled @ params["head.kernel"] + params["head.bias"][None]
+        return jnp.split(logits, np.cumsum(self.classes)[:-1].tolist(), axis=1)
+
+    def loss(
+        self, params: Params, batch: tuple[Any, Array], key: Array
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """Mean cross-entropy of all questions, in nats."""
+        del key
+        inputs, classes = batch
+        losses = [
+            -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), classes[:, i, None], axis=1))
+            for i, logits in enumerate(self._logits(params, inputs))
+        ]
+        return jnp.mean(jnp.stack(losses)), {}
+
+    def _answered(self, params: Params, batch: tuple[Any, Array]) -> Float[Array, " questions"]:
+        inputs, classes = batch
+        logits = self._logits(params, inputs)
+        right = [jnp.argmax(x, axis=1) == classes[:, i] for i, x in enumerate(logits)]
+        return jnp.stack([jnp.mean(x.astype(jnp.float32)) for x in right])
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """Share of right answers, of scenes like those of training and of combinations held out."""
+        found: dict[str, float] = {}
+        for held in (False, True):
+            rng = np.random.default_rng([self.seed, EVALUATION, int(held)])
+            parts = [self._batch(rng, 64, held=held) for _ in range(EVALUATED // 64)]
+            shares = np.mean([np.asarray(self._right(params, part)) for part in parts], axis=0)
+            for i, name in enumerate(self.asked):
+                label = f"held_{name}" if held else name
+                found[label] = float(np.mean(shares[i : -1 : len(self.asked)]))
+            found["held_background" if held else "background"] = float(shares[-1])
+        return found
+
+    def sample(self, params: Params, folder: Path) -> None:
+        """There is nothing to look at."""
+
+    def tower(self, params: Params) -> ModelT:
+        """Without the heads."""
+        prefix = "tower."
+        values = {n.removeprefix(prefix): v for n, v in params.items() if n.startswith(prefix)}
+        return self.template.model(values)
+
+
+class TextTask(TowerTask[Umt5Encoder]):
+    """Captions; things in the order in which they are said."""
+
+    asked = {**THING, **MOVING}
+
+    def _fresh(self) -> Umt5Encoder:
+        shape = self.training.model
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "tokenizer"
+            ids = write_mini_tokenizer(folder)
+            self._tokenizer = Tokenizer.from_folder(folder)
+        self.config = Umt5Config(
+            vocab_size=64 * math.ceil(ids / 64),
+            dim=shape.dim,
+            head_dim=shape.dim // shape.num_heads,
+            num_heads=shape.num_heads,
+            ffn_dim=shape.ffn_dim,
+            num_layers=shape.num_layers,
+        )
+        exact = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+        return Umt5Encoder(self.config, rngs=nnx.Rngs(self.seed), **exact)
+
+    def _width(self) -> int:
+        return self.config.dim
+
+    def _example(self, scene: Scene, rng: np.random.Generator) -> tuple[str, list[int]]:
+        text = caption(scene, rng)
+        things = sorted(scene.things, key=lambda thing: text.index(f"{thing.colour} "))
+        return text, answers(things, scene.background, tuple(self.asked))
+
+    def _together(self, inputs: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        tokens = self._tokenizer.encode(inputs)
+        length = self.training.data.text_length
+        if max(tokens.lengths) > length:
+            raise ValueError(f"a caption has {max(tokens.lengths)} tokens; text_length = {length}")
+        return tokens.ids[:, :length], tokens.mask[:, :length]
+
+    def _pooled(self, model: Umt5Encoder, batch: tuple[Array, Array]) -> Float[Array, "B D"]:
+        ids, mask = batch
+        return jnp.sum(model(ids, mask), axis=1) / jnp.sum(
+            mask, axis=1, keepdims=True, dtype=jnp.float32
+        )
+
+    def export(self, params: Params, folder: Path) -> None:
+        """``tokenizer`` and ``text_encoder`` in diffusers' layout, bfloat16."""
+        write_mini_tokenizer(folder / "tokenizer")
+        json = text_encoder_json(self.config)
+        _write(folder / "text_encoder", json, self.tower(params), UMT5_RULES, jnp.bfloat16)
+
+
+class ImageTask(TowerTask[ClipVision]):
+    """First frames; things from left to right."""
+
+    asked = THING
+
+    def _fresh(self) -> ClipVision:
+        shape = self.training.model
+        self.config = ClipVisionConfig(
+            dim=shape.dim,
+            ffn_dim=shape.ffn_dim,
+            num_heads=shape.num_heads,
+            num_layers=shape.num_layers,
+            image_size=shape.image_size,
+            patch_size=shape.patch_size,
+        )
+        exact = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+        return ClipVision(self.config, rngs=nnx.Rngs(self.seed), **exact)
+
+    def _width(self) -> int:
+        return self.config.dim
+
+    def _example(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
+        del rng
+        size = self.training.data.size
+        things = sorted(scene.things, key=lambda thing: thing.x)
+        frame = render(scene, frames=1, fps=16.0, size=(size, size))[0]
+        return frame, answers(things, scene.background, tuple(self.asked))
+
+    def _together(self, inputs: list[np.ndarray]) -> np.ndarray:
+        return clip_pixels(np.stack(inputs), self.config.image_size)
+
+    def _pooled(self, model: ClipVision, batch: Array) -> Float[Array, "B D"]:
+        return jnp.mean(model(batch), axis=1)
+
+    def export(self, params: Params, folder: Path) -> None:
+        """``image_encoder`` and ``image_processor`` in diffusers' layout, float16."""
+        json, model = image_encoder_json(self.config), self.tower(params)
+        _write(folder / "image_encoder", json, model, clip_rules(self.config), np.float16)
+        (folder / "image_processor").mkdir()
+        json = image_processor_json(self.config)
+        write_json(folder / "image_processor" / "preprocessor_config.json", json)
+
+
+def write_mini_tokenizer(folder: Path) -> int:
+    """A tokenizer that knows the words of captions, with and without a capital; returns its ids."""
+    plain = words()
+    capital = tuple(word.capitalize() for word in plain)
+    return write_unigram(folder, (*plain, *capital), CHARACTERS)
+
+
+def _write(
+    folder: Path, json: Mapping[str, Any], model: nnx.Module, rules: Sequence[Rule], dtype: Any
+) -> None:
+    folder.mkdir()
+    write_json(folder / CONFIG, json)
+    specs = with_dtype(exported(model, rules, "diffusers"), dtype)
+    values = all_rounded(export(model, rules, "diffusers"), dtype, "the tower")
+    write_tensors(folder, "model", specs, values)

@@ -1,0 +1,1 @@
+"""Whether two implementations are the same model."""

@@ -1,0 +1,1 @@
+"""Where two implementations differ, and what kind of fault it is."""

@@ -1,1 +1,0 @@
-"""The PyTorch side: components of the hybrid pipeline, and witnesses for proofs."""

@@ -1,0 +1,1 @@
+"""Small random checkpoints to try things on."""

@@ -1,0 +1,1 @@
+"""PyTorch's side: for the hybrid pipeline and for proofs."""

@@ -1,0 +1,311 @@
+"""Diffusers' SkyReels-V2 pipelines from a checkpoint in either layout: the other side of a proof.
+
+They are given our noise and the original's noise levels; nothing else of them is changed, but for
+one fault of their diffusion-forcing loop (see :func:`_with_levels`).
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.diffusion.sigmas import FlowSchedule
+from skyreels_jax.shapes import Frames
+from skyreels_jax.torch_side.modules import (
+    load_clip,
+    load_umt5,
+    load_vae,
+    to_torch,
+    torch_device,
+    torch_dtype,
+)
+from skyreels_jax.weights.convert import rename
+from skyreels_jax.weights.rounding import RoundedSource
+from skyreels_jax.weights.transformer_json import config_json
+from skyreels_jax.weights.transformer_rules import TRANSFORMER_IGNORED, transformer_rules
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline, SkyReelsV2Transformer3DModel
+
+# How the reference computes: as diffusers does in a dtype, or as the original's scripts do, whose
+# weights and matrix products are bfloat16, whose residual is rounded once a block, and all else
+# float32.
+NUMERICS: Final = ("diffusers", "original-numerics")
+
+
+def load_transformer(
+    checkpoint: Checkpoint, device: "torch.device", dtype: "torch.dtype"
+) -> "SkyReelsV2Transformer3DModel":
+    """The transformer; what diffusers keeps in float32 stays so.
+
+    Raises:
+        WeightsError: the part is missing, unsound or incomplete.
+    """
+    import torch
+    from diffusers import SkyReelsV2Transformer3DModel
+    from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2RotaryPosEmbed
+
+    config, layout = checkpoint.config, checkpoint.layout
+    settings = config_json(config, "diffusers")
+    del settings["_class_name"]
+    with torch.device("meta"):
+        model = SkyReelsV2Transformer3DModel(**settings)
+    exact = tuple(SkyReelsV2Transformer3DModel._keep_in_fp32_modules or ())
+    source = RoundedSource(layout.tensors(), None)
+    named = rename(
+        transformer_rules(config), source, layout.dialect, "diffusers", ignored=TRANSFORMER_IGNORED
+    )
+
+    def kept(name: str) -> "torch.dtype":
+        parts = name.split(".")
+        return torch.float32 if any(part in parts for part in exact) else dtype
+
+    values = {name: to_torch(value).to(device, kept(name)) for name, value in named}
+    model.load_state_dict(values, strict=True, assign=True)
+    # Tables are no parameters: what was built without memory has none.
+    model.rope = SkyReelsV2RotaryPosEmbed(config.head_dim, config.patch_size, 1024).to(device)
+    return model.eval().requires_grad_(False)
+
+
+def load_pipeline(
+    checkpoint: Checkpoint,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    encoders: str | None = None,
+    image: bool = False,
+) -> "DiffusionPipeline":
+    """The pipeline of a checkpoint's task, all of its parts loaded.
+
+    Args:
+        checkpoint: in either layout.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        dtype: of transformer and encoders; the VAE is float32.
+        encoders: another dtype for them.
+        image: whether diffusion forcing is to begin with one.
+
+    Raises:
+        WeightsError: a part is missing, unsound or incomplete.
+        UnsupportedError: there is no such device here.
+    """
+    import diffusers
+    from transformers import AutoTokenizer, CLIPImageProcessor
+
+    where, kind = torch_device(device), torch_dtype(jnp.dtype(dtype))
+    encoder_kind = torch_dtype(jnp.dtype(encoders or dtype))
+    parts: dict[str, Any] = {
+        "tokenizer": AutoTokenizer.from_pretrained(checkpoint.tokenizer),
+        "text_encoder": load_umt5(checkpoint, where, encoder_kind),
+        "transformer": load_transformer(checkpoint, where, kind),
+        "vae": load_vae(checkpoint, where, torch_dtype(jnp.float32)),
+        "scheduler": diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+        ),
+    }
+    names = {"t2v": "SkyReelsV2Pipeline", "i2v": "SkyReelsV2ImageToVideoPipeline"}
+    name = names.get(checkpoint.task, "SkyReelsV2DiffusionForcingPipeline")
+    if checkpoint.task == "i2v":
+        tower = load_clip(checkpoint, where, encoder_kind)
+        parts |= {"image_encoder": tower, "image_processor": CLIPImageProcessor()}
+    elif image:
+        name = "SkyReelsV2DiffusionForcingImageToVideoPipeline"
+    pipeline = getattr(diffusers, name)(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@dataclass(eq=False)
+class Observed:
+    """What a run of a pipeline showed.
+
+    Attributes:
+        keep: steps at which transformer inputs are kept.
+        calls: at each of them, all that the first call of the transformer was given.
+        predictions: at each of them, what every call answered.
+        negative: text states of the second call of a step.
+        latents: after each step.
+        moments: when each step began, and the last one ended; seconds of a monotonic clock.
+        frames: uint8.
+    """
+
+    keep: tuple[int, ...]
+    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    predictions: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    negative: np.ndarray | None = None
+    latents: list[np.ndarray] = field(default_factory=list)
+    moments: list[float] = field(default_factory=list)
+    frames: Frames | None = None
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each step, guidance and solver included."""
+        return list(np.diff(self.moments))
+
+
+def run(
+    pipeline: Any,
+    noise: np.ndarray,
+    schedule: FlowSchedule,
+    *,
+    guidance_scale: float,
+    image: Image.Image | None = None,
+    keep: tuple[int, ...] = (),
+    numerics: str = "diffusers",
+    **settings: Any,
+) -> Observed:
+    """Make a video of one window.
+
+    Args:
+        pipeline: from :func:`load_pipeline`.
+        noise: latents ``[1, 16, F, H, W]``.
+        schedule: the noise levels.
+        guidance_scale: up to 1 there is one call a step, else two.
+        image: the first frame.
+        keep: steps whose transformer inputs and predictions are kept.
+        numerics: one of :data:`NUMERICS`; the second takes a pipeline of float32.
+        **settings: of the pipeline's call.
+    """
+    import torch
+
+    seen = Observed(keep)
+    pipeline.scheduler = _with_levels(pipeline.scheduler, schedule)
+    latents = torch.tensor(noise, device=pipeline.transformer.device)
+    if hasattr(pipeline, "generate_timestep_matrix"):
+        real = type(pipeline).prepare_latents
+
+        # Diffusion forcing unpacks four values that its own `latents=` path does not return.
+        def given(*args: Any, **kwargs: Any) -> Any:
+            return latents.clone(), *real(pipeline, *args, **kwargs)[1:]
+
+        pipeline.prepare_latents = given
+    else:
+        settings["latents"] = latents
+    if image is not None:
+        settings["image"] = image
+    settings |= {"num_inference_steps": schedule.num_steps, "guidance_scale": guidance_scale}
+    calls = 2 if guidance_scale > 1 else 1
+    with _watched(pipeline, seen, calls), as_the_original(pipeline, numerics):
+        frames = pipeline(output_type="np", **settings).frames[0]
+    seen.frames = np.rint(frames * 255).astype(np.uint8)
+    return seen
+
+
+def _with_levels(scheduler: Any, schedule: FlowSchedule) -> Any:
+    """UniPC on the original's sigmas in place of diffusers' own grid."""
+    import torch
+    from diffusers import UniPCMultistepScheduler
+
+    class GivenLevels(UniPCMultistepScheduler):
+        def set_timesteps(self, num_inference_steps: int, device: Any = None, **_: Any) -> None:
+            super().set_timesteps(num_inference_steps, device=device)
+            assert num_inference_steps == schedule.num_steps
+            self.sigmas = torch.tensor(schedule.sigmas, dtype=torch.float32)
+            self.timesteps = torch.tensor(schedule.timesteps)
+            # By position: truncated timesteps need not be unique.
+            self.set_begin_index(0)
+
+        def step(self, model_output: Any, timestep: Any, sample: Any, **more: Any) -> Any:
+            # A copy: the loop of diffusion forcing passes a view and overwrites it, after which the
+            # corrector of the second step starts from the wrong sample.
+            return super().step(model_output, timestep, sample.clone(), **more)
+
+    return GivenLevels.from_config(scheduler.config)
+
+
+@contextmanager
+def _watched(pipeline: Any, seen: Observed, calls: int) -> Iterator[None]:
+    """Follow the transformer's calls, of which a step has ``calls``, up to the decoding."""
+    model, decode = pipeline.transformer, pipeline.vae.decode
+    number = 0
+
+    def before(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        step, call = divmod(number, calls)
+        if call:
+            seen.negative = _host(kwargs["encoder_hidden_states"])
+            return
+        seen.moments.append(time.perf_counter())
+        if step:
+            channels = pipeline.vae.config.z_dim
+            seen.latents.append(_host(kwargs["hidden_states"][:, :channels]))
+        if step in seen.keep:
+            seen.calls[step] = {
+                name: _host(value) for name, value in kwargs.items() if value is not None
+            }
+
+    def after(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal number
+        step, number = number // calls, number + 1
+        if step in seen.keep:
+            seen.predictions.setdefault(step, []).append(_host(output[0]))
+
+    def last(z: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.moments.append(time.perf_counter())
+        mean, std = (
+            np.asarray(pipeline.vae.config[name], np.float32).reshape(1, -1, 1, 1, 1)
+            for name in ("latents_mean", "latents_std")
+        )
+        seen.latents.append((_host(z) - mean) / std)
+        return decode(z, *args, **kwargs)
+
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True),
+    ]
+    pipeline.vae.decode = last
+    try:
+        yield
+    finally:
+        del pipeline.vae.decode
+        for handle in handles:
+            handle.remove()
+
+
+def _host(value: Any) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.detach().float().cpu().numpy().copy()
+    return value
+
+
+@contextmanager
+def as_the_original(pipeline: Any, numerics: str) -> Iterator[None]:
+    """bfloat16 by autocast around the transformer, and its residual rounded after each block."""
+    import torch
+
+    if numerics == "diffusers":
+        yield
+        return
+    model = pipeline.transformer
+    handles = [
+        block.register_forward_hook(lambda _, __, output: output.to(torch.bfloat16))
+        for block in model.blocks
+    ]
+    true = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(model.device.type, torch.bfloat16):
+            return true(*args, **kwargs)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        for handle in handles:
+            handle.remove()
+
+
+def as_tensor(values: np.ndarray, pipeline: Any) -> "torch.Tensor":
+    """On the device and in the dtype of a pipeline's transformer."""
+    import torch
+
+    weight = pipeline.transformer.patch_embedding.weight
+    return torch.from_numpy(values).to(weight.device, weight.dtype)

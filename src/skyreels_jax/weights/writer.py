@@ -1,0 +1,174 @@
+"""Writes weights: streamed into safetensors shards, and folders that appear whole or not at all."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from skyreels_jax.errors import RequestError, WeightsError
+from skyreels_jax.weights.rules import Dialect
+from skyreels_jax.weights.safetensors_file import DTYPES
+from skyreels_jax.weights.source import TensorSpec
+
+CODES: Final[Mapping[np.dtype, str]] = {dtype: code for code, dtype in DTYPES.items()}
+# What diffusers and transformers cut their own files to.
+MAX_SHARD_BYTES: Final = 5_000_000_000
+# The stem of a transformer's files: Skywork's, and diffusers' (which finds them by it).
+TRANSFORMER_STEM: Final[Mapping[Dialect, str]] = {
+    "original": "model",
+    "diffusers": "diffusion_pytorch_model",
+}
+
+
+@contextmanager
+def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` when the block ends, and vanishes if it fails.
+
+    Args:
+        folder: to make; its parents are made too.
+        overwrite: replace a folder that is there (only once the new one is complete).
+
+    Raises:
+        RequestError: if ``folder`` is there, holds files and may not be replaced.
+        WeightsError: if the file system refuses a write.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"{folder} is a file; give a folder to write to")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise RequestError(f"{folder} is there already: choose another, or allow overwriting it")
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+        raise WeightsError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file as the published folders have them: indented, keys in order."""
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_tensors(
+    folder: Path,
+    stem: str,
+    specs: Mapping[str, TensorSpec],
+    values: Iterable[tuple[str, np.ndarray]],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> list[Path]:
+    """Stream tensors into ``stem*.safetensors`` shards, with an index if there are several.
+
+    Args:
+        folder: an existing folder, usually one of :func:`new_folder`.
+        stem: of the file names: ``stem.safetensors`` or ``stem-00001-of-00002.safetensors``.
+        specs: of all tensors, in the order in which ``values`` brings them.
+        values: the data, one tensor held at a time.
+        max_shard_bytes: a shard grows no larger, unless by a single tensor.
+
+    Returns:
+        The files, index last.
+
+    Raises:
+        WeightsError: if ``values`` are not what ``specs`` announce.
+    """
+    shards = _shards(specs, max_shard_bytes)
+    files = [folder / _shard_name(stem, k, len(shards)) for k in range(len(shards))]
+    stream = iter(values)
+    for file, names in zip(files, shards, strict=True):
+        _write_shard(file, {name: specs[name] for name in names}, stream)
+    extra = next(stream, None)
+    if extra is not None:
+        raise WeightsError(f"{folder}: {extra[0]} was not announced")
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(spec.nbytes for spec in specs.values())},
+            "weight_map": {
+                name: file.name for file, names in zip(files, shards, strict=True) for name in names
+            },
+        }
+        files.append(folder / f"{stem}.safetensors.index.json")
+        write_json(files[-1], index)
+    return files
+
+
+def _shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    room = max_bytes
+    for name, spec in specs.items():
+        if spec.nbytes > room and shards[-1]:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(name)
+        room -= spec.nbytes
+    return shards
+
+
+def _shard_name(stem: str, index: int, count: int) -> str:
+    number = "" if count == 1 else f"-{index + 1:05d}-of-{count:05d}"
+    return f"{stem}{number}.safetensors"
+
+
+@dataclass(frozen=True)
+class _Header:
+    raw: bytes
+    offsets: Mapping[str, int]
+    size: int
+
+
+def _header(specs: Mapping[str, TensorSpec]) -> _Header:
+    """Wide dtypes first, so that every tensor is aligned to its own size."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    end = 0
+    for name in sorted(specs, key=lambda name: -specs[name].dtype.itemsize):
+        spec = specs[name]
+        offsets[name] = end
+        end += spec.nbytes
+        entries[name] = {
+            "dtype": CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offsets[name], end],
+        }
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return _Header(struct.pack("<Q", len(raw)) + raw, offsets, end)
+
+
+def _write_shard(
+    file: Path, specs: Mapping[str, TensorSpec], values: Iterator[tuple[str, np.ndarray]]
+) -> None:
+    header = _header(specs)
+    temporary = file.with_name(f".{file.name}.partial")
+    with temporary.open("wb") as stream:
+        stream.write(header.raw)
+        for expected in specs:
+            name, value = next(values, ("nothing", np.empty(0)))
+            spec = specs[expected]
+            if name != expected or (value.shape, value.dtype) != (spec.shape, spec.dtype):
+                raise WeightsError(
+                    f"{file}: {expected} {spec.dtype} {list(spec.shape)} was announced, "
+                    f"{name} {value.dtype} {list(value.shape)} came"
+                )
+            stream.seek(len(header.raw) + header.offsets[name])
+            stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        stream.truncate(len(header.raw) + header.size)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.rename(file)

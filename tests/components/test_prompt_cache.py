@@ -1,0 +1,89 @@
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from skyreels_jax.components.prompt_cache import CachedTextEncoder, fingerprint
+
+
+class Recorder:
+    """An encoder that remembers what it was asked, and makes rows that depend on the prompt."""
+
+    def __init__(self):
+        self.asked: list[str] = []
+
+    def encode(self, prompts: Sequence[str]) -> np.ndarray:
+        self.asked += prompts
+        states = np.zeros((len(prompts), 16, 4), np.float32)
+        for row, prompt in enumerate(prompts):
+            states[row, : len(prompt)] = np.arange(1, len(prompt) + 1)[:, None] + ord(prompt[0])
+        return states
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+def cached(recorder: Recorder, folder: Path, weights: str = "w") -> CachedTextEncoder:
+    return CachedTextEncoder(lambda: recorder, folder, weights)
+
+
+def test_a_prompt_is_encoded_once_and_then_read(recorder: Recorder, tmp_path: Path):
+    first = cached(recorder, tmp_path).encode(["abc", "xy"])
+    second = cached(recorder, tmp_path).encode(["xy", "abc"])
+    assert recorder.asked == ["abc", "xy"]
+    np.testing.assert_array_equal(first, second[::-1])
+    np.testing.assert_array_equal(first, Recorder().encode(["abc", "xy"]))
+
+
+def test_the_same_prompt_twice_in_one_call_is_encoded_once(recorder: Recorder, tmp_path: Path):
+    states = cached(recorder, tmp_path).encode(["abc", "abc"])
+    assert recorder.asked == ["abc"]
+    np.testing.assert_array_equal(states[0], states[1])
+
+
+def test_prompts_equal_after_cleaning_share_an_entry(recorder: Recorder, tmp_path: Path):
+    cached(recorder, tmp_path).encode(["a  cat"])
+    cached(recorder, tmp_path).encode([" a cat "])
+    assert recorder.asked == ["a  cat"]
+
+
+def test_other_weights_do_not_share_entries(recorder: Recorder, tmp_path: Path):
+    cached(recorder, tmp_path, "one").encode(["abc"])
+    cached(recorder, tmp_path, "two").encode(["abc"])
+    assert recorder.asked == ["abc", "abc"]
+
+
+def test_the_encoder_is_not_loaded_when_all_is_found(recorder: Recorder, tmp_path: Path):
+    cached(recorder, tmp_path).encode(["abc"])
+
+    def fail():
+        raise AssertionError("loaded without need")
+
+    CachedTextEncoder(fail, tmp_path, "w").encode(["abc"])
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a file of tensors", None])
+def test_a_damaged_entry_is_made_anew(recorder: Recorder, tmp_path: Path, damage: bytes | None):
+    encoder = cached(recorder, tmp_path)
+    before = encoder.encode(["abc"])
+    path = encoder.path_of("abc")
+    path.write_bytes(path.read_bytes()[:-5] if damage is None else damage)
+    np.testing.assert_array_equal(encoder.encode(["abc"]), before)
+    assert recorder.asked == ["abc", "abc"]
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_fingerprint_changes_with_contents_name_and_settings(tmp_path: Path):
+    file = tmp_path / "a.bin"
+    file.write_bytes(bytes(100_000))
+    base = fingerprint([file], "bf16")
+    assert fingerprint([file], "bf16") == base
+    assert fingerprint([file], "f32") != base
+    changed = tmp_path / "b.bin"
+    changed.write_bytes(bytes(100_000))
+    assert fingerprint([changed], "bf16") != base
+    file.write_bytes(bytes(50_000) + b"\1" + bytes(49_999))
+    assert fingerprint([file], "bf16") != base

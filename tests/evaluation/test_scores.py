@@ -1,0 +1,87 @@
+"""Scores of models whose videos are known: drawn ones, and drawn ones with a fault."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from skyreels_jax.evaluation.quality import LONG, OVERLAP, joins, table
+from skyreels_jax.evaluation.scores import (
+    FPS,
+    FRAMES,
+    SIZE,
+    Share,
+    first_frame,
+    held_out_scenes,
+    jump_at_joins,
+    lasting_scenes,
+    score,
+)
+from skyreels_jax.moving_shapes.judge import look
+from skyreels_jax.moving_shapes.render import render
+from skyreels_jax.moving_shapes.scene import HELD_OUT, Combination, Scene
+
+
+def drawn(scene: Scene, seed: int) -> np.ndarray:
+    del seed
+    return render(scene, frames=FRAMES, fps=float(FPS), size=SIZE)
+
+
+def test_a_perfect_model_is_perfect_and_others_are_not():
+    scenes = held_out_scenes(24)
+    found = score(drawn, scenes)
+    assert [str(found.share(n)) for n in ("colour", "kind", "motion", "all")] == [
+        "100.0% (86.2% to 100.0%)"
+    ] * 4
+    assert "100.0%" in table({"drawn": found})
+
+    # Backwards in time every other video: what moves, grows or shrinks does the contrary.
+    turned = score(lambda s, n: drawn(s, n)[:: -1 if n % 2 else 1], scenes)
+    assert turned.share("colour").right == turned.share("kind").right == 24
+    assert turned.share("motion").right == turned.share("all").right == 12
+
+    other = score(lambda s, n: drawn(scenes[(n + 1) % 24], n), scenes)
+    assert other.share("all").right == 0
+
+
+def test_scenes_are_held_out_ones_and_ones_that_last():
+    scenes = held_out_scenes(48)
+    things = [scene.things[0] for scene in scenes]
+    assert {Combination(t.colour, t.kind, t.direction) for t in things} == set(HELD_OUT)
+    assert held_out_scenes(48) == scenes != held_out_scenes(48, seed=1)
+    for scene in lasting_scenes(20):
+        video = render(scene, frames=LONG, fps=float(FPS), size=SIZE)
+        assert look(video, FPS)[0].steady
+
+
+def test_intervals_are_wilsons():
+    # Brown, Cai and DasGupta, "Interval Estimation for a Binomial Proportion" (2001): its formula
+    # solved as a quadratic here, in other words.
+    for right, of in ((0, 10), (7, 10), (186, 200), (50, 50)):
+        z, p = 1.96, right / of
+        roots = np.roots([1 + z * z / of, -2 * p - z * z / of, p * p])
+        np.testing.assert_allclose(Share(right, of).interval, sorted(np.real(roots)), atol=1e-7)
+
+
+# Steps of 0.0125 are below what can be seen, 0.02; a jump is as long as given and one step.
+@pytest.mark.parametrize(("shift", "expected"), [(0.0, 0.625), (0.1, 5.6)])
+def test_a_jump_at_a_join_is_seen(shift: float, expected: float):
+    scene = lasting_scenes(1)[0]
+    thing = replace(
+        scene.things[0], motion="move", direction="right", speed="slow", x=0.2, y=0.5, radius=0.15
+    )
+    video = render(replace(scene, things=(thing,)), frames=33, fps=float(FPS), size=SIZE)
+    moved = replace(thing, x=thing.x + shift)
+    after = render(replace(scene, things=(moved,)), frames=33, fps=float(FPS), size=SIZE)
+    join = joins()[0]
+    seen = look(np.concatenate([video[:join], after[join:]]), FPS)[0]
+    assert jump_at_joins(seen, [join]) == pytest.approx(expected, rel=0.15)
+
+
+def test_joins_are_where_windows_begin():
+    assert joins() == tuple(range(17, LONG, 17 - OVERLAP))
+
+
+def test_the_image_given_is_the_first_frame():
+    scene = held_out_scenes(1)[0]
+    np.testing.assert_array_equal(first_frame(scene), drawn(scene, 0)[0])
