@@ -4,13 +4,11 @@ Everything else that escapes is a bug. The command line turns each into one line
 and the exit code below.
 """
 
-from typing import ClassVar
-
 
 class SkyReelsError(Exception):
     """Base of all errors raised on purpose; ``exit_code`` is what the command line returns."""
 
-    exit_code: ClassVar[int] = 2
+    exit_code: int = 2
 
 
 class RequestError(SkyReelsError, ValueError):
@@ -33,4 +31,8 @@ class Stopped(SkyReelsError):
     """A generation ended early because somebody asked it to; says what is kept."""
 
     # What a shell returns for a program that SIGINT ended.
-    exit_code: ClassVar[int] = 130
+    exit_code = 130
+
+    def __init__(self, message: str, exit_code: int = 130):
+        super().__init__(message)
+        self.exit_code = exit_code

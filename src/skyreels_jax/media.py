@@ -6,7 +6,6 @@ that whatever interrupts the writing, no half file has the name that was asked f
 
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
@@ -22,6 +21,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from skyreels_jax.errors import RequestError
+from skyreels_jax.files import whole_file, write_json
 from skyreels_jax.shapes import Frames
 
 RgbImage = UInt8[np.ndarray, "height width 3"]
@@ -90,17 +90,6 @@ def contact_sheet(
     sheet = np.zeros((rows, columns, height, width, 3), np.uint8)
     sheet.reshape(-1, height, width, 3)[: len(chosen)] = frames[chosen]
     return sheet.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name when the body ends, or is removed."""
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_output(path: str | Path) -> None:
@@ -223,8 +212,7 @@ def write_video(
 
 def write_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
     """Write settings as a JSON file."""
-    with whole_file(Path(path)) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write_json(Path(path), settings)
 
 
 def read_video(path: str | Path) -> tuple[Frames, Fraction]:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 import pytest
 from tests.cli.commands import Command
 
-from skyreels_jax.cli import main as main_module
+from skyreels_jax import interrupt
 from skyreels_jax.cli.main import ELSEWHERE, VERBS, build_parser
 
 # The original's flags (generate_video.py) that are ours under another name, with what they take.
@@ -147,22 +147,20 @@ class Dropped:
         signal.raise_signal(self.number)
 
 
-@pytest.mark.parametrize("hook", [main_module.signal_again, lambda unraisable: None])
+@pytest.mark.parametrize("hook", [interrupt.send_again, lambda unraisable: None])
 @pytest.mark.parametrize(
     ("number", "kind"),
-    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, main_module.Terminated)],
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, interrupt.Terminated)],
 )
 def test_a_signal_that_a_finalizer_swallowed_comes_again(
     monkeypatch: pytest.MonkeyPatch, hook, number: int, kind: type
 ):
     monkeypatch.setattr(sys, "unraisablehook", hook)
-    before = signal.signal(signal.SIGTERM, main_module.terminate)
     raised: list[type] = []
     try:
-        Dropped(number)
-        time.sleep(0.5)
+        with interrupt.signals_raise():
+            Dropped(number)
+            time.sleep(0.5)
     except KeyboardInterrupt as error:
         raised.append(type(error))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert raised == ([kind] if hook is main_module.signal_again else [])
+    assert raised == ([kind] if hook is interrupt.send_again else [])

@@ -2,13 +2,9 @@
 
 import argparse
 import shutil
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -16,11 +12,13 @@ from skyreels_jax.cli.opening import OPTIONS, open_pipeline
 from skyreels_jax.cli.progress import console_progress
 from skyreels_jax.cli.report import summarise
 from skyreels_jax.errors import RequestError, SkyReelsError, Stopped
+from skyreels_jax.files import whole_file
 from skyreels_jax.generation.api import settings_of
 from skyreels_jax.generation.job import Job
 from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.generation.windows import pixel_frames
-from skyreels_jax.media import VideoWriter, contact_sheet, whole_file, write_image, write_settings
+from skyreels_jax.interrupt import stop_requested
+from skyreels_jax.media import VideoWriter, contact_sheet, write_image, write_settings
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.sampling.progress import Clock
 from skyreels_jax.shapes import Frames
@@ -71,13 +69,13 @@ def go_on(pipeline: Pipeline, job: Job) -> int:
     request, output = job.request, Path(job.how["output"])
     again = f"finished windows are kept; go on with: skyreels-jax resume {job.folder}"
     try:
-        with console_progress() as progress, asked_to_stop() as stop:
+        with console_progress() as progress, stop_requested(say_stopping) as stop:
             clock = Clock(progress, stop=stop)
             write(pipeline, job, clock)
         move(job.partial, output)
     except Stopped as error:
         kept = f"{job.partial} has what is finished; " if job.partial.is_file() else ""
-        raise Stopped(f"{error}; {kept}{again}") from error
+        raise Stopped(f"{error}; {kept}{again}", error.exit_code) from error
     except (SkyReelsError, OSError, MemoryError, RuntimeError) as error:
         raise SkyReelsError(f"{error}; {again}") from error
     if job.how["sidecar"]:
@@ -148,29 +146,10 @@ class Strips:
                 self.kept, self.number = [], min(self.number + 1, len(self.spans) - 1)
 
 
-@contextmanager
-def asked_to_stop() -> Iterator[Event]:
-    """An event that Ctrl-C and SIGTERM set; a second one stops at once, as it does elsewhere."""
-    event = Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: Any) -> None:
-        del frame
-        event.set()
-        signal.signal(number, before[signal.Signals(number)])
-        print(
-            "stopping after the step under way; once more to stop at once",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def say_stopping() -> None:
+    """Tell whoever asked that it was heard."""
+    line = "stopping after the step under way; once more to stop at once"
+    print(line, file=sys.stderr, flush=True)
 
 
 def move(source: Path, target: Path) -> None:

@@ -10,21 +10,22 @@ import difflib
 import importlib
 import logging
 import os
-import signal
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from types import FrameType
 from typing import Any, Final, NoReturn
 
 from skyreels_jax.errors import SkyReelsError
+from skyreels_jax.interrupt import (
+    HUNG_UP,
+    INTERRUPTED,
+    TERMINATED,
+    exit_code,
+    send_again,
+    signals_raise,
+)
 
 USAGE_ERROR: Final = 2
-INTERRUPTED: Final = 130
-TERMINATED: Final = 143
-# Seconds until a signal that came to nothing is sent anew.
-AGAIN: Final = 0.05
 # Each verb is a module of this package with `add_parser` and, set as the parser's default, `run`.
 # Its help stands here too: a list of verbs should not wait until the modules have imported JAX.
 VERBS: Final[Mapping[str, str]] = {
@@ -43,33 +44,6 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "--offload": "not needed: each part leaves memory before the next one comes",
     "--use_usp": "not needed to run on one device",
 }
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as an exception: what is under way cleans up as it does after Ctrl-C."""
-
-
-def terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    """Handle SIGTERM."""
-    del signum, frame
-    raise Terminated
-
-
-def signal_again(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Send a signal anew whose exception came to nothing: the hook for such exceptions.
-
-    A signal that arrives in a finalizer or a callback of the garbage collector raises there, where
-    Python drops exceptions; a run of hours would go on as if nobody had asked it to stop.
-    """
-    if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        ended = isinstance(unraisable.exc_value, Terminated)
-        number = signal.SIGTERM if ended else signal.SIGINT
-        # Later: at once would be in the same place.
-        again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
-        again.daemon = True
-        again.start()
-    else:
-        sys.__unraisablehook__(unraisable)
 
 
 class Parser(argparse.ArgumentParser):
@@ -152,9 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Others' debug lines (compiler passes, plugins) would drown ours.
     for noisy in ("jax", "PIL", "filelock", "httpx", "httpcore", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        return args.run(args)
+        with signals_raise():
+            return args.run(args)
     except SkyReelsError as error:
         if args.verbose:
             logging.getLogger(__name__).exception("refused")
@@ -163,9 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt as stop:
         print("skyreels-jax: stopped", file=sys.stderr)
-        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return exit_code(stop)
 
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
@@ -174,9 +146,9 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
     An interrupted one ends at once. Its computation may still be running in threads of XLA, which
     crash now and then if the interpreter is taken down around them.
     """
-    sys.unraisablehook = signal_again
+    sys.unraisablehook = send_again
     code = main(argv)
-    if code in (INTERRUPTED, TERMINATED):
+    if code in (INTERRUPTED, TERMINATED, HUNG_UP):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

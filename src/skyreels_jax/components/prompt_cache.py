@@ -5,8 +5,6 @@ compute type. It is 512 x text_dim values, of which only the rows of real tokens
 """
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from skyreels_jax import prompts as prompt_text
 from skyreels_jax.components.protocols import TextEncoder
+from skyreels_jax.files import whole_file
 
 # Change when the meaning of an entry changes.
 FORMAT: Final = "prompt-embedding-1"
@@ -95,10 +94,5 @@ def write_entry(path: Path, states: Float[np.ndarray, "S text_dim"]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     used = np.flatnonzero(np.any(states != 0, axis=1))
     rows = states[: used[-1] + 1 if used.size else 0].astype(np.float32)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    os.close(handle)
-    try:
+    with whole_file(path) as temporary:
         save_file({"rows": rows, "shape": np.asarray(states.shape, np.int64)}, temporary)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

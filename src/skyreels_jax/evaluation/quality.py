@@ -31,7 +31,8 @@ from skyreels_jax.evaluation.scores import (
     lasting_scenes,
     score,
 )
-from skyreels_jax.media import whole_file, write_image
+from skyreels_jax.files import whole_file
+from skyreels_jax.media import write_image
 from skyreels_jax.models import vae
 from skyreels_jax.moving_shapes.judge import look
 from skyreels_jax.moving_shapes.render import render

@@ -26,19 +26,19 @@ from safetensors.numpy import save_file
 
 from skyreels_jax import geometry
 from skyreels_jax.errors import RequestError
+from skyreels_jax.files import remove_temporary, whole_file, write_json
 from skyreels_jax.generation.caching import CacheSettings
 from skyreels_jax.generation.request import Forcing, GivenVideo, ResolvedRequest
 from skyreels_jax.generation.windows import Window
-from skyreels_jax.media import read_image, whole_file, write_image
+from skyreels_jax.media import read_image, write_image
 from skyreels_jax.shapes import HostLatents
 
 FORMAT: Final = 1
 RECORD: Final = "job.json"
 TENSOR: Final = "latents"
 IMAGES: Final = ("image", "last_image")
-# Everything a job may hold, and the temporary names of it; nothing else is ever removed.
+# Everything a job may hold, beside temporary files; nothing else is ever removed.
 OWN: Final = ("job.json", "*image.png", "window-*.safetensors", "partial.mp4")
-TEMPORARY: Final = (".job-*.json", ".*image-*.png", ".window-*.safetensors", ".partial-*.mp4")
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,8 @@ class Job:
             if (image := getattr(request, name)) is not None:
                 write_image(folder / f"{name}.png", image)
         # The record last: a folder that has it is complete.
-        with whole_file(folder / RECORD) as temporary:
-            record = {"format": FORMAT, "request": to_json(request), "how": dict(how)}
-            temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        record = {"format": FORMAT, "request": to_json(request), "how": dict(how)}
+        write_json(folder / RECORD, record)
         return cls(folder, request, how)
 
     @classmethod
@@ -105,9 +104,7 @@ class Job:
             how = dict(record["how"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RequestError(f"{path} cannot be understood ({error}); start anew") from error
-        for pattern in TEMPORARY:
-            for left in folder.glob(pattern):
-                left.unlink()
+        remove_temporary(folder)
         return cls(folder, request, how)
 
     @property
@@ -149,7 +146,8 @@ class Job:
 
     def remove(self) -> None:
         """Remove the job's files, and the folder if nothing else is in it."""
-        for pattern in (*OWN, *TEMPORARY):
+        remove_temporary(self.folder)
+        for pattern in OWN:
             for file in self.folder.glob(pattern):
                 file.unlink()
         if not any(self.folder.iterdir()):

@@ -9,9 +9,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from skyreels_jax.errors import RequestError
+from skyreels_jax.files import whole_file
 from skyreels_jax.generation.api import Sample
 from skyreels_jax.geometry import LATENT_CHANNELS
-from skyreels_jax.media import whole_file
 
 TENSOR: Final = "latents"
 SETTINGS: Final = "settings"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from skyreels_jax.media import whole_file
+from skyreels_jax.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

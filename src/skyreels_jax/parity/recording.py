@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from skyreels_jax.media import whole_file
+from skyreels_jax.files import whole_file
 from skyreels_jax.parity.capture import Note
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from skyreels_jax.media import whole_file
+from skyreels_jax.files import whole_file
 
 # Browsers grow slow with larger videos in a page; base64 makes them a third larger still.
 EMBEDDED_BYTES: Final = 20_000_000

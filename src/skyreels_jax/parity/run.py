@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from skyreels_jax.errors import SkyReelsError
-from skyreels_jax.media import RgbImage, whole_file, write_video
+from skyreels_jax.files import whole_file
+from skyreels_jax.media import RgbImage, write_video
 from skyreels_jax.parity import plots
 from skyreels_jax.parity.plan import Plan, sides_of
 from skyreels_jax.parity.recording import arrays

@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Event
 from typing import Literal, Protocol, runtime_checkable
 
 from skyreels_jax.errors import Stopped
+from skyreels_jax.interrupt import StopRequest
 
 Stage = Literal["text", "image", "condition", "load", "compile", "denoise", "decode"]
 
@@ -72,7 +72,7 @@ class Clock:
     computed: int = 0
     calls: int = 0
     blocks: tuple[int, int] = (0, 0)
-    stop: Event = field(default_factory=Event)
+    stop: StopRequest = field(default_factory=StopRequest)
     _inside: float = 0.0
 
     def check(self) -> None:
@@ -82,7 +82,7 @@ class Clock:
             Stopped: ``stop`` is set.
         """
         if self.stop.is_set():
-            raise Stopped("stopped, as asked")
+            raise Stopped("stopped, as asked", self.stop.exit_code)
 
     def ran(
         self,

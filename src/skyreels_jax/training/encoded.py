@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, UInt8
 
-from skyreels_jax.media import whole_file
+from skyreels_jax.files import whole_file
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_config import FRAME_STRIDE
 from skyreels_jax.moving_shapes.captions import caption

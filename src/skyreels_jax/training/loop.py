@@ -3,7 +3,6 @@
 import json
 import logging
 import queue
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any, Final
 import jax
 
 from skyreels_jax.errors import SkyReelsError, UnsupportedError
+from skyreels_jax.interrupt import stop_requested
 from skyreels_jax.training.checkpointing import Checkpoints, checkpoints
 from skyreels_jax.training.optimizer import OptimizerConfig, make_optimizer
 from skyreels_jax.training.parameters import Params
@@ -121,7 +121,7 @@ def train(
         key = jax.random.key(run.seed)
         done, last = int(state.step), None
         with _ahead(task.batch, done, run.steps) as batches:
-            while done < run.steps and not stop():
+            while done < run.steps and not stop.is_set():
                 state, report = step(state, next(batches), jax.random.fold_in(key, done))
                 # Read one step late: the device never waits for the host.
                 if last is not None:
@@ -206,29 +206,6 @@ def _board(folder: Path, done: int) -> Any:
         ) from error
     # What an interrupted run wrote past its last checkpoint is hidden.
     return SummaryWriter(str(folder), purge_step=done + 1 if done else None)
-
-
-@contextmanager
-def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or SIGINT came; a second one acts as it did before. Main thread only."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(number: int, frame: Any) -> None:
-        del frame
-        asked.set()
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
