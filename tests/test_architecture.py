@@ -232,8 +232,8 @@ def violations(file: Path, source: str) -> list[str]:
         top, *rest = name.split(".")
         if top == PACKAGE and rest and rest[0] != room and rest[0] not in ALLOWED[room]:
             found.append(f"{room} may not import {name}")
-        if top in TORCH_SIDE and room != "torch_side":
-            found.append(f"{name}: only torch_side/ may import the PyTorch side")
+        if top in TORCH_SIDE and room not in {"torch_side", "testing"}:
+            found.append(f"{name}: only torch_side/ and testing/ may import the PyTorch side")
     for name in imports_of(at_module_level(tree)):
         if name.split(".")[0] in TORCH_SIDE | OPTIONAL:
             found.append(f"{name} at module level, though the core installs without it")
