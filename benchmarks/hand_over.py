@@ -14,9 +14,9 @@ from benchmarks.measure import head, middle, row, versions
 from benchmarks.step_cache import MODES
 
 from skyreels_jax.cache_dirs import enable_compilation_cache
-from skyreels_jax.evaluation.quality import OVERLAP
+from skyreels_jax.evaluation.quality import LONG_OVERLAP
 from skyreels_jax.evaluation.scores import FPS, FRAMES, Share, from_text, held_out_scenes
-from skyreels_jax.moving_shapes.judge import agrees, look
+from skyreels_jax.moving_shapes.judge import detect_things, judge_scene
 from skyreels_jax.moving_shapes.scene import Scene
 from skyreels_jax.parity.metrics import psnr
 from skyreels_jax.pipeline import Pipeline
@@ -34,7 +34,7 @@ def still_scenes(count: int) -> list[Scene]:
 
 def ends(frames: Frames) -> list[Frames]:
     """The last frame of each window."""
-    step = FRAMES - OVERLAP
+    step = FRAMES - LONG_OVERLAP
     return [frames[at : at + 1] for at in range(FRAMES - 1, len(frames), step)]
 
 
@@ -55,7 +55,7 @@ def measure(pipeline: Pipeline, scenes: list[Scene], shown: list[int], **setting
         last = ends(frames)
         found.distances.append([psnr(last[n], last[0]) for n in shown])
         found.lighter.append(float(last[-1].mean()) - float(last[0].mean()))
-        found.right.append(agrees(look(frames, FPS), scene).all)
+        found.right.append(judge_scene(detect_things(frames, FPS), scene).all)
     return found
 
 
@@ -73,9 +73,9 @@ def main() -> None:
     scenes = still_scenes(options.count)
     shown = [n for n in (1, 2, 4, 8, 16) if n < options.windows]
     windows = {
-        "num_frames": FRAMES + (options.windows - 1) * (FRAMES - OVERLAP),
+        "num_frames": FRAMES + (options.windows - 1) * (FRAMES - LONG_OVERLAP),
         "base_num_frames": FRAMES,
-        "overlap_history": OVERLAP,
+        "overlap_history": LONG_OVERLAP,
         "addnoise_condition": options.addnoise_condition,
     }
     head("hand-over", "mode", *(f"dB after {n}" for n in shown), "darker or lighter", "all right")

@@ -14,9 +14,9 @@ import numpy as np
 from benchmarks.measure import head, middle, row, versions
 
 from skyreels_jax.cache_dirs import enable_compilation_cache
-from skyreels_jax.evaluation.scores import CLIP, FPS, Share, held_out_scenes
+from skyreels_jax.evaluation.scores import FPS, MINI_CLIP, Share, held_out_scenes
 from skyreels_jax.moving_shapes.captions import plain_caption
-from skyreels_jax.moving_shapes.judge import agrees, look
+from skyreels_jax.moving_shapes.judge import detect_things, judge_scene
 from skyreels_jax.moving_shapes.scene import Scene
 from skyreels_jax.parity.metrics import psnr
 from skyreels_jax.pipeline import Pipeline
@@ -58,7 +58,7 @@ def measure(
     """All settings on all scenes."""
     found: dict[tuple[str, float], Found] = defaultdict(Found)
     for seed, scene in enumerate(scenes):
-        same = {**CLIP, "seed": seed, "steps": steps, "ar_step": ar_step}
+        same = {**MINI_CLIP, "seed": seed, "steps": steps, "ar_step": ar_step}
         videos = {
             name: pipeline(plain_caption(scene), **same, **chosen)
             for name, chosen in settings().items()
@@ -68,7 +68,7 @@ def measure(
             one.computed.append(timings.computed / timings.calls)
             one.seconds.append(sum(timings.steps))
             one.decibels.append(psnr(video.frames, videos[PLAIN].frames))
-            one.right.append(agrees(look(video.frames, FPS), scene).all)
+            one.right.append(judge_scene(detect_things(video.frames, FPS), scene).all)
     return found
 
 

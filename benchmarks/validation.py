@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from benchmarks.measure import head, row, versions
 
 from skyreels_jax.models.transformer_config import T2V_1_3B
-from skyreels_jax.parity.plan import settle
+from skyreels_jax.parity.plan import plan_comparison
 from skyreels_jax.parity.run import validate
 from skyreels_jax.testing.random_checkpoint import TEXT_DIM, make_checkpoint, random_tensors
 from skyreels_jax.weights.convert import exported
@@ -52,13 +52,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = make(Path(temporary) / "model")
         size = {"height": 272, "width": 480, "num_frames": 17, "steps": 1, "guidance_scale": 1.0}
-        plan = settle(folder, layers=options.layers, **size)
+        plan = plan_comparison(folder, layers=options.layers, **size)
         out = Path(temporary) / "out"
         start = time.perf_counter()
-        report = validate(plan, out, say=print)
+        report = validate(plan, out, log=print)
         seconds = time.perf_counter() - start
         traces = sum(file.stat().st_size for file in out.rglob("trace-*.npz"))
-    worst = max(report["tests"][0]["layers"], key=lambda place: place["relative_l2"])
+    worst = max(report["tests"][0]["layers"], key=lambda layer: layer["relative_l2"])
     head("side", "load s", "step s", "peak GiB")
     for side in ("torch", "jax"):
         told = report["timings"][side]
@@ -66,7 +66,7 @@ def main() -> None:
             *(side, f"{told['load']:.0f}", f"{told['median']:.1f}"),
             f"{told['peak_mib'] / 1024:.2f}",
         )
-    print(f"\n{report['verdict']}; worst place {worst['name']}: {worst['relative_l2']:.1e}")
+    print(f"\n{report['verdict']}; worst layer {worst['name']}: {worst['relative_l2']:.1e}")
     # With tracing; the table's are those of the videos alone.
     peaks = (resource.getrusage(who).ru_maxrss for who in WHO.values())
     told = ", ".join(f"{name} {peak / 2**20:.2f}" for name, peak in zip(WHO, peaks, strict=True))

@@ -13,9 +13,9 @@ from skyreels_jax.components.encoders import ClipImageEncoder, Umt5TextEncoder
 from skyreels_jax.components.protocols import ImageEncoder, TextEncoder, VideoCodec
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.torch_side.components import (
+    TorchAutoencoder,
     TorchImageEncoder,
     TorchTextEncoder,
-    TorchVideoCodec,
 )
 from skyreels_jax.torch_side.modules import require_torch
 from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
@@ -74,7 +74,7 @@ def hybrid_parts(
     return Parts(
         text_encoder=partial(TorchTextEncoder.load, checkpoint, device, dtype),
         image_encoder=partial(TorchImageEncoder.load, checkpoint, device, dtype),
-        codec=partial(TorchVideoCodec.load, checkpoint, device),
+        codec=partial(TorchAutoencoder.load, checkpoint, device),
     )
 
 

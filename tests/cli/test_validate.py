@@ -48,16 +48,16 @@ def test_videos_that_cannot_be_compared_are_refused(command: Command, tmp_path: 
 
 
 def trace(path: Path, **values: np.ndarray) -> Path:
-    with writing(path) as note:
+    with writing(path) as record:
         for name, array in values.items():
-            note(name, array)
+            record(name, array)
     return path
 
 
 ONE = np.linspace(1, 2, 12, dtype=np.float32).reshape(3, 4)
 
 
-def test_traces_pass_or_say_where_they_depart_first(command: Command, tmp_path: Path):
+def test_traces_pass_or_say_where_they_diverge_first(command: Command, tmp_path: Path):
     a = trace(tmp_path / "a.npz", first=ONE, second=ONE, third=ONE)
     assert command("validate", "--trace", a, a).code == 0
     b = trace(tmp_path / "b.npz", first=ONE, second=1.01 * ONE, third=1.5 * ONE)
@@ -66,7 +66,7 @@ def test_traces_pass_or_say_where_they_depart_first(command: Command, tmp_path: 
     assert outcome.out.splitlines()[-1] == "fail: first at second"
 
 
-def test_a_place_that_only_one_trace_has_is_no_pass(command: Command, tmp_path: Path):
+def test_an_activation_that_only_one_trace_has_is_no_pass(command: Command, tmp_path: Path):
     a = trace(tmp_path / "a.npz", first=ONE, second=ONE)
     b = trace(tmp_path / "b.npz", first=ONE)
     outcome = command("validate", "--trace", a, b)
@@ -78,7 +78,7 @@ def test_traces_without_a_common_place_are_refused(command: Command, tmp_path: P
     a, b = trace(tmp_path / "a.npz", first=ONE), trace(tmp_path / "b.npz", other=ONE)
     outcome = command("validate", "--trace", a, b)
     assert outcome.code == 2
-    assert "no place in common" in outcome.err
+    assert "no activation in common" in outcome.err
     (tmp_path / "c.npz").write_bytes(b"not an archive")
     assert command("validate", "--trace", a, tmp_path / "c.npz").code == 2
     outcome = command("validate", "--trace", a, tmp_path / "none.npz")
@@ -145,14 +145,14 @@ def test_the_described_script_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch
 def test_a_whole_run_writes_a_report(command: Command, checkpoints: Checkpoints, out: Path):
     words = ("--model_id", checkpoints("df", "original"), "--height", "32", "--width", "48")
     words += ("--num_frames", "9", "--num_inference_steps", "2", "--layers", "blocks")
-    left = out / "raw" / "yardstick"
+    left = out / "raw" / "bf16_baseline"
     left.mkdir(parents=True)
     (left / "timings.json").write_text("{}")
     outcome = command("validate", *words, "--output_dir", out)
     assert outcome.code == 0, outcome.err + outcome.out
     assert "verdict: pass" in outcome.out
     report = json.loads((out / "report.json").read_text())
-    assert report["schema"] == "skyreels-jax-validation/1"
+    assert report["schema"] == "skyreels-jax-validation/2"
     assert report["verdict"] == "pass"
     assert report["tests"][0]["frames"]["psnr"] >= 60
     assert {place["name"] for place in report["tests"][0]["layers"]} >= {"blocks.1", "vae", "text"}

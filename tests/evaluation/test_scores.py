@@ -1,11 +1,13 @@
 """Scores of models whose videos are known: drawn ones, and drawn ones with a fault."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from skyreels_jax.evaluation.quality import LONG, OVERLAP, joins, table
+from skyreels_jax.errors import RequestError
+from skyreels_jax.evaluation.quality import LONG, LONG_OVERLAP, joins, table, write_cards
 from skyreels_jax.evaluation.scores import (
     FPS,
     FRAMES,
@@ -17,7 +19,8 @@ from skyreels_jax.evaluation.scores import (
     lasting_scenes,
     score,
 )
-from skyreels_jax.moving_shapes.judge import look
+from skyreels_jax.hub import locate
+from skyreels_jax.moving_shapes.judge import detect_things
 from skyreels_jax.moving_shapes.render import render
 from skyreels_jax.moving_shapes.scene import HELD_OUT, Combination, Scene
 
@@ -51,7 +54,7 @@ def test_scenes_are_held_out_ones_and_ones_that_last():
     assert held_out_scenes(48) == scenes != held_out_scenes(48, seed=1)
     for scene in lasting_scenes(20):
         video = render(scene, frames=LONG, fps=float(FPS), size=SIZE)
-        assert look(video, FPS)[0].steady
+        assert detect_things(video, FPS)[0].steady
 
 
 def test_intervals_are_wilsons():
@@ -74,14 +77,41 @@ def test_a_jump_at_a_join_is_seen(shift: float, expected: float):
     moved = replace(thing, x=thing.x + shift)
     after = render(replace(scene, things=(moved,)), frames=33, fps=float(FPS), size=SIZE)
     join = joins()[0]
-    seen = look(np.concatenate([video[:join], after[join:]]), FPS)[0]
+    seen = detect_things(np.concatenate([video[:join], after[join:]]), FPS)[0]
     assert jump_at_joins(seen, [join]) == pytest.approx(expected, rel=0.15)
 
 
 def test_joins_are_where_windows_begin():
-    assert joins() == tuple(range(17, LONG, 17 - OVERLAP))
+    assert joins() == tuple(range(17, LONG, 17 - LONG_OVERLAP))
 
 
 def test_the_image_given_is_the_first_frame():
     scene = held_out_scenes(1)[0]
     np.testing.assert_array_equal(first_frame(scene), drawn(scene, 0)[0])
+
+
+def test_scores_are_put_into_the_cards_of_their_models(tmp_path: Path):
+    text, image = score(drawn, held_out_scenes(3)), score(drawn, held_out_scenes(2))
+    folders = {kind: tmp_path / kind for kind in ("df", "i2v")}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "README.md").write_text("# A\n\nEVALUATION\n\n| other | table |\n")
+    write_cards({"text to video": text, "image to video": image}, folders)
+    cards = {kind: (folder / "README.md").read_text() for kind, folder in folders.items()}
+    assert cards["df"] == f"# A\n\n{table({'text to video': text})}\n| other | table |\n"
+    assert cards["i2v"] == f"# A\n\n{table({'image to video': image})}\n| other | table |\n"
+    # Again: a row in place of the old one, others stay.
+    write_cards({"VAE": image}, folders)
+    write_cards({"text to video": image}, folders)
+    card = (folders["df"] / "README.md").read_text()
+    assert card == f"# A\n\n{table({'text to video': image, 'VAE': image})}\n| other | table |\n"
+    assert (folders["i2v"] / "README.md").read_text() == cards["i2v"]
+    (folders["df"] / "README.md").write_text("# A\n")
+    with pytest.raises(RequestError, match="no table of scores"):
+        write_cards({"VAE": image}, folders)
+
+
+def test_the_cards_of_the_package_have_the_table_that_is_written():
+    head = table({})
+    for model in ("mini", "mini-i2v"):
+        assert head in (locate(model).folder / "README.md").read_text("utf-8")

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from skyreels_jax.media import read_settings, read_video
-from skyreels_jax.moving_shapes.judge import look
+from skyreels_jax.moving_shapes.judge import detect_things
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 
@@ -26,7 +26,7 @@ def test_the_demo_makes_a_video_without_pytorch(tmp_path: Path):
     frames, rate = read_video(tmp_path / "demo.mp4")
     assert frames.shape == (17, 64, 64, 3)
     assert rate == 16
-    (seen,) = look(frames, float(rate))
+    (seen,) = detect_things(frames, float(rate))
     assert (seen.colour, seen.kind) == ("red", "star")
     assert (seen.motion, seen.direction, seen.speed) == ("move", "right", "slow")
     assert (tmp_path / "demo.png").is_file()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from skyreels_jax.media import VideoWriter, stream_video
-from skyreels_jax.moving_shapes.judge import agrees, look
+from skyreels_jax.moving_shapes.judge import detect_things, judge_scene
 from skyreels_jax.moving_shapes.render import render
 from skyreels_jax.moving_shapes.scene import (
     DIRECTIONS,
@@ -40,7 +40,7 @@ def video(scene: Scene, fps: int = 16) -> np.ndarray:
 
 
 def right(scenes: list[Scene], frames: list[np.ndarray], fps: int) -> dict[str, float]:
-    verdicts = [agrees(look(v, fps), s) for v, s in zip(frames, scenes, strict=True)]
+    verdicts = [judge_scene(detect_things(v, fps), s) for v, s in zip(frames, scenes, strict=True)]
     names = ("colour", "kind", "motion", "all")
     return {name: float(np.mean([getattr(v, name) for v in verdicts])) for name in names}
 
@@ -105,12 +105,12 @@ def scene_of(thing: Thing) -> Scene:
     ],
 )
 def test_what_is_shown_in_place_of_it_is_told(shown: Thing, wrong: str):
-    verdict = agrees(look(video(scene_of(shown)), 16), scene_of(ONE))
+    verdict = judge_scene(detect_things(video(scene_of(shown)), 16), scene_of(ONE))
     assert {n for n in ("colour", "kind", "motion") if not getattr(verdict, n)} == {wrong}
 
 
 def test_a_video_backwards_moves_the_other_way():
-    (seen,) = look(video(scene_of(ONE))[::-1], 16)
+    (seen,) = detect_things(video(scene_of(ONE))[::-1], 16)
     assert (seen.motion, seen.direction) == ("move", "left")
 
 
@@ -118,13 +118,13 @@ def test_a_video_backwards_moves_the_other_way():
 @pytest.mark.parametrize("speed", ["slow", "fast"])
 def test_directions_and_speeds(direction, speed):
     thing = replace(ONE, direction=direction, speed=speed, x=0.5, y=0.5, radius=0.18)
-    (seen,) = look(render(scene_of(thing), frames=9, fps=16.0), 16)
+    (seen,) = detect_things(render(scene_of(thing), frames=9, fps=16.0), 16)
     assert (seen.motion, seen.direction, seen.speed) == ("move", direction, speed)
 
 
 def test_a_thing_that_turns_bounces():
     thing = replace(ONE, motion="bounce", speed="fast", x=0.6)
-    (seen,) = look(render(scene_of(thing), frames=33, fps=16.0), 16)
+    (seen,) = detect_things(render(scene_of(thing), frames=33, fps=16.0), 16)
     assert (seen.motion, seen.direction) == ("bounce", "right")
 
 
@@ -138,20 +138,20 @@ def test_a_thing_that_turns_bounces():
     ids=["changes its kind", "vanishes", "is there twice"],
 )
 def test_a_thing_that_does_not_last_is_not_it(spoilt):
-    verdict = agrees(look(spoilt(video(scene_of(ONE))), 16), scene_of(ONE))
+    verdict = judge_scene(detect_things(spoilt(video(scene_of(ONE))), 16), scene_of(ONE))
     assert not verdict.kind
 
 
 def test_another_thing_is_too_many():
     both = Scene((ONE, Thing("circle", "red", "still", None, None, 0.8, 0.15, 0.15)), "black")
-    assert agrees(look(video(both), 16), both).all
-    assert not agrees(look(video(both), 16), scene_of(ONE)).colour
-    assert not agrees(look(video(scene_of(ONE)), 16), both).colour
+    assert judge_scene(detect_things(video(both), 16), both).all
+    assert not judge_scene(detect_things(video(both), 16), scene_of(ONE)).colour
+    assert not judge_scene(detect_things(video(scene_of(ONE)), 16), both).colour
 
 
 def test_nothing_is_seen_in_grey():
-    assert look(np.full((17, 64, 64, 3), 128, np.uint8), 16) == ()
-    assert not agrees((), scene_of(ONE)).all
+    assert detect_things(np.full((17, 64, 64, 3), 128, np.uint8), 16) == ()
+    assert not judge_scene((), scene_of(ONE)).all
 
 
 def test_every_kind_and_motion_was_among_the_drawn():

@@ -12,14 +12,14 @@ from tests.fabricate import Checkpoints
 from skyreels_jax.errors import RequestError
 from skyreels_jax.ops.positions import rope_apply, rope_table
 from skyreels_jax.parity.compare import (
+    BASELINE_FACTOR,
     LAYER_BUDGET,
-    YARDSTICK,
-    compare_places,
+    compare_activations,
     compare_stages,
     distance,
 )
 from skyreels_jax.parity.diagnosis import attention_faults, hypotheses
-from skyreels_jax.parity.plan import Plan, settle, synthetic_image
+from skyreels_jax.parity.plan import ParityPlan, plan_comparison, synthetic_image
 from skyreels_jax.parity.recording import arrays, load_call, save_call, writing
 from skyreels_jax.parity.verdict import distance_json
 
@@ -58,19 +58,19 @@ def test_nothing_is_as_far_from_nothing_as_it_should_be():
     assert distance("x", B, zero, 0.0).relative_l2 == np.inf
 
 
-def test_places_in_bfloat16_are_held_against_the_reference_s_own_rounding():
+def test_activations_in_bfloat16_are_held_against_the_reference_s_own_rounding():
     theirs, ours, rounded = ({"a": B * f} for f in (1.0, 1.011, 1.01))
-    (found,) = compare_places(["a", "b"], ours, theirs, 3, rounded)
-    assert found.yardstick == pytest.approx(0.01, rel=1e-3)
-    assert found.budget == pytest.approx(YARDSTICK * 0.01, rel=1e-3)
+    (found,) = compare_activations(["a", "b"], ours, theirs, 3, rounded)
+    assert found.bf16_baseline == pytest.approx(0.01, rel=1e-3)
+    assert found.budget == pytest.approx(BASELINE_FACTOR * 0.01, rel=1e-3)
     assert (found.step, found.passed) == (3, True)
-    (found,) = compare_places(["a"], {"a": B * 1.013}, theirs, 3, rounded)
+    (found,) = compare_activations(["a"], {"a": B * 1.013}, theirs, 3, rounded)
     assert not found.passed
 
 
-def test_a_place_of_one_side_alone_is_an_error():
+def test_an_activation_of_one_side_alone_is_an_error():
     with pytest.raises(RequestError, match="only one side"):
-        list(compare_places(["a"], {}, {"a": B}, 0))
+        list(compare_activations(["a"], {}, {"a": B}, 0))
 
 
 def test_a_missing_stage_is_a_failure():
@@ -83,9 +83,9 @@ def test_a_missing_stage_is_a_failure():
 
 def test_archives_are_written_as_values_come_and_read_as_they_are_asked_for(tmp_path: Path):
     values = {"a": B, "blocks.0.norm1": np.arange(24, dtype=np.float32).reshape(2, 3, 4)}
-    with writing(tmp_path / "x.npz") as note:
+    with writing(tmp_path / "x.npz") as record:
         for name, value in values.items():
-            note(name, value)
+            record(name, value)
         assert not (tmp_path / "x.npz").exists()
     read = arrays(tmp_path / "x.npz")
     assert list(read) == list(values)
@@ -94,9 +94,9 @@ def test_archives_are_written_as_values_come_and_read_as_they_are_asked_for(tmp_
 
 
 def test_an_interrupted_archive_is_not_there_and_a_name_comes_once(tmp_path: Path):
-    with pytest.raises(ValueError, match="noted twice"), writing(tmp_path / "x.npz") as note:
-        note("a", B)
-        note("a", B)
+    with pytest.raises(ValueError, match="recorded twice"), writing(tmp_path / "x.npz") as record:
+        record("a", B)
+        record("a", B)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -109,25 +109,25 @@ def test_an_archive_with_objects_is_refused(tmp_path: Path):
 
 def test_a_call_comes_back(tmp_path: Path):
     call = {"hidden_states": B, "fps": [1], "enable_diffusion_forcing": True, "return_dict": False}
-    with writing(tmp_path / "x.npz") as note:
-        save_call(note, 2, call)
+    with writing(tmp_path / "x.npz") as record:
+        save_call(record, 2, call)
     back = load_call(arrays(tmp_path / "x.npz"), 2)
     np.testing.assert_array_equal(back.pop("hidden_states"), B)
     assert back == {"fps": [1], "enable_diffusion_forcing": True, "return_dict": False}
 
 
 def test_a_plan_takes_from_the_checkpoint_what_is_not_given(checkpoints: Checkpoints, tmp_path):
-    plan = settle(checkpoints("i2v", "diffusers"), num_tests=3, seed=5, steps=9)
+    plan = plan_comparison(checkpoints("i2v", "diffusers"), num_tests=3, seed=5, steps=9)
     assert plan.seeds == (5, 6, 7)
     assert plan.traced == (0, 4, 8)
     assert (plan.task, plan.steps, plan.layers, plan.dtype) == ("i2v", 9, "all", "float32")
     plan.save(tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json") == plan
+    assert ParityPlan.load(tmp_path / "plan.json") == plan
 
 
 def test_a_plan_that_cannot_be_is_refused(checkpoints: Checkpoints):
     with pytest.raises(RequestError, match="multiple of 16"):
-        settle(checkpoints("t2v", "diffusers"), height=40, width=48)
+        plan_comparison(checkpoints("t2v", "diffusers"), height=40, width=48)
 
 
 def test_pictures_are_decided_by_their_seed():
@@ -141,9 +141,9 @@ def test_the_rotation_of_hypotheses_is_that_of_the_model():
     x = np.random.default_rng(0).standard_normal((1, 24, 2, 16)).astype(np.float32)
     ours = np.asarray(rope_apply(jnp.asarray(x), rope_table((2, 3, 4), 16)))
     np.testing.assert_allclose(
-        attention_faults.turned(x, attention_faults.angles((2, 3, 4), 16)), ours, atol=1e-6
+        attention_faults.rotate(x, attention_faults.rotations((2, 3, 4), 16)), ours, atol=1e-6
     )
-    swapped = attention_faults.turned(x, attention_faults.angles((2, 3, 4), 16, (0, 2, 1)))
+    swapped = attention_faults.rotate(x, attention_faults.rotations((2, 3, 4), 16, (0, 2, 1)))
     assert np.max(np.abs(swapped - ours)) > 0.1
 
 
@@ -152,16 +152,16 @@ def test_the_attention_of_hypotheses_is_the_textbooks():
     q, k, v = (rng.standard_normal((1, 5, 1, 4)) for _ in range(3))
     weights = np.exp(q[0, :, 0] @ k[0, :, 0].T / 2)
     expected = (weights / weights.sum(1, keepdims=True)) @ v[0, :, 0]
-    np.testing.assert_allclose(attention_faults.attended(q, k, v)[0], expected)
+    np.testing.assert_allclose(attention_faults.attend(q, k, v)[0], expected)
     np.testing.assert_allclose(
-        attention_faults.attended(q, k, v, allowed=np.eye(5, dtype=bool))[0], v[0, :, 0]
+        attention_faults.attend(q, k, v, allowed=np.eye(5, dtype=bool))[0], v[0, :, 0]
     )
 
 
 def test_lines_are_fitted_by_frame_and_feature():
     x = np.random.default_rng(2).standard_normal((1, 2, 9, 3))
     a, b = np.full((1, 2, 3), 1.5), np.arange(6.0).reshape(1, 2, 3)
-    found = hypotheses.line(x, a[:, :, None] * x + b[:, :, None])
+    found = hypotheses.fit_line(x, a[:, :, None] * x + b[:, :, None])
     np.testing.assert_allclose(found[0], a)
     np.testing.assert_allclose(found[1], b, atol=1e-12)
-    np.testing.assert_allclose(hypotheses.slope(x, a[:, :, None] * x), a)
+    np.testing.assert_allclose(hypotheses.fit_slope(x, a[:, :, None] * x), a)

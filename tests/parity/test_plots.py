@@ -13,7 +13,7 @@ from skyreels_jax.parity import plots
 
 def layer(name: str, step: int | None, error: float | None, **changed: object) -> dict:
     values = {"name": name, "step": step, "max_abs": 1e-3, "normalised": 1e-4, "cosine": 1.0}
-    measured = {"relative_l2": error, "budget": 1e-3, "yardstick": 3e-3, "passed": True}
+    measured = {"relative_l2": error, "budget": 1e-3, "bf16_baseline": 3e-3, "passed": True}
     return values | measured | changed
 
 
@@ -29,7 +29,7 @@ def many(blocks: int = 30, steps: int = 3) -> list[dict]:
         for step in range(steps)
         for index, name in enumerate(names)
     ]
-    found[7] |= {"relative_l2": 0.0, "yardstick": None}
+    found[7] |= {"relative_l2": 0.0, "bf16_baseline": None}
     found[50] |= {"relative_l2": math.inf, "passed": False}
     found[90] |= {"relative_l2": 5e-3, "passed": False}
     return found
@@ -73,17 +73,17 @@ def has(pixels: np.ndarray, colour: str) -> bool:
 def test_many_layers_are_drawn(tmp_path: Path, steps: int):
     plots.layer_errors(tmp_path / "a.png", many(steps=steps), "T2V 1.3B, test 0")
     pixels = check(tmp_path / "a.png")
-    assert has(pixels, plots.VERMILLION)
-    assert has(pixels, plots.GREEN)  # the sign of an exact zero
+    assert has(pixels, plots._VERMILLION)
+    assert has(pixels, plots._GREEN)  # the sign of an exact zero
 
 
 @pytest.mark.parametrize(
     "layers",
     [
         [],
-        [layer("head", None, 1e-4, yardstick=None)],
-        [layer("head", None, None, yardstick=None, passed=False)],
-        [layer("head", 0, 0.0, budget=0.0, yardstick=0.0), layer("velocity", 0, math.nan)],
+        [layer("head", None, 1e-4, bf16_baseline=None)],
+        [layer("head", None, None, bf16_baseline=None, passed=False)],
+        [layer("head", 0, 0.0, budget=0.0, bf16_baseline=0.0), layer("velocity", 0, math.nan)],
     ],
     ids=["none", "one", "broken", "zero and nan"],
 )
@@ -97,41 +97,41 @@ def test_few_and_broken_layers_are_drawn(tmp_path: Path, layers: list[dict]):
 
 
 def test_names_along_the_axis_are_thinned_to_starts_of_blocks():
-    few = [f"layer{i}" for i in range(plots.MOST_TICKS)]
+    few = [f"layer{i}" for i in range(plots._MOST_TICKS)]
     assert plots._ticks(few) == list(enumerate(few))
     names = list(dict.fromkeys(row["name"] for row in many(blocks=40)))
     ticks = plots._ticks(names)
-    assert 13 <= len(ticks) <= plots.MOST_TICKS + 1
+    assert 13 <= len(ticks) <= plots._MOST_TICKS + 1
     assert all(names[index].startswith(label) for index, label in ticks)
     gaps = np.diff([index for index, _ in ticks])
-    assert gaps.min() >= len(names) / plots.MOST_TICKS
+    assert gaps.min() >= len(names) / plots._MOST_TICKS
     # One block alone has no starts to be labelled by.
     alone = [f"blocks.0.part{i}" for i in range(60)]
-    assert 13 <= len(plots._ticks(alone)) <= plots.MOST_TICKS + 1
+    assert 13 <= len(plots._ticks(alone)) <= plots._MOST_TICKS + 1
 
 
 def test_errors_over_steps_are_those_of_velocity_and_latents(tmp_path: Path):
     plots.errors_over_steps(tmp_path / "a.png", many(blocks=2, steps=12))
     pixels = check(tmp_path / "a.png")
-    assert has(pixels, plots.BLUE)
-    assert has(pixels, plots.ORANGE)
+    assert has(pixels, plots._BLUE)
+    assert has(pixels, plots._ORANGE)
 
 
-def test_frame_quality_shows_equal_frames_and_yardsticks(tmp_path: Path):
+def test_frame_quality_shows_equal_frames_and_baselines(tmp_path: Path):
     some = quality([None if i % 9 == 0 else 40 + i / 10 for i in range(97)])
     tests = [
-        {"frames": some, "yardstick": quality([36.0] * 97)},
-        {"frames": quality([None, math.inf, None]), "yardstick": None},
-        {"frames": None, "yardstick": None},
+        {"frames": some, "bf16_baseline": quality([36.0] * 97)},
+        {"frames": quality([None, math.inf, None]), "bf16_baseline": None},
+        {"frames": None, "bf16_baseline": None},
     ]
     plots.frame_quality(tmp_path / "a.png", tests)
     pixels = check(tmp_path / "a.png")
-    assert has(pixels, plots.GREY)  # the line of equal frames
-    plots.frame_quality(tmp_path / "a.png", [tests[0] | {"frames": tests[0]["yardstick"]}])
-    assert not has(check(tmp_path / "a.png"), plots.GREY)
+    assert has(pixels, plots._GREY)  # the line of equal frames
+    plots.frame_quality(tmp_path / "a.png", [tests[0] | {"frames": tests[0]["bf16_baseline"]}])
+    assert not has(check(tmp_path / "a.png"), plots._GREY)
 
 
-@pytest.mark.parametrize("tests", [[], [{"frames": None, "yardstick": None}]])
+@pytest.mark.parametrize("tests", [[], [{"frames": None, "bf16_baseline": None}]])
 def test_no_frames_are_said_so(tmp_path: Path, tests: list[dict]):
     plots.frame_quality(tmp_path / "a.png", tests)
     check(tmp_path / "a.png")

@@ -17,9 +17,9 @@ def test_any_numpy_reads_an_archive_with_its_dtypes(tmp_path: Path):
         "flags": np.array([True, False]),
         "nothing": np.zeros((0, 3), np.float32),
     }
-    with writing(tmp_path / "x.npz") as note:
+    with writing(tmp_path / "x.npz") as record:
         for name, value in values.items():
-            note(name, value)
+            record(name, value)
     with np.load(tmp_path / "x.npz", allow_pickle=False) as read:
         for name, value in values.items():
             np.testing.assert_array_equal(read[name], value)
@@ -28,9 +28,9 @@ def test_any_numpy_reads_an_archive_with_its_dtypes(tmp_path: Path):
 
 def test_an_archive_is_read_one_array_at_a_time(tmp_path: Path):
     path = tmp_path / "x.npz"
-    with writing(path) as note:
-        note("good", ONE)
-        note("bad", ONE + 100)
+    with writing(path) as record:
+        record("good", ONE)
+        record("bad", ONE + 100)
     content = path.read_bytes()
     number = (ONE + 100).tobytes()
     path.write_bytes(content.replace(number, b"\xff" * len(number)))
@@ -41,17 +41,17 @@ def test_an_archive_is_read_one_array_at_a_time(tmp_path: Path):
 
 
 def test_no_pickle_is_written(tmp_path: Path):
-    with pytest.raises(ValueError, match="allow_pickle"), writing(tmp_path / "x.npz") as note:
-        note("objects", np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="allow_pickle"), writing(tmp_path / "x.npz") as record:
+        record("objects", np.array([{}], dtype=object))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interruption_leaves_what_was_there_before(tmp_path: Path):
     path = tmp_path / "x.npz"
-    with writing(path) as note:
-        note("old", ONE)
-    with pytest.raises(KeyboardInterrupt), writing(path) as note:
-        note("new", ONE)
+    with writing(path) as record:
+        record("old", ONE)
+    with pytest.raises(KeyboardInterrupt), writing(path) as record:
+        record("new", ONE)
         raise KeyboardInterrupt
     assert list(arrays(path)) == ["old"]
     assert list(tmp_path.iterdir()) == [path]
@@ -60,9 +60,9 @@ def test_an_interruption_leaves_what_was_there_before(tmp_path: Path):
 def test_calls_of_several_steps_do_not_mix(tmp_path: Path):
     first = {"timestep": np.array([999.0]), "enable_diffusion_forcing": False}
     tenth = {"timestep": np.array([10.0]), "fps": [1, 0]}
-    with writing(tmp_path / "x.npz") as note:
-        save_call(note, 1, first | {"return_dict": False})
-        save_call(note, 10, tenth)
+    with writing(tmp_path / "x.npz") as record:
+        save_call(record, 1, first | {"return_dict": False})
+        save_call(record, 10, tenth)
     results = arrays(tmp_path / "x.npz")
     assert not any("return_dict" in name for name in results)
     one, ten = load_call(results, 1), load_call(results, 10)

@@ -63,7 +63,7 @@ def layer(name: str, passed: bool = True) -> dict:
         "relative_l2": 0.0,
         "cosine": 0.99999999,
         "budget": 1e-3,
-        "yardstick": None,
+        "bf16_baseline": None,
     }
 
 
@@ -73,13 +73,13 @@ def report(**changed: object) -> dict:
         "seed": 7,
         "prompt": "a fox",
         "frames": distance(41.256),
-        "yardstick": distance(None),
+        "bf16_baseline": distance(None),
         "layers": [layer("blocks.0.ffn")],
         "finding": None,
         "video": "test_0.mp4",
     }
     return {
-        "schema": "skyreels-jax-validation/1",
+        "schema": "skyreels-jax-validation/2",
         "verdict": "pass",
         "failures": [],
         "settings": {"steps": 2, "size": [32, 48], "none": None},
@@ -114,14 +114,14 @@ def test_a_pass_and_a_failure_say_so_in_words_and_colour(tmp_path: Path):
 
 
 def test_a_run_of_one_side_alone_is_no_pass(tmp_path: Path):
-    _, parsed = page(tmp_path, first_test(frames=None, yardstick=None, layers=[]))
+    _, parsed = page(tmp_path, first_test(frames=None, bf16_baseline=None, layers=[]))
     assert "Nothing was compared" in parsed.text
     assert "Pass" not in parsed.text
     assert {"class": "box none"} in parsed.all("div")
 
 
 def test_everything_that_is_text_is_escaped(tmp_path: Path):
-    finding = {"place": EVIL, "step": 3, "kind": EVIL, "detail": EVIL}
+    finding = {"name": EVIL, "step": 3, "kind": EVIL, "detail": EVIL}
     evil = first_test(prompt=EVIL, finding=finding, layers=[layer(EVIL, passed=False)])
     evil |= {"verdict": "fail", "failures": [EVIL], "environment": {EVIL: EVIL}, "schema": EVIL}
     evil["settings"] = {EVIL: {EVIL: [EVIL]}}
@@ -159,23 +159,23 @@ def test_the_page_asks_for_nothing_outside_itself(tmp_path: Path):
 def test_large_videos_are_linked_and_said_to_be(tmp_path: Path):
     video = tmp_path / "test 0&1.mp4"
     with video.open("wb") as file:
-        file.truncate(report.EMBEDDED_BYTES + 1)
+        file.truncate(html.EMBEDDED_BYTES + 1)
     text, parsed = page(tmp_path, report(), videos=[video])
     assert {"href": "test%200%261.mp4"} in parsed.all("a")
     assert "(20.0 MB) is too\nlarge to be part of this page" in parsed.text
     assert parsed.all("video") == []
     assert len(text) < 30_000
     with video.open("wb") as file:
-        file.truncate(report.EMBEDDED_BYTES)
+        file.truncate(html.EMBEDDED_BYTES)
     assert len(page(tmp_path, report(), videos=[video])[1].all("video")) == 1
 
 
-def test_numbers_and_equality_stand_beside_their_yardsticks(tmp_path: Path):
+def test_numbers_and_equality_stand_beside_their_baselines(tmp_path: Path):
     text, _ = page(tmp_path, report())
     assert '<td>41.26</td>\n<td class="dim">equal</td>' in text
-    text, _ = page(tmp_path, first_test(frames=distance(math.inf), yardstick=None))
+    text, _ = page(tmp_path, first_test(frames=distance(math.inf), bf16_baseline=None))
     assert '<td>equal</td>\n<td class="dim">–</td>' in text
-    text, _ = page(tmp_path, first_test(frames=None, yardstick=None))
+    text, _ = page(tmp_path, first_test(frames=None, bf16_baseline=None))
     assert "equal</td>" not in text
 
 
@@ -186,16 +186,16 @@ def test_failed_layers_are_marked_in_words_and_reachable(tmp_path: Path):
     assert {"class": "fail", "id": "failed-0"} in parsed.all("tr")
     assert {"href": "#failed-0"} in parsed.all("a")
     assert parsed.all("details") == [{"open": None}]
-    _, parsed = page(tmp_path, first_test(layers=[layer("a")] * (report.UNFOLDED_ROWS + 1)))
+    _, parsed = page(tmp_path, first_test(layers=[layer("a")] * (html.UNFOLDED_ROWS + 1)))
     assert parsed.all("details") == [{}]
     assert "FAILED" not in parsed.text
 
 
 def test_a_finding_comes_before_everything_else(tmp_path: Path):
-    finding = {"place": "blocks.3.ffn", "step": 1, "kind": "wrong order", "detail": "line\ntwo"}
+    finding = {"name": "blocks.3.ffn", "step": 1, "kind": "wrong order", "detail": "line\ntwo"}
     text, parsed = page(tmp_path, first_test(finding=finding))
     assert text.index("blocks.3.ffn") < text.index("Videos in numbers")
-    assert "Where test 0 departs from PyTorch" in parsed.text
+    assert "Where test 0 diverges from PyTorch" in parsed.text
     assert ", step 1" in parsed.text
     assert "Where test" not in page(tmp_path, report())[1].text
 

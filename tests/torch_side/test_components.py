@@ -22,10 +22,10 @@ from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.components.protocols import ImageCondition
 from skyreels_jax.errors import RequestError, UnsupportedError, WeightsError
 from skyreels_jax.torch_side.components import (
+    TorchAutoencoder,
     TorchImageEncoder,
     TorchTextEncoder,
-    TorchVideoCodec,
-    squashed,
+    squash,
 )
 from skyreels_jax.torch_side.modules import to_torch, torch_device
 from skyreels_jax.weights.layout import PATHS
@@ -80,7 +80,7 @@ def test_image_features_are_those_of_transformers(
         checkpoints("i2v", "diffusers") / "image_encoder"
     ).eval()
     if preprocessing == "original":
-        pixels = squashed(torch.from_numpy(image.pixels))
+        pixels = squash(torch.from_numpy(image.pixels))
     else:
         pixels = CLIPImageProcessor()(Image.fromarray(image.source), return_tensors="pt")
         pixels = pixels["pixel_values"]
@@ -98,7 +98,7 @@ def test_the_squash_has_the_side_of_the_model():
     patches = (side // encoder.model.config.patch_size) ** 2
     assert side == 64
     assert encoder.encode(photo(64, 96)).shape == (1 + patches, 160)
-    assert squashed(torch.zeros(3, 30, 50), side).shape == (1, 3, side, side)
+    assert squash(torch.zeros(3, 30, 50), side).shape == (1, 3, side, side)
 
 
 def test_the_squash_keeps_the_whole_frame_and_the_crop_does_not(checkpoints: Checkpoints):
@@ -114,7 +114,7 @@ def test_the_squash_keeps_the_whole_frame_and_the_crop_does_not(checkpoints: Che
 
 
 def test_a_grey_frame_squashes_to_the_same_grey():
-    grey = squashed(torch.zeros(3, 30, 50))[0]
+    grey = squash(torch.zeros(3, 30, 50))[0]
     expected = (0.5 - np.array([0.48145466, 0.4578275, 0.40821073])) / np.array(
         [0.26862954, 0.26130258, 0.27577711]
     )
@@ -124,7 +124,7 @@ def test_a_grey_frame_squashes_to_the_same_grey():
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_latents_and_frames_are_those_of_diffusers(checkpoints: Checkpoints, dialect: Dialect):
-    codec = TorchVideoCodec.load(Checkpoint.open(checkpoints("t2v", dialect)), "cpu")
+    codec = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", dialect)), "cpu")
     vae = AutoencoderKLWan.from_pretrained(
         checkpoints("t2v", "diffusers") / "vae", low_cpu_mem_usage=False
     ).eval()
@@ -146,7 +146,7 @@ def test_latents_and_frames_are_those_of_diffusers(checkpoints: Checkpoints, dia
 
 
 def test_frames_come_one_by_one_and_are_those_of_diffusers(checkpoints: Checkpoints):
-    codec = TorchVideoCodec.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
+    codec = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
     latents = np.random.default_rng(0).standard_normal((16, 5, 4, 6)).astype(np.float32)
     mean, std = codec._statistics()
     z = torch.from_numpy(latents * std + mean)[None]
@@ -162,7 +162,7 @@ def test_frames_come_one_by_one_and_are_those_of_diffusers(checkpoints: Checkpoi
 
 def test_two_videos_can_be_decoded_in_turn(checkpoints: Checkpoints):
     """Nothing of a decode under way is kept in the model."""
-    codec = TorchVideoCodec.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
+    codec = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
     rng = np.random.default_rng(1)
     one, two = rng.standard_normal((2, 16, 3, 4, 4)).astype(np.float32)
     in_turn = zip(codec.decode_pieces([one]), codec.decode_pieces([two]), strict=True)
@@ -174,7 +174,7 @@ def test_two_videos_can_be_decoded_in_turn(checkpoints: Checkpoints):
 
 
 def test_consumers_of_frames_are_not_in_inference_mode(checkpoints: Checkpoints):
-    codec = TorchVideoCodec.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
+    codec = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
     for _ in codec.decode_pieces([np.zeros((16, 2, 4, 4), np.float32)]):
         assert not torch.is_inference_mode_enabled()
 
@@ -204,7 +204,7 @@ def test_a_file_that_does_not_fit_is_refused(
     spoil(tensors)
     torch.save(tensors, folder / VAE_FILE)
     with pytest.raises(WeightsError, match=message) as error:
-        TorchVideoCodec.load(Checkpoint.open(folder), "cpu")
+        TorchAutoencoder.load(Checkpoint.open(folder), "cpu")
     assert VAE_FILE in str(error.value)
 
 
@@ -220,7 +220,7 @@ def test_a_file_with_code_in_it_is_refused_and_not_run(
     torch.save({**tensors, "conv1.bias": Malice()}, folder / VAE_FILE)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WeightsError, match=VAE_FILE):
-        TorchVideoCodec.load(Checkpoint.open(folder), "cpu")
+        TorchAutoencoder.load(Checkpoint.open(folder), "cpu")
     assert not (tmp_path / "owned").exists()
 
 
@@ -229,7 +229,7 @@ def test_a_truncated_file_is_refused(checkpoints: Checkpoints, tmp_path: Path):
     data = (folder / VAE_FILE).read_bytes()
     (folder / VAE_FILE).write_bytes(data[: len(data) // 2])
     with pytest.raises(WeightsError, match=VAE_FILE):
-        TorchVideoCodec.load(Checkpoint.open(folder), "cpu")
+        TorchAutoencoder.load(Checkpoint.open(folder), "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -14,10 +14,10 @@ from typing import Any, Final
 
 from skyreels_jax.errors import RequestError, SkyReelsError
 
-DIFFERENT: Final = 1
-UNKNOWN: Final = 2
+_DIFFERENT: Final = 1
+_UNKNOWN: Final = 2
 # Who runs the transformer on the other side.
-REFERENCES: Final[Mapping[str, str]] = {
+_REFERENCES: Final[Mapping[str, str]] = {
     "diffusers": "PyTorch",
     "original-numerics": "PyTorch",
     "hybrid": "JAX in the hybrid pipeline",
@@ -29,18 +29,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "validate", help="compare the JAX model with PyTorch's, layer by layer and frame by frame"
     )
-    add_flags(parser)
+    _add_flags(parser)
     parser.set_defaults(run=run)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """All flags, under the names of the described script too."""
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add all flags, under the names of the described script too."""
     what = parser.add_argument_group("what is compared")
     what.add_argument(
         "--model",
         "--model_id",
         metavar="DIR|ID",
-        help="a checkpoint in either layout; a small random one is made if none is given",
+        help="a checkpoint in either format; a small random one is made if none is given",
     )
     what.add_argument("--preset", metavar="NAME", help="the released checkpoint it is")
     what.add_argument("--reference", default="diffusers", help="or original-numerics, or hybrid")
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     except Exception:
         # A bug, like any other traceback; but the exit code 1 would say that the models differ.
         traceback.print_exc()
-        return UNKNOWN
+        return _UNKNOWN
 
 
 def _videos(a: Path, b: Path) -> int:
@@ -98,7 +98,7 @@ def _videos(a: Path, b: Path) -> int:
     print(f"differences of 255: at most {found.max_difference:g}, 99 % within {found.p99:g}")
     passed = found.psnr >= LEAST_PSNR and found.ssim >= LEAST_SSIM
     print("pass" if passed else f"fail: less than {LEAST_PSNR:g} dB or {LEAST_SSIM:g}")
-    return 0 if passed else DIFFERENT
+    return 0 if passed else _DIFFERENT
 
 
 def _traces(a: Path, b: Path) -> int:
@@ -113,7 +113,7 @@ def _traces(a: Path, b: Path) -> int:
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise RequestError(f"--trace: {a.name} or {b.name} is no trace: {error}") from error
     if not names:
-        raise RequestError(f"--trace: {a.name} and {b.name} have no place in common")
+        raise RequestError(f"--trace: {a.name} and {b.name} have no activation in common")
     for found in worst:
         mark = " " if found.passed else "!"
         print(f"{mark} {found.name:<32} {found.relative_l2:.2e}  max {found.max_abs:.2e}")
@@ -121,22 +121,22 @@ def _traces(a: Path, b: Path) -> int:
         print(f"? {name:<32} only in one of them")
     bad = [found for found in worst if not found.passed]
     print("pass" if not bad else f"fail: first at {bad[0].name}")
-    return DIFFERENT if bad or alone else 0
+    return _DIFFERENT if bad or alone else 0
 
 
 def _pipelines(args: argparse.Namespace) -> int:
     from skyreels_jax.hub import locate
     from skyreels_jax.media import read_image
-    from skyreels_jax.parity.plan import settle
+    from skyreels_jax.parity.plan import plan_comparison
     from skyreels_jax.parity.run import validate
     from skyreels_jax.torch_side.modules import require_torch
 
     require_torch()
     names = ("height", "width", "num_frames", "steps", "guidance_scale", "shift")
-    wishes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     image = None if args.image is None else read_image(args.image)
     with _model(args.model) as folder:
-        plan = settle(
+        plan = plan_comparison(
             folder if args.model is None else locate(args.model).folder,
             num_tests=args.num_tests,
             seed=args.seed,
@@ -147,20 +147,20 @@ def _pipelines(args: argparse.Namespace) -> int:
             layers=args.layers,
             device=args.device,
             preset=args.preset,
-            **({"height": 64, "width": 96, "num_frames": 9, "steps": 8} | wishes)
+            **({"height": 64, "width": 96, "num_frames": 9, "steps": 8} | settings)
             if args.model is None
-            else wishes,
+            else settings,
         )
-        report = validate(plan, args.output_dir, image=image, only=args.only, say=print)
-    for line in summary(report):
+        report = validate(plan, args.output_dir, image=image, only=args.only, log=print)
+    for line in _summary(report):
         print(line)
     print(f"report: {args.output_dir / 'report.html'}")
-    return DIFFERENT if report["verdict"] == "fail" else 0
+    return _DIFFERENT if report["verdict"] == "fail" else 0
 
 
 @contextmanager
 def _model(given: str | None) -> Iterator[Path]:
-    """The folder of the model, or of a small random one that is gone afterwards."""
+    """Yield the folder of the model, or of a small random one that is gone afterwards."""
     if given is not None:
         yield Path(given)
         return
@@ -170,9 +170,9 @@ def _model(given: str | None) -> Iterator[Path]:
         yield make_checkpoint(Path(temporary) / "random-i2v", "i2v")
 
 
-def summary(report: Mapping[str, Any]) -> Iterator[str]:
-    """A short table and the verdict."""
-    yield f"{'test':>4} {'PSNR dB':>9} {'SSIM':>9} {'max':>5} {'worst place':<34} {'error':>8}"
+def _summary(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of a short table and the verdict."""
+    yield f"{'test':>4} {'PSNR dB':>9} {'SSIM':>9} {'max':>5} {'worst layer':<34} {'error':>8}"
     for number, test in enumerate(report["tests"]):
         frames = test["frames"]
         if frames is None:
@@ -180,17 +180,17 @@ def summary(report: Mapping[str, Any]) -> Iterator[str]:
         psnr = "equal" if frames["psnr"] is None else f"{frames['psnr']:.2f}"
         layers = test["layers"]
         worst = max(layers, key=lambda d: d["relative_l2"]) if layers else None
-        place = "" if worst is None else f"{worst['name']:<34} {worst['relative_l2']:.1e}"
+        layer = "" if worst is None else f"{worst['name']:<34} {worst['relative_l2']:.1e}"
         yield (
-            f"{number:>4} {psnr:>9} {frames['ssim']:>9.6f} {frames['max_difference']:>5g} {place}"
+            f"{number:>4} {psnr:>9} {frames['ssim']:>9.6f} {frames['max_difference']:>5g} {layer}"
         )
-        if test["yardstick"] is not None:
-            own = test["yardstick"]
+        if test["bf16_baseline"] is not None:
+            own = test["bf16_baseline"]
             value = "equal" if own["psnr"] is None else f"{own['psnr']:.2f}"
             yield f"     {value:>8} {own['ssim']:>9.6f}       PyTorch in the same dtype"
     timings = report["timings"]
     if timings and timings["ratio"] is not None:
-        other = REFERENCES[report["model"]["reference"]]
+        other = _REFERENCES[report["model"]["reference"]]
         yield (
             f"denoising: JAX {timings['jax']['median']:.2f} s, {other} "
             f"{timings['torch']['median']:.2f} s: {timings['ratio']:.2f}"
@@ -198,7 +198,7 @@ def summary(report: Mapping[str, Any]) -> Iterator[str]:
     for number, test in enumerate(report["tests"]):
         if finding := test["finding"]:
             step = "" if finding["step"] is None else f", step {finding['step']}"
-            yield f"test {number} departs first at {finding['place']}{step}: {finding['kind']}"
+            yield f"test {number} diverges first at {finding['name']}{step}: {finding['kind']}"
             yield f"  {finding['detail']}"
     yield f"verdict: {report['verdict']}"
     for failure in report["failures"]:

@@ -1,7 +1,7 @@
-"""TeaCache's coefficients for a checkpoint that nobody fitted them to.
+"""Fit TeaCache's coefficients to a checkpoint.
 
 ``python -m skyreels_jax.evaluation.fit_teacache --model DIR_OR_ID --prompt ...`` runs the model in
-full, notes by how much the time embedding and the blocks' residual change from step to step, and
+full, records by how much the time embedding and the blocks' residual change from step to step, and
 fits a polynomial of degree 4 from the one to the other.
 
 Source: Liu et al., "Timestep Embedding Tells" (arXiv 2411.19108), section 3.3. They look at the
@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 
 from skyreels_jax.cache_dirs import enable_compilation_cache
 from skyreels_jax.diffusion.step_cache import Passage, Position, Velocity
-from skyreels_jax.evaluation.scores import CLIP, first_frame, held_out_scenes
+from skyreels_jax.evaluation.scores import MINI_CLIP, first_frame, held_out_scenes
 from skyreels_jax.generation import api
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
@@ -33,12 +33,12 @@ from skyreels_jax.presets import CacheCoefficients
 from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.sampling.sampling import Denoised, Sampling
 
-DEGREE: Final = 4
-# What a recorder notes: step, and relative changes of embedding, projection and residual.
-Note = Callable[[Array, Array, Array, Array], None]
+_DEGREE: Final = 4
+# Takes a step, and the relative changes of embedding, projection and residual.
+_RecordChanges = Callable[[Array, Array, Array, Array], None]
 
 
-class Seen(NamedTuple):
+class _PreviousStep(NamedTuple):
     """What one model call of a step remembers of the step before."""
 
     e: Array
@@ -46,48 +46,48 @@ class Seen(NamedTuple):
     residual: Float[Array, "rows F P D"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("note",))
+@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("record",))
 @dataclass(frozen=True)
-class Recorder:
-    """A :class:`~skyreels_jax.diffusion.step_cache.StepCache` that leaves nothing out."""
+class _ChangeRecorder:
+    """A :class:`~skyreels_jax.diffusion.step_cache.StepCache` that reuses nothing."""
 
-    note: Note
+    record: _RecordChanges
 
-    def init(self, passage: Passage) -> Seen:
-        """Zeros."""
+    def init(self, passage: Passage) -> _PreviousStep:
+        """Begin with zeros."""
         tokens = jnp.zeros_like(passage.tokens)
-        return Seen(jnp.zeros_like(passage.e), jnp.zeros_like(passage.e0), tokens)
+        return _PreviousStep(jnp.zeros_like(passage.e), jnp.zeros_like(passage.e0), tokens)
 
     def call(
-        self, state: Seen, position: Position, passage: Passage
-    ) -> tuple[Velocity, Seen, Bool[Array, ""]]:
-        """The plain prediction; what changed is noted on the host."""
+        self, state: _PreviousStep, position: Position, passage: Passage
+    ) -> tuple[Velocity, _PreviousStep, Bool[Array, ""]]:
+        """Predict in full; what changed is recorded on the host."""
         tokens = passage.blocks(passage.tokens)
-        now = Seen(passage.e, passage.e0, tokens - passage.tokens)
-        changes = [relative(new, old) for new, old in zip(now, state, strict=True)]
-        io_callback(self.note, None, position.step, *changes)
+        now = _PreviousStep(passage.e, passage.e0, tokens - passage.tokens)
+        changes = [relative_change(new, old) for new, old in zip(now, state, strict=True)]
+        io_callback(self.record, None, position.step, *changes)
         return passage.head(tokens), now, jnp.bool_(True)
 
 
-def relative(new: Array, old: Array) -> Float[Array, ""]:
-    """Mean absolute change over the mean absolute value before, as TeaCache has it."""
+def relative_change(new: Array, old: Array) -> Float[Array, ""]:
+    """Return the mean absolute change over the mean absolute value before, as TeaCache has it."""
     return jnp.mean(jnp.abs(new - old)) / jnp.mean(jnp.abs(old))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Recording(Denoiser):
-    """A denoiser with a recorder in the place of any cache."""
+class _RecordingDenoiser(Denoiser):
+    """A denoiser with a recorder in place of any cache."""
 
-    note: Note
+    record: _RecordChanges
 
     def run(self, noise: Any, conditioning: Any, sampling: Sampling, **rest: Any) -> Denoised:
-        sampling = dataclasses.replace(sampling, cache=Recorder(self.note))
+        sampling = dataclasses.replace(sampling, cache=_ChangeRecorder(self.record))
         return super().run(noise, conditioning, sampling, **rest)
 
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """Relative changes from step to step, of all model calls in which there was a step before.
+    """Relative changes from step to step, in all model calls after the first step.
 
     Attributes:
         embedding: of the time embedding.
@@ -100,15 +100,15 @@ class Changes:
     residual: Float[np.ndarray, " N"]
 
 
-class Fit(NamedTuple):
+class PolynomialFit(NamedTuple):
     """A polynomial, highest power first, and the share of the variance that it explains."""
 
     coefficients: tuple[float, float, float, float, float]
     explained: float
 
 
-def record(pipeline: Pipeline, requests: Iterable[Mapping[str, Any]]) -> Changes:
-    """Run the model in full and note what changes.
+def record_changes(pipeline: Pipeline, requests: Iterable[Mapping[str, Any]]) -> Changes:
+    """Run the model in full and record what changes.
 
     Args:
         pipeline: of the model.
@@ -119,13 +119,13 @@ def record(pipeline: Pipeline, requests: Iterable[Mapping[str, Any]]) -> Changes
     """
     found: list[tuple[float, float, float]] = []
 
-    def note(step: Array, *changes: Array) -> None:
+    def append(step: Array, *changes: Array) -> None:
         if step > 0:
             e, e0, residual = (float(change) for change in changes)
             found.append((e, e0, residual))
 
     plain = pipeline.load_denoiser()
-    recording = _Recording(plain.model, plain.block_length, note=note)
+    recording = _RecordingDenoiser(plain.model, plain.block_length, record=append)
     for given in requests:
         request = resolve(Request(dtype=pipeline.dtype, **given), pipeline.checkpoint)
         api.sample(pipeline.components, lambda: recording, request)
@@ -133,18 +133,20 @@ def record(pipeline: Pipeline, requests: Iterable[Mapping[str, Any]]) -> Changes
     return Changes(*np.array(found).T)
 
 
-def fitted(change: Float[np.ndarray, " N"], residual: Float[np.ndarray, " N"]) -> Fit:
-    """The polynomial from the change of an embedding to that of the residual, least squares.
+def fit_polynomial(
+    change: Float[np.ndarray, " N"], residual: Float[np.ndarray, " N"]
+) -> PolynomialFit:
+    """Fit the polynomial from the change of an embedding to that of the residual, least squares.
 
     Raises:
         ValueError: fewer different changes than coefficients.
     """
     different = len(np.unique(np.round(change, 6)))
-    if different <= DEGREE:
-        raise ValueError(f"{different} different changes do not tell {DEGREE + 1} coefficients")
-    a, b, c, d, e = (float(value) for value in np.polyfit(change, residual, DEGREE))
+    if different <= _DEGREE:
+        raise ValueError(f"{different} different changes do not tell {_DEGREE + 1} coefficients")
+    a, b, c, d, e = (float(value) for value in np.polyfit(change, residual, _DEGREE))
     error = residual - np.polyval((a, b, c, d, e), change)
-    return Fit((a, b, c, d, e), float(1 - np.var(error) / np.var(residual)))
+    return PolynomialFit((a, b, c, d, e), float(1 - np.var(error) / np.var(residual)))
 
 
 def main() -> None:
@@ -169,15 +171,19 @@ def main() -> None:
     else:
         image = pipeline.checkpoint.task == "i2v"
         given = [
-            {**CLIP, "prompt": plain_caption(scene), "image": first_frame(scene) if image else None}
+            {
+                **MINI_CLIP,
+                "prompt": plain_caption(scene),
+                "image": first_frame(scene) if image else None,
+            }
             for scene in held_out_scenes(args.count, seed=4)
         ]
     modes = [{"ar_step": step} for step in args.ar_step] if args.ar_step else [{}]
     requests = [{**one, **mode, "seed": n} for mode in modes for n, one in enumerate(given)]
-    changes = record(pipeline, requests)
+    changes = record_changes(pipeline, requests)
     fits = {
-        "retained": fitted(changes.projected, changes.residual),
-        "plain": fitted(changes.embedding, changes.residual),
+        "retained": fit_polynomial(changes.projected, changes.residual),
+        "plain": fit_polynomial(changes.embedding, changes.residual),
     }
     print(CacheCoefficients(**{name: fit.coefficients for name, fit in fits.items()}))
     for name, fit in fits.items():

@@ -1,4 +1,4 @@
-"""How well a model of moving shapes does what it is told, by an independent judge.
+"""How well a model of moving shapes follows its captions, by an independent judge.
 
 ``python -m skyreels_jax.evaluation.quality`` (``make eval``) prints the table of the small models;
 ``--sweep`` the table of settings against the judge's score (``docs/quality.md``).
@@ -7,6 +7,7 @@
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -18,6 +19,7 @@ import numpy as np
 
 from skyreels_jax.cache_dirs import enable_compilation_cache
 from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.errors import RequestError
 from skyreels_jax.evaluation.scores import (
     FPS,
     FRAMES,
@@ -31,10 +33,11 @@ from skyreels_jax.evaluation.scores import (
     lasting_scenes,
     score,
 )
-from skyreels_jax.files import whole_file
+from skyreels_jax.files import write_text
+from skyreels_jax.hub import locate
 from skyreels_jax.media import write_image
 from skyreels_jax.models import vae
-from skyreels_jax.moving_shapes.judge import look
+from skyreels_jax.moving_shapes.judge import detect_things
 from skyreels_jax.moving_shapes.render import render
 from skyreels_jax.moving_shapes.scene import Scene
 from skyreels_jax.parity.metrics import psnr
@@ -44,26 +47,29 @@ from skyreels_jax.weights.parts import stored_vae
 
 # Four times the length of a training clip, in windows of it that share 9 frames.
 LONG: Final = 65
-OVERLAP: Final = 9
-MODES: Final[Mapping[str, Mapping[str, int]]] = {
+LONG_OVERLAP: Final = 9
+_MODES: Final[Mapping[str, Mapping[str, int]]] = {
     "synchronous": {"ar_step": 0},
     "asynchronous": {"ar_step": 4, "causal_block_size": 1},
 }
 
 
 def joins() -> tuple[int, ...]:
-    """The first new frame of each window but the first."""
-    return tuple(range(FRAMES, LONG, FRAMES - OVERLAP))
+    """Return the first new frame of each window but the first."""
+    return tuple(range(FRAMES, LONG, FRAMES - LONG_OVERLAP))
 
 
-def text_to_video(pipeline: Pipeline, count: int, say: Callable[[str], None]) -> Score:
-    """Held-out combinations."""
-    return score(partial(from_text, pipeline), held_out_scenes(count), say=say)
+def _text_to_video(pipeline: Pipeline, count: int, log: Callable[[str], None]) -> Score:
+    """Score videos of held-out combinations."""
+    return score(partial(from_text, pipeline), held_out_scenes(count), log=log)
 
 
-def image_to_video(pipeline: Pipeline, count: int, say: Callable[[str], None]) -> Score:
-    """Held-out combinations; ``first_frame`` is the least PSNR in dB of a first frame to the image,
-    ``first_frame_median`` the middle one."""
+def _image_to_video(pipeline: Pipeline, count: int, log: Callable[[str], None]) -> Score:
+    """Score videos of held-out combinations, with their first frames given.
+
+    ``first_frame`` is the least PSNR in dB of a first frame to the image, ``first_frame_median``
+    the median, and ``first_frame_28`` the share with at least 28 dB.
+    """
     scenes, distances = held_out_scenes(count, seed=1), []
 
     def make(scene: Scene, seed: int) -> Frames:
@@ -71,8 +77,8 @@ def image_to_video(pipeline: Pipeline, count: int, say: Callable[[str], None]) -
         distances.append(psnr(frames[:1], first_frame(scene)[None]))
         return frames
 
-    found = score(make, scenes, say=say)
-    found.figures = {
+    found = score(make, scenes, log=log)
+    found.metrics = {
         "first_frame": min(distances),
         "first_frame_median": float(np.median(distances)),
         "first_frame_28": float(np.mean([d >= 28 for d in distances])),
@@ -80,38 +86,41 @@ def image_to_video(pipeline: Pipeline, count: int, say: Callable[[str], None]) -
     return found
 
 
-def long_video(pipeline: Pipeline, count: int, mode: str, say: Callable[[str], None]) -> Score:
-    """Scenes without end at four times the training length; ``jumps`` is the largest of a video's
-    steps at joins over its other steps, the middle and the worst of the videos."""
+def _long_video(pipeline: Pipeline, count: int, mode: str, log: Callable[[str], None]) -> Score:
+    """Score videos of four times the training length.
+
+    A jump is the largest of a video's steps at joins over its largest other step:
+    ``jump_median`` is their median, ``jump_within_1.5`` the share of at most 1.5.
+    """
     jumps: list[float] = []
     settings = {
         "num_frames": LONG,
         "base_num_frames": FRAMES,
-        "overlap_history": OVERLAP,
-        # The level of given frames in training (skyreels_jax.training.sigma_distributions.KNOWN).
+        "overlap_history": LONG_OVERLAP,
+        # That of known frames in training (skyreels_jax.training.sigma_distributions.KNOWN).
         "addnoise_condition": 20,
     }
 
     def make(scene: Scene, seed: int) -> Frames:
-        frames = from_text(pipeline, scene, seed, **settings, **MODES[mode])
-        seen = look(frames, FPS)
-        jumps.append(jump_at_joins(seen[0], joins()) if seen else math.inf)
+        frames = from_text(pipeline, scene, seed, **settings, **_MODES[mode])
+        things = detect_things(frames, FPS)
+        jumps.append(jump_at_joins(things[0], joins()) if things else math.inf)
         return frames
 
-    found = score(make, lasting_scenes(count), say=say)
-    found.figures = {
+    found = score(make, lasting_scenes(count), log=log)
+    found.metrics = {
         "jump_median": float(np.median(jumps)),
         "jump_within_1.5": float(np.mean([jump <= 1.5 for jump in jumps])),
     }
     return found
 
 
-def through_vae(checkpoint: Checkpoint, count: int) -> Score:
-    """Clips encoded and decoded; ``clip`` and ``frame`` are PSNR in dB, of single frames too."""
+def _through_vae(checkpoint: Checkpoint, count: int) -> Score:
+    """Score drawn clips after the VAE; ``clip`` and ``frame`` (single frames) are PSNR in dB."""
     model = stored_vae(checkpoint.layout).load(np.float32)
     errors: dict[str, list[float]] = {"clip": [], "frame": []}
 
-    def passed(frames: Frames) -> Frames:
+    def reconstruct(frames: Frames) -> Frames:
         pixels = np.moveaxis(frames, -1, 0)[None] / np.float32(127.5) - np.float32(1)
         out = vae.decode(model, vae.encode(model, pixels))[0]
         return np.rint((np.moveaxis(out, 0, -1) + 1) * np.float32(127.5)).astype(np.uint8)
@@ -120,62 +129,92 @@ def through_vae(checkpoint: Checkpoint, count: int) -> Score:
         del seed
         frames = render(scene, frames=FRAMES, fps=float(FPS), size=SIZE)
         for name, given in (("clip", frames), ("frame", frames[:1])):
-            out = passed(given)
+            out = reconstruct(given)
             errors[name].append(float(np.mean((out.astype(float) - given.astype(float)) ** 2)))
-        return passed(frames)
+        return reconstruct(frames)
 
     found = score(make, held_out_scenes(count, seed=2))
-    found.figures = {n: 10 * math.log10(255**2 / float(np.mean(e))) for n, e in errors.items()}
+    found.metrics = {n: 10 * math.log10(255**2 / float(np.mean(e))) for n, e in errors.items()}
     return found
 
 
-PARTS: Final = ("vae", "t2v", "i2v", "long")
+EVALUATIONS: Final = ("vae", "t2v", "i2v", "long")
+_I2V: Final = "image to video"
+_HEAD: Final = (
+    "| | videos | colour | shape | motion | all three | seconds a video | |\n"
+    "|---|---|---|---|---|---|---|---|\n"
+)
 
 
 def evaluate(
-    parts: Sequence[str], counts: Mapping[str, int], output: Path, models: Mapping[str, str]
+    names: Sequence[str], counts: Mapping[str, int], output: Path, models: Mapping[str, str]
 ) -> dict[str, Score]:
-    """Score the parts, and write a table, JSON and sheets of videos.
+    """Score models, and write a table, JSON and sheets of videos.
 
     Args:
-        parts: of :data:`PARTS`.
-        counts: of scenes by part.
+        names: of :data:`EVALUATIONS`.
+        counts: of scenes, by name.
         output: folder to write to.
         models: the ``df`` and the ``i2v`` checkpoint.
     """
     output.mkdir(parents=True, exist_ok=True)
-    say = partial(print, file=sys.stderr, flush=True)
+    log = partial(print, file=sys.stderr, flush=True)
     found: dict[str, Score] = {}
     opened = {
-        name: Pipeline.from_pretrained(model, dtype="float32", keep=True)
-        for name, model in models.items()
+        kind: Pipeline.from_pretrained(model, dtype="float32", keep=True)
+        for kind, model in models.items()
     }
-    for part in parts:
-        say(part)
-        if part == "vae":
-            found["VAE"] = through_vae(opened["df"].checkpoint, counts[part])
-        elif part == "t2v":
-            found["text to video"] = text_to_video(opened["df"], counts[part], say)
-        elif part == "i2v":
-            found["image to video"] = image_to_video(opened["i2v"], counts[part], say)
+    for name in names:
+        log(name)
+        if name == "vae":
+            found["VAE"] = _through_vae(opened["df"].checkpoint, counts[name])
+        elif name == "t2v":
+            found["text to video"] = _text_to_video(opened["df"], counts[name], log)
+        elif name == "i2v":
+            found[_I2V] = _image_to_video(opened["i2v"], counts[name], log)
         else:
-            for mode in MODES:
-                found[f"long, {mode}"] = long_video(opened["df"], counts[part], mode, say)
+            for mode in _MODES:
+                found[f"long, {mode}"] = _long_video(opened["df"], counts[name], mode, log)
     _write(output, found)
     return found
 
 
 def table(found: Mapping[str, Score]) -> str:
-    """Markdown."""
-    lines = [
-        "| | videos | colour | shape | motion | all three | seconds a video | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Return the scores as a table in Markdown."""
+    rows = []
     for name, one in found.items():
-        shares = " | ".join(str(one.share(n)) for n in ("colour", "kind", "motion", "all"))
-        figures = ", ".join(f"{key} {value:.3g}" for key, value in one.figures.items())
-        lines.append(f"| {name} | {len(one.verdicts)} | {shares} | {one.seconds:.2f} | {figures} |")
-    return "\n".join(lines) + "\n"
+        metrics = ", ".join(f"{key} {value:.3g}" for key, value in one.metrics.items())
+        rows.append(
+            f"| {name} | {len(one.verdicts)} | {one.shares()} | {one.seconds:.2f} | {metrics} |\n"
+        )
+    return _HEAD + "".join(rows)
+
+
+def write_cards(found: Mapping[str, Score], folders: Mapping[str, Path]) -> None:
+    """Put scores into the cards of the ``df`` and the ``i2v`` model, in place of those there.
+
+    Args:
+        found: scores by name; rows of other names stay as they are.
+        folders: of the models, each with a ``README.md`` that has a table of scores or the word
+            ``EVALUATION`` where it is to be.
+
+    Raises:
+        RequestError: a card has no place for scores.
+    """
+    for kind, folder in folders.items():
+        scores = {name: one for name, one in found.items() if (name == _I2V) == (kind == "i2v")}
+        if not scores:
+            continue
+        card = folder / "README.md"
+        text = card.read_text("utf-8")
+        match = re.search(rf"^EVALUATION\n|^{re.escape(_HEAD)}(\|.*\n)*", text, re.MULTILINE)
+        if match is None:
+            raise RequestError(f"{card} has no table of scores, nor the word EVALUATION")
+        rows = {line.split(" | ")[0]: line for line in match[0].removeprefix(_HEAD).splitlines()}
+        rows.pop("EVALUATION", None)
+        rows |= {line.split(" | ")[0]: line for line in table(scores).splitlines()[2:]}
+        new = _HEAD + "".join(f"{row}\n" for row in rows.values())
+        write_text(card, text[: match.start()] + new + text[match.end() :])
 
 
 def _write(output: Path, found: Mapping[str, Score]) -> None:
@@ -190,50 +229,47 @@ def _write(output: Path, found: Mapping[str, Score]) -> None:
         name: {
             "verdicts": [asdict(verdict) for verdict in one.verdicts],
             "seconds": one.seconds,
-            **one.figures,
+            **one.metrics,
         }
         for name, one in found.items()
     }
-    for file, text in (("eval.json", json.dumps(values, indent=1)), ("eval.md", table(found))):
-        with whole_file(output / file) as temporary:
-            temporary.write_text(text)
+    write_text(output / "eval.json", json.dumps(values, indent=1))
+    write_text(output / "eval.md", table(found))
 
 
 # Each row changes one setting of the defaults.
-SWEEP: Final[Sequence[Mapping[str, Any]]] = (
+_SWEEP: Final[Sequence[Mapping[str, Any]]] = (
     {},
     *({"guidance_scale": scale} for scale in (1.0, 2.0, 3.0, 6.0, 9.0)),
     *({"steps": steps} for steps in (5, 10, 40)),
     *({"shift": shift} for shift in (1.0, 2.0, 8.0)),
     *({"ar_step": step} for step in (0, 2, 10, 20)),
-    *({"cache": "teacache", "cache_threshold": level} for level in (0.1, 0.2, 0.3)),
-    *({"cache": "easycache", "cache_threshold": level} for level in (0.05, 0.1, 0.2)),
+    *({"cache": "teacache", "cache_threshold": bound} for bound in (0.1, 0.2, 0.3)),
+    *({"cache": "easycache", "cache_threshold": bound} for bound in (0.05, 0.1, 0.2)),
     {"dtype": "bfloat16"},
 )
 
 
 def sweep(model: str, count: int, output: Path) -> str:
-    """The table of settings against the judge's score, written to ``output / "sweep.md"``."""
+    """Write the table of settings against the judge's score to ``output / "sweep.md"``."""
     lines = [
         "| setting | colour | shape | motion | all three | seconds a video |",
         "|---|---|---|---|---|---|",
     ]
     pipelines: dict[str, Pipeline] = {}
-    for change in SWEEP:
+    for change in _SWEEP:
         settings = dict(change)
         dtype = settings.pop("dtype", "float32")
         if dtype not in pipelines:
             pipelines[dtype] = Pipeline.from_pretrained(model, dtype=dtype, keep=True)
         make = partial(from_text, pipelines[dtype], **settings)
         found = score(make, held_out_scenes(count, seed=3))
-        shares = " | ".join(str(found.share(n)) for n in ("colour", "kind", "motion", "all"))
         name = ", ".join(f"{key} {value}" for key, value in change.items()) or "defaults"
-        lines.append(f"| {name} | {shares} | {found.seconds:.2f} |")
+        lines.append(f"| {name} | {found.shares()} | {found.seconds:.2f} |")
         print(lines[-1], file=sys.stderr, flush=True)
     text = "\n".join(lines) + "\n"
     output.mkdir(parents=True, exist_ok=True)
-    with whole_file(output / "sweep.md") as temporary:
-        temporary.write_text(text)
+    write_text(output / "sweep.md", text)
     return text
 
 
@@ -242,8 +278,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Score the small models on held-out prompts.")
     parser.add_argument("--model", default="mini", help="a diffusion-forcing checkpoint")
     parser.add_argument("--i2v-model", default="mini-i2v")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=EVALUATIONS, default=EVALUATIONS)
     parser.add_argument("--count", type=int, help="scenes of each part; 200, 100 and 50 otherwise")
+    parser.add_argument(
+        "--write-cards", action="store_true", help="put the scores into the models' README.md"
+    )
     parser.add_argument("--sweep", action="store_true", help="settings against the score instead")
     parser.add_argument("--output", type=Path, default=Path("out/eval"))
     args = parser.parse_args()
@@ -252,11 +291,14 @@ def main() -> None:
         print(sweep(args.model, args.count or 48, args.output))
         return
     usual = {"vae": 100, "t2v": 200, "i2v": 100, "long": 50}
-    counts = {part: args.count or usual[part] for part in PARTS}
+    counts = {name: args.count or usual[name] for name in EVALUATIONS}
     models = {"df": args.model}
     if "i2v" in args.parts:
         models["i2v"] = args.i2v_model
-    print(table(evaluate(args.parts, counts, args.output, models)))
+    found = evaluate(args.parts, counts, args.output, models)
+    print(table(found))
+    if args.write_cards:
+        write_cards(found, {kind: locate(model).folder for kind, model in models.items()})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 
 from skyreels_jax.media import contact_sheet
 from skyreels_jax.moving_shapes.captions import plain_caption
-from skyreels_jax.moving_shapes.judge import Seen, Verdict, agrees, look
+from skyreels_jax.moving_shapes.judge import DetectedThing, Verdict, detect_things, judge_scene
 from skyreels_jax.moving_shapes.render import render
 from skyreels_jax.moving_shapes.scene import (
     BACKGROUNDS,
@@ -26,29 +26,29 @@ from skyreels_jax.shapes import Frames
 SIZE: Final = (64, 64)
 FRAMES: Final = 17
 FPS: Final = 16
-# What the small models were trained on: the settings of a video that they make.
-CLIP: Final[Mapping[str, Any]] = {
+# Settings of the videos that the small models make: those they were trained on.
+MINI_CLIP: Final[Mapping[str, Any]] = {
     "height": SIZE[0],
     "width": SIZE[1],
     "num_frames": FRAMES,
     "fps": FPS,
 }
 # A jump of the centre below this, in sides of the frame, is none that could be seen.
-UNSEEN: Final = 0.02
-# A scene (of which a caption, and perhaps the first frame, is given away) and a seed to its video.
-MakeVideo = Callable[[Scene, int], Frames]
+_UNSEEN: Final = 0.02
+# Makes the video of a scene (by its caption, and perhaps the first frame) and a seed.
+_MakeVideo = Callable[[Scene, int], Frames]
 
 
 @dataclass(frozen=True)
 class Share:
-    """How many of how many."""
+    """How many videos of how many are right."""
 
     right: int
     of: int
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the true share, 95 %: Wilson, "Probable inference", JASA 22 (1927)."""
+        """Confidence interval, 95 %: Wilson, "Probable inference", JASA 22 (1927)."""
         z, n, p = 1.96, self.of, self.right / self.of
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -65,16 +65,20 @@ class Score:
 
     verdicts: list[Verdict] = field(default_factory=list)
     seconds: float = 0.0
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     sheets: list[np.ndarray] = field(default_factory=list)
 
     def share(self, name: str) -> Share:
-        """Of videos in which ``colour``, ``kind``, ``motion`` or ``all`` is right."""
+        """Return the share of videos whose ``colour``, ``kind``, ``motion`` or ``all`` is right."""
         return Share(sum(getattr(v, name) for v in self.verdicts), len(self.verdicts))
+
+    def shares(self) -> str:
+        """Return all shares as cells of a row of a table in Markdown."""
+        return " | ".join(str(self.share(name)) for name in ("colour", "kind", "motion", "all"))
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """One thing each, of every held-out combination in turn."""
+    """Draw scenes of one thing each, of every held-out combination in turn."""
     rng = np.random.default_rng([seed, 77])
     combinations = sorted(HELD_OUT, key=str)
     return [
@@ -83,7 +87,7 @@ def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
 
 
 def lasting_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """One thing each that stays in the frame for any time: it bounces or stands still."""
+    """Draw scenes of one thing each that never leaves the frame: it bounces or stands still."""
     rng = np.random.default_rng([seed, 78])
     scenes: list[Scene] = []
     while len(scenes) < count:
@@ -95,11 +99,11 @@ def lasting_scenes(count: int, seed: int = 0) -> list[Scene]:
 
 
 def score(
-    make_video: MakeVideo,
+    make_video: _MakeVideo,
     scenes: Sequence[Scene],
     *,
     fps: float | int = FPS,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Score:
     """Make a video of each scene and judge it; the first warms up what is compiled."""
     found, clock = Score(), 0.0
@@ -107,33 +111,33 @@ def score(
         started = time.perf_counter()
         frames = make_video(scene, number)
         clock += time.perf_counter() - started if number else 0.0
-        verdict = agrees(look(frames, fps), scene)
+        verdict = judge_scene(detect_things(frames, fps), scene)
         found.verdicts.append(verdict)
         found.sheets.append(contact_sheet(frames, count=6, columns=6))
         if (number + 1) % 20 == 0:
-            say(f"{number + 1} of {len(scenes)}: all right {found.share('all')}")
+            log(f"{number + 1} of {len(scenes)}: all right {found.share('all')}")
     found.seconds = clock / max(len(scenes) - 1, 1)
     return found
 
 
 def from_text(pipeline: Pipeline, scene: Scene, seed: int, **settings: Any) -> Frames:
-    """By the plain caption alone."""
-    return pipeline(plain_caption(scene), seed=seed, **{**CLIP, **settings}).frames
+    """Make a video by the plain caption alone."""
+    return pipeline(plain_caption(scene), seed=seed, **{**MINI_CLIP, **settings}).frames
 
 
 def from_image(pipeline: Pipeline, scene: Scene, seed: int, **settings: Any) -> Frames:
-    """By the plain caption and the first frame."""
+    """Make a video by the plain caption and the first frame."""
     return from_text(pipeline, scene, seed, image=first_frame(scene), **settings)
 
 
 def first_frame(scene: Scene) -> np.ndarray:
-    """Uint8 ``[64, 64, 3]``."""
+    """Draw the first frame of a scene, uint8 ``[64, 64, 3]``."""
     return render(scene, frames=1, fps=float(FPS), size=SIZE)[0]
 
 
-def jump_at_joins(seen: Seen, joins: Sequence[int]) -> float:
-    """The largest step of the centre at a join, over the largest other one (at least UNSEEN)."""
-    steps = np.hypot(*np.diff(seen.track[:, :2], axis=0).T)
+def jump_at_joins(detected: DetectedThing, joins: Sequence[int]) -> float:
+    """Return the centre's largest step at a join, over the largest other one (at least 0.02)."""
+    steps = np.hypot(*np.diff(detected.track[:, :2], axis=0).T)
     at = [join - 1 for join in joins]
     others = np.delete(steps, at)
-    return float(np.nanmax(steps[at]) / max(float(np.nanmax(others)), UNSEEN))
+    return float(np.nanmax(steps[at]) / max(float(np.nanmax(others)), _UNSEEN))

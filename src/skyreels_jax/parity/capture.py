@@ -1,12 +1,12 @@
-"""The JAX transformer one block after the other, with what every part of it takes and gives.
+"""The activations of the JAX transformer, which is called one block after the other.
 
-The parts are those of the model itself, observed from outside. What differs from a real run is the
-order of work alone: there the blocks are a scan over stacked parameters.
+The modules are those of the model itself, recorded from outside. What differs from a real run is
+the order of work alone: there the blocks are a scan over stacked parameters.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,105 +18,125 @@ from skyreels_jax.models.layers import CrossContext
 from skyreels_jax.models.transformer import WanModel, unpatchify
 from skyreels_jax.ops.masks import BlockCausal
 from skyreels_jax.ops.positions import RopeTable
-from skyreels_jax.parity.diagnosis.places import AROUND, HEAD, Layers, Site, block_sites
+from skyreels_jax.parity.activation_sites import (
+    ENTRY_SITES,
+    HEAD_SITES,
+    ActivationSite,
+    Layers,
+    block_sites,
+    recorded_names,
+)
+from skyreels_jax.parity.recording import Record
 
-# Told the name of a place and its values, in order.
-Note = Callable[[str, np.ndarray], None]
-Records = dict[str, jax.Array]
+_Activations = dict[str, jax.Array]
 
 
-class Observed:
-    """Stands in for a part of a model: calls it, and keeps what goes in and comes out."""
+class ModelInputs(NamedTuple):
+    """Arguments of a call of the transformer, under the names that it has for them."""
 
-    def __init__(self, part: Callable[..., Any], site: Site, records: Records):
-        self._part, self._site, self._records = part, site, records
+    x: jax.Array
+    t: jax.Array
+    context: jax.Array
+    clip_fea: jax.Array | None
+    y: jax.Array | None
+    fps: jax.Array | None
+
+
+class _RecordingModule:
+    """Stands in for a module of a model: calls it, and keeps its input and output."""
+
+    def __init__(
+        self,
+        module: Callable[[jax.Array], jax.Array],
+        site: ActivationSite,
+        activations: _Activations,
+    ):
+        self._module, self._site, self._activations = module, site, activations
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The part's own answer."""
-        if self._site.before is not None:
-            self._records[self._site.before] = x
-        out = self._part(x)
-        if self._site.after is not None:
-            self._records[self._site.after] = out
+        out = self._module(x)
+        for name, value in ((self._site.input_name, x), (self._site.output_name, out)):
+            if name is not None:
+                self._activations[name] = value
         return out
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._part, name)
+        return getattr(self._module, name)
 
 
-def observe(model: Any, sites: Sequence[Site]) -> Records:
-    """Replace the parts of ``model`` at ``sites``; the records fill as it is called."""
-    records: Records = {}
+def _attach(model: nnx.Module, sites: Sequence[ActivationSite]) -> _Activations:
+    """Replace the modules of ``model`` at ``sites``; the result fills as the model is called."""
+    activations: _Activations = {}
     for site in sites:
-        *path, last = site.ours.split(".")
+        *path, last = site.module.split(".")
         owner = model
         for name in path:
             owner = getattr(owner, name)
-        object.__setattr__(owner, last, Observed(getattr(owner, last), site, records))
-    return records
+        module = _RecordingModule(getattr(owner, last), site, activations)
+        object.__setattr__(owner, last, module)
+    return activations
 
 
-def walk(
+def capture_activations(
     model: WanModel,
-    x: jax.Array,
-    t: jax.Array,
-    context: jax.Array,
-    note: Note,
+    inputs: ModelInputs,
+    record: Record,
     *,
-    clip_fea: jax.Array | None = None,
-    y: jax.Array | None = None,
-    fps: jax.Array | None = None,
     block_length: int | None = None,
     attention: str | None = None,
     layers: Layers = "all",
 ) -> None:
-    """Call the model and tell ``note`` every place, in order; one block is in memory at a time.
+    """Call the model and record every activation, in order; one block is in memory at a time.
 
-    Arguments are those of a call of the model; tokens are ``[B, L, D]`` in what is noted.
+    Args:
+        model: the transformer.
+        inputs: of its call.
+        record: takes float32 values; tokens are ``[B, L, D]``.
+        block_length: frames of a block of a block-causal mask; None is no mask.
+        attention: which attention runs, as of :func:`~skyreels_jax.ops.attention.attention`.
+        layers: what is recorded.
     """
     config = model.config
-    image = config.model_type == "i2v"
     graph, parameters = nnx.split(model)
-    states, records = _entry(graph)(parameters, x, t, context, clip_fea, y, fps)
+    states, seen = _entry(graph)(parameters, inputs)
     e, e0, text, pictured, tokens, rope = states
-    for name in (name for site in AROUND for name in (site.before, site.after) if name):
-        if name in records:
-            note(name, flat(records[name]))
-    note("modulation", np.asarray(records["modulation"], np.float32))
-    grid = (x.shape[3] // config.patch_size[1], x.shape[4] // config.patch_size[2])
+    for name in recorded_names(ENTRY_SITES):
+        if name in seen:
+            record(name, _as_tokens(seen[name]))
+    record("modulation", np.asarray(seen["modulation"], np.float32))
+    _, _, _, height, width = inputs.x.shape
+    grid = (height // config.patch_size[1], width // config.patch_size[2])
     mask = None if block_length is None else BlockCausal(grid[0] * grid[1], block_length)
     block_graph, stacked = nnx.split(model.blocks)
-    sites = block_sites(image=image) if layers == "all" else ()
+    sites = block_sites(image=config.model_type == "i2v") if layers == "all" else ()
     block = _block(block_graph, sites, mask, attention)
-    inside = [name for site in sites for name in (site.before, site.after) if name]
     for number in range(config.num_layers):
-        of_layer = jax.tree.map(lambda leaf, at=number: leaf[at], stacked)
-        tokens, seen = block(of_layer, tokens, e0, text, pictured, rope)
-        for name in inside:
+        block_state = jax.tree.map(lambda leaf, at=number: leaf[at], stacked)
+        tokens, seen = block(block_state, tokens, e0, text, pictured, rope)
+        for name in recorded_names(sites):
             if name in seen:
-                note(f"blocks.{number}.{name}", flat(seen[name]))
-        note(f"blocks.{number}", flat(tokens))
+                record(f"blocks.{number}.{name}", _as_tokens(seen[name]))
+        record(f"blocks.{number}", _as_tokens(tokens))
     velocity, seen = _head(graph, grid)(parameters, tokens, e)
-    for name in ("head.norm", "head"):
-        note(name, flat(seen[name]))
-    note("velocity", np.asarray(velocity, np.float32))
+    for name in recorded_names(HEAD_SITES):
+        record(name, _as_tokens(seen[name]))
+    record("velocity", np.asarray(velocity, np.float32))
 
 
 @cache
-def _entry(graph: nnx.GraphDef[Any]) -> Callable[..., tuple[Any, Records]]:
-    """All that comes before the blocks, compiled once for a model."""
+def _entry(graph: nnx.GraphDef[WanModel]) -> Callable[..., tuple[Any, _Activations]]:
+    """Compile all that comes before the blocks, once for a model."""
 
-    def entry(parameters: nnx.State, *given: Any) -> tuple[Any, Records]:
-        x, t, context, clip_fea, y, fps = given
+    def entry(parameters: nnx.State, inputs: ModelInputs) -> tuple[Any, _Activations]:
         model = nnx.merge(graph, parameters)
-        present = [site for site in AROUND if hasattr(model, site.ours.split(".")[0])]
-        records = observe(model, present)
-        e, e0 = model.embed_time(t, fps)
-        text = model.text_embedding(context)
-        pictured = None if clip_fea is None else model.img_emb(clip_fea)
-        tokens, grid = model.embed_patches(x, y)
-        records["modulation"] = e0
-        return (e, e0, text, pictured, tokens, model.positions(grid, None)), records
+        present = [site for site in ENTRY_SITES if hasattr(model, site.module.split(".")[0])]
+        activations = _attach(model, present)
+        e, e0 = model.embed_time(inputs.t, inputs.fps)
+        text = model.text_embedding(inputs.context)
+        pictured = None if inputs.clip_fea is None else model.img_emb(inputs.clip_fea)
+        tokens, grid = model.embed_patches(inputs.x, inputs.y)
+        activations["modulation"] = e0
+        return (e, e0, text, pictured, tokens, model.positions(grid, None)), activations
 
     return jax.jit(entry)
 
@@ -124,63 +144,60 @@ def _entry(graph: nnx.GraphDef[Any]) -> Callable[..., tuple[Any, Records]]:
 @cache
 def _block(
     graph: nnx.GraphDef[Any],
-    sites: tuple[Site, ...],
+    sites: tuple[ActivationSite, ...],
     mask: BlockCausal | None,
     attention: str | None,
-) -> Callable[..., tuple[FrameTokens, Records]]:
-    """One block, compiled once for all of them."""
+) -> Callable[..., tuple[FrameTokens, _Activations]]:
+    """Compile one block, once for all of them."""
 
-    def block(of_layer: nnx.State, tokens: FrameTokens, *shared: Any) -> tuple[Any, Records]:
+    def block(state: nnx.State, tokens: FrameTokens, *shared: Any) -> tuple[Any, _Activations]:
         e0, text, pictured, rope = shared
-        one = nnx.merge(graph, of_layer)
-        seen = observe(one, sites)
+        one = nnx.merge(graph, state)
+        activations = _attach(one, sites)
         prepared: CrossContext = one.cross_attn.prepare(text, pictured)
         out = one(tokens, e0, prepared, RopeTable(*rope), mask=mask, implementation=attention)
-        return out, seen
+        return out, activations
 
     return jax.jit(block)
 
 
 @cache
 def _head(
-    graph: nnx.GraphDef[Any], grid: tuple[int, int]
-) -> Callable[..., tuple[jax.Array, Records]]:
-    """All that comes after the blocks."""
+    graph: nnx.GraphDef[WanModel], grid: tuple[int, int]
+) -> Callable[..., tuple[jax.Array, _Activations]]:
+    """Compile all that comes after the blocks."""
 
-    def head(parameters: nnx.State, tokens: FrameTokens, e: jax.Array) -> tuple[Any, Records]:
+    def head(
+        parameters: nnx.State, tokens: FrameTokens, e: jax.Array
+    ) -> tuple[jax.Array, _Activations]:
         model = nnx.merge(graph, parameters)
-        seen = observe(model, HEAD)
-        return unpatchify(model.head(tokens, e), grid, model.config.patch_size), seen
+        activations = _attach(model, HEAD_SITES)
+        return unpatchify(model.head(tokens, e), grid, model.config.patch_size), activations
 
     return jax.jit(head)
 
 
-def forget_programs() -> None:
-    """Compile anew from now on: for those who change the code of a running process."""
-    for programs in (_entry, _block, _head):
-        programs.cache_clear()
-
-
-def flat(x: jax.Array) -> np.ndarray:
-    """Tokens in one row, ``[B, L, D]``; other arrays as they are. float32."""
+def _as_tokens(x: jax.Array) -> np.ndarray:
+    """Return float32 tokens ``[B, L, D]`` of ``[B, F, P, D]`` or ``[B, F, rows, columns, D]``."""
     array = np.asarray(x.astype(jnp.float32))
-    if array.ndim == 4:
-        return array.reshape(array.shape[0], -1, array.shape[-1])
-    if array.ndim == 5:  # patch embedding: [B, F, rows, columns, D]
-        return array.reshape(array.shape[0], -1, array.shape[-1])
-    return array
+    return array.reshape(array.shape[0], -1, array.shape[-1]) if array.ndim in (4, 5) else array
 
 
-def call_of(given: Mapping[str, Any], latent_channels: int) -> dict[str, Any]:
-    """Arguments of :func:`walk` from what diffusers' transformer was given."""
-    hidden = np.asarray(given["hidden_states"], np.float32)
-    image = given.get("encoder_hidden_states_image")
-    fps = given.get("fps")
-    return {
-        "x": jnp.asarray(hidden[:, :latent_channels]),
-        "y": jnp.asarray(hidden[:, latent_channels:]) if image is not None else None,
-        "t": jnp.asarray(np.asarray(given["timestep"]).astype(np.int32)),
-        "context": jnp.asarray(given["encoder_hidden_states"]),
-        "clip_fea": None if image is None else jnp.asarray(image),
-        "fps": None if fps is None else jnp.asarray(np.asarray(fps).reshape(-1), jnp.int32),
-    }
+def model_inputs(call: Mapping[str, Any], latent_channels: int) -> ModelInputs:
+    """Return the inputs of our transformer for what diffusers' transformer was given.
+
+    Args:
+        call: arguments of diffusers' transformer, as of
+            :func:`~skyreels_jax.parity.recording.load_call`.
+        latent_channels: channels of ``hidden_states`` that are latents; the rest is the condition.
+    """
+    hidden = np.asarray(call["hidden_states"], np.float32)
+    image, fps = call.get("encoder_hidden_states_image"), call.get("fps")
+    return ModelInputs(
+        x=jnp.asarray(hidden[:, :latent_channels]),
+        t=jnp.asarray(np.asarray(call["timestep"]).astype(np.int32)),
+        context=jnp.asarray(call["encoder_hidden_states"]),
+        clip_fea=None if image is None else jnp.asarray(image),
+        y=None if image is None else jnp.asarray(hidden[:, latent_channels:]),
+        fps=None if fps is None else jnp.asarray(np.asarray(fps).reshape(-1), jnp.int32),
+    )

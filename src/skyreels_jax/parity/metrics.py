@@ -1,23 +1,20 @@
 """How far two videos are apart: PSNR, SSIM and differences in 8-bit levels."""
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 from jaxtyping import Float64, Shaped
 
 # Sizes are not bound, so that it is the functions that refuse two that differ. Values are 8-bit
 # levels (uint8) or lie in [0, 1] (any float).
-Video = Shaped[np.ndarray, "_T _height _width 3"]
-Frame = Shaped[np.ndarray, "_height _width 3"]
+_Video = Shaped[np.ndarray, "_T _height _width 3"]
+_Frame = Shaped[np.ndarray, "_height _width 3"]
 
 # The window of Wang et al. 2004: a Gaussian cut off at 3.5 sigma, which makes 11 taps.
-SIGMA: Final = 1.5
-RADIUS: Final = 5
-WINDOW: Final = 2 * RADIUS + 1
-K1: Final = 0.01
-K2: Final = 0.03
-LEVELS: Final = 255
+_SIGMA: Final = 1.5
+_WINDOW: Final = 11
+_LEVELS: Final = 255
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,8 @@ class FrameDistance:
     p99: float
 
 
-def psnr(a: Video, b: Video) -> float:
-    """Peak signal-to-noise ratio in dB over all frames together; infinite when they are equal.
+def psnr(a: _Video, b: _Video) -> float:
+    """Return the peak signal-to-noise ratio in dB over all frames; infinite when they are equal.
 
     The peak is 255 for uint8 and 1.0 for floats. A NaN in the frames gives NaN.
 
@@ -48,41 +45,40 @@ def psnr(a: Video, b: Video) -> float:
     return _decibels(np.mean(_errors_by_frame(a, b)), _peak(a))
 
 
-def ssim(a: Frame, b: Frame) -> float:
-    """Mean structural similarity of two frames, over pixels and colours; 1 when they are equal.
+def ssim(a: _Frame, b: _Frame) -> float:
+    """Return the mean structural similarity of two frames over pixels and colours; 1 when equal.
 
-    Local means, variances and the covariance are weighted by a Gaussian of sigma 1.5 cut off at
-    3.5 sigma (11 x 11 pixels) and are those of the population, not of a sample; K1 = 0.01,
-    K2 = 0.03. Only windows that lie inside the frame count, so 5 pixels at each border are centres
-    of none. That is ``skimage.metrics.structural_similarity`` with ``gaussian_weights=True,
-    sigma=1.5, use_sample_covariance=False``, in float64 whatever is given.
-
-    Source: Wang, Bovik, Sheikh and Simoncelli 2004, "Image quality assessment: from error
-    visibility to structural similarity", equation 13.
+    As Wang, Bovik, Sheikh and Simoncelli 2004, "Image quality assessment: from error visibility to
+    structural similarity", equation 13: Gaussian window of sigma 1.5 cut off at 3.5 sigma (11 x 11
+    pixels, so 5 pixels at each border are centres of none), population covariances, K1 = 0.01 and
+    K2 = 0.03. In float64 whatever is given. It needs scikit-image (the extra ``validation``).
 
     Raises:
         ValueError: shapes or dtypes differ, the dtype is neither uint8 nor a float, or the frame
             has fewer than 11 pixels in a direction.
     """
+    from skimage.metrics import structural_similarity
+
     _check_alike(a, b)
-    if min(a.shape[:2]) < WINDOW:
+    if min(a.shape[:2]) < _WINDOW:
         raise ValueError(
             f"frames of {a.shape[0]} x {a.shape[1]} pixels: SSIM takes windows of "
-            f"{WINDOW} x {WINDOW}, so both directions must have {WINDOW} pixels or more"
+            f"{_WINDOW} x {_WINDOW}, so both directions must have {_WINDOW} pixels or more"
         )
-    c1, c2 = (K1 * _peak(a)) ** 2, (K2 * _peak(a)) ** 2
-    # Colours first: the window then slides over rows that lie together in memory.
-    x, y = (np.ascontiguousarray(f.transpose(2, 0, 1), dtype=np.float64) for f in (a, b))
-    mean_x, mean_y = _weighted_mean(x), _weighted_mean(y)
-    variances = _weighted_mean(x * x + y * y) - mean_x**2 - mean_y**2
-    covariance = _weighted_mean(x * y) - mean_x * mean_y
-    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    similarity /= (mean_x**2 + mean_y**2 + c1) * (variances + c2)
-    return float(similarity.mean())
+    similarity = structural_similarity(
+        a.astype(np.float64),
+        b.astype(np.float64),
+        gaussian_weights=True,
+        sigma=_SIGMA,
+        use_sample_covariance=False,
+        data_range=_peak(a),
+        channel_axis=-1,
+    )
+    return float(cast(float, similarity))
 
 
-def compare_frames(a: Video, b: Video) -> FrameDistance:
-    """The distance of two videos, frame by frame and as a whole.
+def compare_frames(a: _Video, b: _Video) -> FrameDistance:
+    """Return the distance of two videos, frame by frame and as a whole.
 
     The PSNR of the whole is that of the squared error over all frames, not the mean of the frames'
     PSNR; its SSIM is the mean of the frames'.
@@ -95,7 +91,7 @@ def compare_frames(a: Video, b: Video) -> FrameDistance:
     # Without `abs`, which wraps around in 8 bits.
     difference = (np.maximum(a, b) - np.minimum(a, b)).reshape(-1)
     p95, p99 = np.percentile(difference, (95, 99))
-    levels = LEVELS / _peak(a)
+    levels = _LEVELS / _peak(a)
     return FrameDistance(
         psnr=_decibels(np.mean(errors), _peak(a)),
         ssim=float(np.mean(ssim_by_frame)),
@@ -107,8 +103,8 @@ def compare_frames(a: Video, b: Video) -> FrameDistance:
     )
 
 
-def _errors_by_frame(a: Video, b: Video) -> Float64[np.ndarray, " T"]:
-    """Mean squared error of each frame, in squared units of the values."""
+def _errors_by_frame(a: _Video, b: _Video) -> Float64[np.ndarray, " T"]:
+    """Return the mean squared error of each frame, in squared units of the values."""
     _check_alike(a, b)
     if not a.size:
         raise ValueError(f"frames of {a.shape}: there is nothing to compare")
@@ -128,7 +124,7 @@ def _check_alike(a: np.ndarray, b: np.ndarray) -> None:
 
 def _peak(frames: np.ndarray) -> float:
     if frames.dtype == np.uint8:
-        return float(LEVELS)
+        return float(_LEVELS)
     if np.issubdtype(frames.dtype, np.floating):
         return 1.0
     raise ValueError(f"frames of {frames.dtype}: they must be uint8, or floats in [0, 1]")
@@ -136,24 +132,3 @@ def _peak(frames: np.ndarray) -> float:
 
 def _decibels(error: float | np.floating, peak: float) -> float:
     return float("inf") if error == 0 else float(10 * np.log10(peak**2 / error))
-
-
-def _window() -> Float64[np.ndarray, " taps"]:
-    weights = np.exp(-0.5 * (np.arange(-RADIUS, RADIUS + 1) / SIGMA) ** 2)
-    return weights / weights.sum()
-
-
-def _weighted_mean(
-    image: Float64[np.ndarray, "3 height width"],
-) -> Float64[np.ndarray, "3 height-10 width-10"]:
-    """The Gaussian mean around every pixel whose window lies inside the image."""
-    _, height, width = image.shape
-    rows, columns = height - 2 * RADIUS, width - 2 * RADIUS
-    weights = _window()
-    down = weights[0] * image[:, :rows]
-    for tap in range(1, WINDOW):
-        down += weights[tap] * image[:, tap : tap + rows]
-    across = weights[0] * down[:, :, :columns]
-    for tap in range(1, WINDOW):
-        across += weights[tap] * down[:, :, tap : tap + columns]
-    return across

@@ -1,4 +1,4 @@
-"""What is run on both sides: settled before anything is loaded, and written beside the results."""
+"""What is run on both sides: decided before anything is loaded, and written beside the results."""
 
 import dataclasses
 import json
@@ -13,25 +13,27 @@ from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve import resolve
 from skyreels_jax.media import RgbImage
-from skyreels_jax.parity.diagnosis.places import LAYERS, Layers
+from skyreels_jax.parity.activation_sites import LAYERS, Layers
 
-REFERENCES: Final = ("diffusers", "original-numerics", "hybrid")
-DTYPES: Final = ("float32", "bfloat16")
+# In the order of their work.
+SIDE_NAMES: Final = ("reference", "bf16_baseline", "jax")
+_REFERENCES: Final = ("diffusers", "original-numerics", "hybrid")
+_DTYPES: Final = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The same for all tests; each has a seed of its own, and an image where the task takes one.
+class ParityPlan:
+    """The settings of all tests; each has its own seed, and an image where the task takes one.
 
     Attributes:
         model: folder of the checkpoint.
-        preset: name of the released checkpoint it is, where that is not plain.
-        reference: who is the other side, of :data:`REFERENCES`.
+        preset: name of the released checkpoint, where its files do not say.
+        reference: the other side: ``diffusers``, ``original-numerics`` or ``hybrid``.
         dtype: to compute in; in bfloat16 the reference is still PyTorch in float32, and PyTorch in
-            bfloat16 is the yardstick.
+            bfloat16 is the bf16 baseline.
         device: of PyTorch.
         layers: what is recorded.
-        traced: steps at which the transformers are compared.
+        traced: steps at which the transformers' activations are compared.
     """
 
     model: str
@@ -55,15 +57,15 @@ class Plan:
 
     @property
     def tests(self) -> range:
-        """Their numbers."""
+        """The numbers of the tests."""
         return range(len(self.seeds))
 
     def checkpoint(self) -> Checkpoint:
-        """The folder, understood."""
+        """Open the checkpoint."""
         return Checkpoint.open(self.model, preset=self.preset)
 
     def request(self, test: int, image: RgbImage | None) -> ResolvedRequest:
-        """What a test asks of JAX."""
+        """Resolve the request for a test's video."""
         asked = Request(
             prompt=self.prompts[test],
             negative_prompt=self.negative_prompt,
@@ -82,18 +84,18 @@ class Plan:
         return resolve(asked, self.checkpoint())
 
     def save(self, path: Path) -> None:
-        """As JSON."""
+        """Write the plan as JSON."""
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False), "utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> "Plan":
-        """From :meth:`save`."""
+    def load(cls, path: Path) -> "ParityPlan":
+        """Read what :meth:`save` has written."""
         values = json.loads(path.read_text("utf-8"))
         lists = {name: tuple(values[name]) for name in ("prompts", "seeds", "traced")}
         return cls(**(values | lists))
 
 
-def settle(
+def plan_comparison(
     model: Path,
     *,
     num_tests: int = 1,
@@ -105,36 +107,38 @@ def settle(
     layers: str = "all",
     device: str = "cpu",
     preset: str | None = None,
-    **wishes: Any,
-) -> Plan:
-    """A plan from flags; what is not given comes from the checkpoint.
+    **settings: Any,
+) -> ParityPlan:
+    """Make a plan from flags; what is not given comes from the checkpoint.
 
     Args:
         model: folder of the checkpoint.
         num_tests: each has the next seed.
         seed: of the first test.
-        prompt: of all of them.
-        image: of all of them; each has one of its own otherwise, where the task takes one.
-        reference: of :data:`REFERENCES`.
+        prompt: of all tests.
+        image: of all tests; otherwise one is drawn for each, where the task takes one.
+        reference: the other side, as of :class:`ParityPlan`.
         dtype: ``float32`` or ``bfloat16``.
         layers: what is recorded.
         device: of PyTorch.
         preset: as of :meth:`Checkpoint.open`.
-        **wishes: settings of a :class:`Request`.
+        **settings: settings of a :class:`Request`.
 
     Raises:
         RequestError: with everything that is wrong.
         WeightsError: there is no checkpoint.
     """
     for name, value, known in (
-        ("reference", reference, REFERENCES),
-        ("dtype", dtype, DTYPES),
+        ("reference", reference, _REFERENCES),
+        ("dtype", dtype, _DTYPES),
         ("layers", layers, LAYERS),
     ):
         if value not in known:
             raise RequestError(f"--{name} {value!r} does not exist; there are {', '.join(known)}")
     if (reference, dtype) == ("hybrid", "bfloat16"):
-        raise RequestError("--reference hybrid has no yardstick: compare it with --dtype float32")
+        raise RequestError(
+            "--reference hybrid has no bf16 baseline: compare it with --dtype float32"
+        )
     if num_tests < 1:
         raise RequestError(f"--num_tests {num_tests} must be at least 1")
     checkpoint = Checkpoint.open(model, preset=preset)
@@ -143,14 +147,14 @@ def settle(
     stand_in = image
     if image is None and checkpoint.task == "i2v":
         stand_in = np.zeros((64, 64, 3), np.uint8)
-    frames = wishes.get("num_frames") or checkpoint.defaults.num_frames.value
+    frames = settings.get("num_frames") or checkpoint.defaults.num_frames.value
     at_once = frames if checkpoint.task == "df" else None
     request = Request(
-        prompt=prompt, image=stand_in, seed=seed, dtype=dtype, base_num_frames=at_once, **wishes
+        prompt=prompt, image=stand_in, seed=seed, dtype=dtype, base_num_frames=at_once, **settings
     )
     asked = resolve(request, checkpoint)
     names = ("height", "width", "num_frames", "steps", "guidance_scale", "shift", "fps")
-    return Plan(
+    return ParityPlan(
         model=str(model),
         preset=preset,
         task=checkpoint.task,
@@ -166,16 +170,16 @@ def settle(
     )
 
 
-def sides_of(plan: Plan, only: str | None = None) -> list[str]:
-    """The sides that a plan takes, in order; ``only`` is ``jax`` or ``torch``."""
+def side_names(plan: ParityPlan, only: str | None = None) -> list[str]:
+    """Return the sides that a plan takes, in order; ``only`` is ``jax`` or ``torch``."""
     if only is not None:
         return ["reference"] if only == "torch" else ["jax"]
-    rounded = plan.dtype == "bfloat16" and plan.reference != "hybrid"
-    return ["reference", *(["yardstick"] if rounded else []), "jax"]
+    has_baseline = plan.dtype == "bfloat16" and plan.reference != "hybrid"
+    return [side for side in SIDE_NAMES if has_baseline or side != "bf16_baseline"]
 
 
 def synthetic_image(seed: int, height: int, width: int) -> RgbImage:
-    """A smooth picture with one disc in it, decided by the seed."""
+    """Draw a smooth picture with one disc in it, decided by the seed."""
     rng = np.random.default_rng([seed, 1])
     y, x = np.mgrid[0 : 1 : 1j * height, 0 : 1 : 1j * width]
     corners = rng.uniform(0, 255, (2, 2, 3))

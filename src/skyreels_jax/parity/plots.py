@@ -16,40 +16,39 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE: Final = "#0072B2"
-ORANGE: Final = "#E69F00"
-GREEN: Final = "#009E73"
-VERMILLION: Final = "#D55E00"
-PURPLE: Final = "#CC79A7"
-SKY: Final = "#56B4E9"
-BLACK: Final = "#000000"
-SERIES: Final = (BLUE, ORANGE, GREEN, PURPLE, SKY, BLACK)
-MARKERS: Final = "os^DvP"
-GREY: Final = "#767676"
+_BLUE: Final = "#0072B2"
+_ORANGE: Final = "#E69F00"
+_GREEN: Final = "#009E73"
+_VERMILLION: Final = "#D55E00"
+_PURPLE: Final = "#CC79A7"
+_SKY: Final = "#56B4E9"
+_BLACK: Final = "#000000"
+_SERIES: Final = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _BLACK)
+_MARKERS: Final = "os^DvP"
+_GREY: Final = "#767676"
 # More names than this along one axis run into each other at 900 pixels.
-MOST_TICKS: Final = 26
+_MOST_TICKS: Final = 26
 # More signs than this in one drawing hide each other; lines alone remain.
-MOST_SIGNS: Final = 1000
+_MOST_SIGNS: Final = 1000
 # Longer legends cover what they explain.
-MOST_ENTRIES: Final = 6
-SIDES: Final = (("torch", "PyTorch"), ("jax", "JAX"))
-ERROR_LABEL: Final = "relative L2 error"
-YARDSTICK_LABEL: Final = "bf16 rounding of PyTorch"
-NOT_MEASURED: Final = "not measured"
+_MOST_ENTRIES: Final = 6
+_SIDES: Final = (("torch", "PyTorch"), ("jax", "JAX"))
+_ERROR_LABEL: Final = "relative L2 error"
+_BASELINE_LABEL: Final = "PyTorch in bfloat16"
 
-Row = Mapping[str, Any]
-Number = float | int
+_Row = Mapping[str, Any]
+_Number = float | int
 
 
-def layer_errors(path: Path, layers: Sequence[Row], title: str) -> None:
-    """The relative L2 error of every layer in the order of execution, one series a step.
+def layer_errors(path: Path, layers: Sequence[_Row], title: str) -> None:
+    """Draw the relative L2 error of every layer in the order of execution, one series a step.
 
-    Where a layer has several tolerances the smallest is drawn, and of its yardsticks the largest.
-    Errors of exactly zero stand at the lower edge of the logarithmic axis and those that are not
-    finite at the upper edge, each with a sign of its own.
+    Where a layer has several tolerances the smallest is drawn, and of its bf16 baselines the
+    largest. Errors of exactly zero stand at the lower edge of the logarithmic axis and those that
+    are not finite at the upper edge, each with a sign of its own.
     """
     names = list(dict.fromkeys(layer["name"] for layer in layers))
-    place = {name: index for index, name in enumerate(names)}
+    index_of = {name: index for index, name in enumerate(names)}
     figure = _figure(5.6)
     axes = figure.subplots()
     _log_axis(axes, [layer[key] for layer in layers for key in ("relative_l2", "budget")])
@@ -58,32 +57,32 @@ def layer_errors(path: Path, layers: Sequence[Row], title: str) -> None:
         here = [layer for layer in layers if layer["step"] == step]
         label = "error" if step is None else f"error, step {step}"
         axes.plot(
-            [place[layer["name"]] for layer in here],
+            [index_of[layer["name"]] for layer in here],
             [_or_gap(layer["relative_l2"]) for layer in here],
             color=_step_colour(number, len(steps)),
-            marker="o" if len(layers) <= MOST_SIGNS else "",
+            marker="o" if len(layers) <= _MOST_SIGNS else "",
             markersize=3,
             linewidth=1,
             label=label if _is_named(number, len(steps)) else None,
         )
-    _tolerance_and_yardstick(axes, layers, names)
-    _edge_marks(axes, [(place[layer["name"]], layer["relative_l2"]) for layer in layers])
+    _tolerance_and_baseline(axes, layers, names)
+    _edge_marks(axes, [(index_of[layer["name"]], layer["relative_l2"]) for layer in layers])
     failed = [layer for layer in layers if not layer["passed"]]
     if failed:
-        places = [place[layer["name"]] for layer in failed]
+        places = [index_of[layer["name"]] for layer in failed]
         errors = [_or_gap(layer["relative_l2"]) for layer in failed]
-        style: dict[str, Any] = {"color": VERMILLION, "markerfacecolor": "none", "markersize": 9}
+        style: dict[str, Any] = {"color": _VERMILLION, "markerfacecolor": "none", "markersize": 9}
         axes.plot(places, errors, "o", **style, label="failed")
     ticks = _ticks(names)
     axes.set_xticks([index for index, _ in ticks], [label for _, label in ticks])
     axes.tick_params(axis="x", labelrotation=90, labelsize=8)
-    axes.set(title=title, xlabel="layer, in order of execution", ylabel=ERROR_LABEL)
+    axes.set(title=title, xlabel="layer, in order of execution", ylabel=_ERROR_LABEL)
     _legend(axes)
     _save(figure, path)
 
 
-def errors_over_steps(path: Path, layers: Sequence[Row]) -> None:
-    """The relative L2 error of what a step ends with, and of the latents, over the steps.
+def errors_over_steps(path: Path, layers: Sequence[_Row]) -> None:
+    """Draw the relative L2 error of what a step ends with, and of the latents, over the steps.
 
     What a step ends with is the layer ``velocity``, or else the last layer other than ``latents``.
     """
@@ -95,7 +94,7 @@ def errors_over_steps(path: Path, layers: Sequence[Row]) -> None:
     axes = figure.subplots()
     shown = [layer for layer in stepped if layer["name"] in (last, "latents")]
     _log_axis(axes, [layer[key] for layer in shown for key in ("relative_l2", "budget")])
-    for name, colour, marker in ((last, BLUE, "o"), ("latents", ORANGE, "s")):
+    for name, colour, marker in ((last, _BLUE, "o"), ("latents", _ORANGE, "s")):
         here = sorted((x for x in shown if x["name"] == name), key=lambda x: x["step"])
         if not here:
             continue
@@ -108,15 +107,15 @@ def errors_over_steps(path: Path, layers: Sequence[Row]) -> None:
         axes.plot(steps, budgets, dash, color=colour, markersize=14, label=f"tolerance of {name}")
     _edge_marks(axes, [(layer["step"], layer["relative_l2"]) for layer in shown])
     _count_along(axes)
-    axes.set(title="Error over the denoising steps", xlabel="step", ylabel=ERROR_LABEL)
+    axes.set(title="Error over the denoising steps", xlabel="step", ylabel=_ERROR_LABEL)
     _legend(axes)
     if not shown:
-        _say(axes, "no step was recorded")
+        _write(axes, "no step was recorded")
     _save(figure, path)
 
 
-def frame_quality(path: Path, tests: Sequence[Row]) -> None:
-    """PSNR and SSIM of every frame, one line a test and a dashed one for its yardstick.
+def frame_quality(path: Path, tests: Sequence[_Row]) -> None:
+    """Draw PSNR and SSIM of every frame, one line a test and a dashed one for its bf16 baseline.
 
     Frames that are equal (a PSNR of None or infinity) lie on a marked line at the top.
     """
@@ -125,7 +124,7 @@ def frame_quality(path: Path, tests: Sequence[Row]) -> None:
     lines = [
         (number, kind, test[kind])
         for number, test in enumerate(tests)
-        for kind in ("frames", "yardstick")
+        for kind in ("frames", "bf16_baseline")
         if test[kind] is not None
     ]
     finite = [x for *_, values in lines for x in values["psnr_by_frame"] if _is_finite(x)]
@@ -136,17 +135,17 @@ def frame_quality(path: Path, tests: Sequence[Row]) -> None:
         decibels = [_or_equal(value, equal) for value in values["psnr_by_frame"]]
         is_own = kind == "frames"
         style: dict[str, Any] = {
-            "color": SERIES[number % len(SERIES)],
+            "color": _SERIES[number % len(_SERIES)],
             "linestyle": "-" if is_own else "--",
-            "marker": MARKERS[number % len(MARKERS)] if is_own else "x",
+            "marker": _MARKERS[number % len(_MARKERS)] if is_own else "x",
             "markersize": 4,
             "markevery": max(1, len(decibels) // 25),
         }
-        above.plot(decibels, **style, label=f"test {number}{'' if is_own else ', yardstick'}")
+        above.plot(decibels, **style, label=f"test {number}{'' if is_own else ', bf16 baseline'}")
         below.plot(values["ssim_by_frame"], **style)
         some_equal |= equal in decibels
     if some_equal:
-        above.axhline(equal, color=GREY, linewidth=2)
+        above.axhline(equal, color=_GREY, linewidth=2)
         where = above.get_yaxis_transform()
         above.text(1.005, equal, "equal", transform=where, va="center", fontsize=10)
     above.set(title="Frames of JAX against those of PyTorch", ylabel="PSNR (dB)")
@@ -157,27 +156,27 @@ def frame_quality(path: Path, tests: Sequence[Row]) -> None:
         axes.grid(alpha=0.3)
     _legend(above)
     if not lines:
-        _say(above, "no frames were compared")
+        _write(above, "no frames were compared")
     _save(figure, path)
 
 
-def timings(path: Path, timings: Row | None) -> None:
-    """Seconds of PyTorch beside those of JAX: what comes once, and apart from it every run."""
+def timings(path: Path, timings: _Row | None) -> None:
+    """Draw seconds of PyTorch beside those of JAX: what comes once, and apart from it every run."""
     figure = _figure(4)
     once, run = figure.subplots(1, 2)
-    for index, (key, _) in enumerate(SIDES):
+    for index, (key, _) in enumerate(_SIDES):
         side = (timings or {}).get(key)
         if side is None:
             for axes in (once, run):
                 _not_measured(axes, index)
             continue
         load, compilation = side["load"] or 0.0, side["compile"] or 0.0
-        once.bar(index, load, color=SKY, label="load")
-        once.bar(index, compilation, bottom=load, color=ORANGE, label="compile", hatch="//")
+        once.bar(index, load, color=_SKY, label="load")
+        once.bar(index, compilation, bottom=load, color=_ORANGE, label="compile", hatch="//")
         _number(once, index, load + compilation, f"{load + compilation:.4g} s")
         median, dots = side["median"] or 0.0, side["runs"]
-        run.bar(index, median, color=BLUE, label="median")
-        run.plot([index] * len(dots), dots, "o", color=BLACK, markersize=4, label="one run")
+        run.bar(index, median, color=_BLUE, label="median")
+        run.plot([index] * len(dots), dots, "o", color=_BLACK, markersize=4, label="one run")
         _number(run, index, max([median, *dots]), f"{median:.4g} s")
     once.set(title="Once: load and compile", ylabel="seconds")
     run.set(title="Every run", ylabel="seconds")
@@ -186,16 +185,16 @@ def timings(path: Path, timings: Row | None) -> None:
     _save(figure, path)
 
 
-def memory(path: Path, timings: Row | None) -> None:
-    """The most memory PyTorch and JAX held at a time, in MiB."""
+def memory(path: Path, timings: _Row | None) -> None:
+    """Draw the most memory PyTorch and JAX held at a time, in MiB."""
     figure = _figure(3.6)
     axes = figure.subplots()
-    for index, (key, _) in enumerate(SIDES):
+    for index, (key, _) in enumerate(_SIDES):
         side = (timings or {}).get(key)
         if side is None or side["peak_mib"] is None:
             _not_measured(axes, index)
             continue
-        axes.bar(index, side["peak_mib"], color=(ORANGE, BLUE)[index], width=0.5)
+        axes.bar(index, side["peak_mib"], color=(_ORANGE, _BLUE)[index], width=0.5)
         _number(axes, index, side["peak_mib"], f"{side['peak_mib']:,.0f} MiB")
     axes.set(title="Peak memory", ylabel="MiB")
     _finish_bars(axes)
@@ -219,36 +218,39 @@ def _save(figure: "Figure", path: Path) -> None:
 
 def _log_axis(axes: "Axes", values: Sequence[Any]) -> None:
     """A logarithmic axis over the values that it can show, with room at both edges."""
-    shown = [value for value in values if _has_place(value)]
+    shown = [value for value in values if _is_drawable(value)]
     low, high = (min(shown), max(shown)) if shown else (1e-8, 1.0)
     axes.set_yscale("log")
     axes.set_ylim(low / 5, high * 5)
     axes.grid(axis="y", alpha=0.3)
 
 
-def _tolerance_and_yardstick(axes: "Axes", layers: Sequence[Row], names: Sequence[str]) -> None:
+def _tolerance_and_baseline(axes: "Axes", layers: Sequence[_Row], names: Sequence[str]) -> None:
     budgets: dict[str, float] = {}
-    yardsticks: dict[str, float] = {}
+    baselines: dict[str, float] = {}
     for layer in layers:
-        name, yardstick = layer["name"], layer["yardstick"]
+        name, baseline = layer["name"], layer["bf16_baseline"]
         budgets[name] = min(budgets.get(name, math.inf), layer["budget"])
-        if yardstick is not None:
-            yardsticks[name] = max(yardsticks.get(name, 0.0), yardstick)
-    if yardsticks:
-        values = [_or_gap(yardsticks.get(name)) for name in names]
-        sign = "x" if len(names) <= MOST_TICKS else ""
+        if baseline is not None:
+            baselines[name] = max(baselines.get(name, 0.0), baseline)
+    if baselines:
+        values = [_or_gap(baselines.get(name)) for name in names]
+        sign = "x" if len(names) <= _MOST_TICKS else ""
         axes.plot(
-            values, f"{sign}:", color=GREY, markersize=4, linewidth=1.5, label=YARDSTICK_LABEL
+            values, f"{sign}:", color=_GREY, markersize=4, linewidth=1.5, label=_BASELINE_LABEL
         )
     values = [_or_gap(budgets[name]) for name in names]
-    axes.plot(values, "--", color=VERMILLION, drawstyle="steps-mid", label="tolerance")
+    axes.plot(values, "--", color=_VERMILLION, drawstyle="steps-mid", label="tolerance")
 
 
-def _edge_marks(axes: "Axes", points: Sequence[tuple[int, Number | None]]) -> None:
-    """Signs at the edges of a logarithmic axis for errors that have no place on it."""
+def _edge_marks(axes: "Axes", points: Sequence[tuple[int, _Number | None]]) -> None:
+    """Signs at the edges of a logarithmic axis for errors that it cannot show."""
     zero = [x for x, value in points if value == 0]
     broken = [x for x, value in points if not _is_finite(value)]
-    signs = ((zero, 0.0, "v", GREEN, "exactly equal"), (broken, 1.0, "X", VERMILLION, "not finite"))
+    signs = (
+        (zero, 0.0, "v", _GREEN, "exactly equal"),
+        (broken, 1.0, "X", _VERMILLION, "not finite"),
+    )
     style: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
     for places, edge, sign, colour, label in signs:
         if places:
@@ -256,16 +258,16 @@ def _edge_marks(axes: "Axes", points: Sequence[tuple[int, Number | None]]) -> No
 
 
 def _ticks(names: Sequence[str]) -> list[tuple[int, str]]:
-    """Places along an axis and their labels, no more than fit: all names, or starts of blocks."""
-    if len(names) <= MOST_TICKS:
+    """Positions and labels along an axis, no more than fit: all names, or starts of blocks."""
+    if len(names) <= _MOST_TICKS:
         return list(enumerate(names))
     starts: dict[str, int] = {}
     for index, name in enumerate(names):
         block = re.match(r"(.*?blocks?\.\d+)\.", name)
         starts.setdefault(block[1] if block else name, index)
-    if len(starts) < MOST_TICKS / 3:
+    if len(starts) < _MOST_TICKS / 3:
         starts = {name: index for index, name in enumerate(names)}
-    apart = len(names) / MOST_TICKS
+    apart = len(names) / _MOST_TICKS
     kept: list[tuple[int, str]] = []
     for label, index in starts.items():
         if not kept or index - kept[-1][0] >= apart:
@@ -280,8 +282,8 @@ def _count_along(axes: "Axes") -> None:
 
 
 def _step_colour(number: int, count: int) -> Any:
-    if count <= len(SERIES):
-        return SERIES[number]
+    if count <= len(_SERIES):
+        return _SERIES[number]
     import matplotlib
 
     # Ordered like the steps, and made for colour-blind readers; its yellow end is too pale.
@@ -290,27 +292,27 @@ def _step_colour(number: int, count: int) -> Any:
 
 def _is_named(number: int, count: int) -> bool:
     """Whether a series has an entry in the legend: all, or a few evenly spread ones."""
-    if count <= MOST_ENTRIES:
+    if count <= _MOST_ENTRIES:
         return True
-    return number in {round(i * (count - 1) / (MOST_ENTRIES - 1)) for i in range(MOST_ENTRIES)}
+    return number in {round(i * (count - 1) / (_MOST_ENTRIES - 1)) for i in range(_MOST_ENTRIES)}
 
 
-def _legend(axes: "Axes", place: Literal["figure", "axes"] = "figure") -> None:
+def _legend(axes: "Axes", below: Literal["figure", "axes"] = "figure") -> None:
     """Each label once, below the figure or the axes, so that no point is hidden."""
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     entries = {"handles": unique.values(), "labels": unique.keys(), "frameon": False}
     if not unique:
         return
-    if place == "axes":
+    if below == "axes":
         axes.legend(**entries, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     else:
         axes.figure.legend(**entries, loc="outside lower center", ncols=4)
 
 
 def _finish_bars(axes: "Axes") -> None:
-    axes.set_xticks(range(len(SIDES)), [label for _, label in SIDES])
-    axes.set_xlim(-0.6, len(SIDES) - 0.4)
+    axes.set_xticks(range(len(_SIDES)), [label for _, label in _SIDES])
+    axes.set_xlim(-0.6, len(_SIDES) - 0.4)
     axes.use_sticky_edges = False  # a bar of no height would hold the axis' end at its own
     axes.margins(y=0.15)
     axes.set_ylim(bottom=0)
@@ -319,32 +321,33 @@ def _finish_bars(axes: "Axes") -> None:
     _legend(axes, "axes")
 
 
-def _number(axes: "Axes", x: int, y: Number, text: str) -> None:
+def _number(axes: "Axes", x: int, y: _Number, text: str) -> None:
     """The number of a bar, written above it."""
     axes.annotate(text, (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=10)
 
 
 def _not_measured(axes: "Axes", x: int) -> None:
-    axes.text(x, 0.02, NOT_MEASURED, transform=axes.get_xaxis_transform(), ha="center", color=GREY)
+    where = axes.get_xaxis_transform()
+    axes.text(x, 0.02, "not measured", transform=where, ha="center", color=_GREY)
 
 
-def _say(axes: "Axes", text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
+def _write(axes: "Axes", text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GREY)
 
 
-def _is_finite(value: Number | None) -> bool:
+def _is_finite(value: _Number | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _has_place(value: Number | None) -> bool:
+def _is_drawable(value: _Number | None) -> bool:
     """Whether a logarithmic axis can show the value."""
     return value is not None and math.isfinite(value) and value > 0
 
 
-def _or_gap(value: Number | None) -> Number:
+def _or_gap(value: _Number | None) -> _Number:
     """The value, or what leaves a gap in a line on a logarithmic axis."""
-    return value if value is not None and _has_place(value) else math.nan
+    return value if value is not None and _is_drawable(value) else math.nan
 
 
-def _or_equal(value: Number | None, equal: Number) -> Number:
+def _or_equal(value: _Number | None, equal: _Number) -> _Number:
     return equal if value is None or value == math.inf else value

@@ -1,7 +1,7 @@
-"""Results and traces on disk: npz archives written one array at a time, never all in memory."""
+"""Where both sides' results lie on disk: npz archives written one array at a time."""
 
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,36 @@ from typing import Any
 import numpy as np
 
 from skyreels_jax.files import whole_file
-from skyreels_jax.parity.capture import Note
+
+# Takes the name of an array and its values.
+Record = Callable[[str, np.ndarray], None]
+# Arrays by name, as of an archive.
+Arrays = Mapping[str, np.ndarray]
+
+
+def side_folder(folder: Path, side: str) -> Path:
+    """Return the folder of a side's results."""
+    return folder / "raw" / side
+
+
+def result_file(folder: Path, side: str, test: int) -> Path:
+    """Return the archive of frames, stages and transformer inputs of a test."""
+    return side_folder(folder, side) / f"test-{test}.npz"
+
+
+def trace_file(folder: Path, side: str, test: int, step: int) -> Path:
+    """Return the archive of the activations of one call of the transformer."""
+    return side_folder(folder, side) / f"trace-{test}-{step}.npz"
+
+
+def decoded_file(folder: Path, test: int) -> Path:
+    """Return the archive of what our VAE decodes from the reference's latents."""
+    return side_folder(folder, "jax") / f"decoded-{test}.npz"
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Note]:
-    """An npz archive that takes named arrays as they come; it appears when all are in it.
+def writing(path: Path) -> Iterator[Record]:
+    """Open an npz archive that takes named arrays as they come; it appears when all are in it.
 
     Raises:
         ValueError: a name comes twice.
@@ -22,30 +46,30 @@ def writing(path: Path) -> Iterator[Note]:
     with whole_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         known: set[str] = set()
 
-        def note(name: str, values: np.ndarray) -> None:
+        def record(name: str, values: np.ndarray) -> None:
             if name in known:
-                raise ValueError(f"{name!r} is noted twice")
+                raise ValueError(f"{name!r} is recorded twice")
             known.add(name)
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, np.ascontiguousarray(values), allow_pickle=False)
 
-        yield note
+        yield record
 
 
-def arrays(path: Path) -> Mapping[str, np.ndarray]:
-    """The arrays of an archive, each read when it is asked for, in the order written."""
+def arrays(path: Path) -> Arrays:
+    """Open an archive; each array is read when it is asked for, in the order written."""
     return np.load(path, allow_pickle=False)
 
 
-def save_call(note: Note, step: int, call: Mapping[str, Any]) -> None:
-    """What diffusers' transformer was given in a step."""
+def save_call(record: Record, step: int, call: Mapping[str, Any]) -> None:
+    """Record what diffusers' transformer was given in a step."""
     for name, value in call.items():
         if name != "return_dict":
-            note(f"call.{step}.{name}", np.asarray(value))
+            record(f"call.{step}.{name}", np.asarray(value))
 
 
-def load_call(results: Mapping[str, np.ndarray], step: int) -> dict[str, Any]:
-    """What :func:`save_call` has kept."""
+def load_call(results: Arrays, step: int) -> dict[str, Any]:
+    """Return what :func:`save_call` has recorded, as arguments of diffusers' transformer."""
     start = f"call.{step}."
     call: dict[str, Any] = {
         name.removeprefix(start): results[name] for name in results if name.startswith(start)

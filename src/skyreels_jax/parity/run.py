@@ -16,30 +16,34 @@ import jax
 import numpy as np
 
 from skyreels_jax.errors import SkyReelsError
-from skyreels_jax.files import whole_file
+from skyreels_jax.files import write_text
 from skyreels_jax.media import RgbImage, write_video
 from skyreels_jax.parity import plots
-from skyreels_jax.parity.plan import Plan, sides_of
-from skyreels_jax.parity.recording import arrays
+from skyreels_jax.parity.plan import SIDE_NAMES, ParityPlan, side_names
+from skyreels_jax.parity.recording import arrays, result_file, side_folder
 from skyreels_jax.parity.report import write_html
-from skyreels_jax.parity.verdict import Judged, judge, report_of, side_by_side, video_name
-from skyreels_jax.parity.worker import SIDES, raw, result_file
+from skyreels_jax.parity.verdict import (
+    Comparison,
+    build_report,
+    compare_test,
+    video_name,
+    write_side_by_side,
+)
 
-PACKAGES: Final = ("skyreels-jax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers")
-REPORT: Final = "report.json"
+_PACKAGES: Final = ("skyreels-jax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers")
 
 
 class SideFailed(SkyReelsError):
     """One side could not be run; its own last lines say why."""
 
 
-def in_a_process(side: str, folder: Path) -> None:
-    """Run a side's work apart, so that its memory is its own.
+def _run_in_process(side: str, folder: Path) -> None:
+    """Do a side's work in a process, so that its memory is its own.
 
     Raises:
         SideFailed: with the last line it printed.
     """
-    command = [sys.executable, "-m", "skyreels_jax.parity.worker", side, str(folder)]
+    command = [sys.executable, "-m", "skyreels_jax.parity.sides", side, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -47,23 +51,23 @@ def in_a_process(side: str, folder: Path) -> None:
 
 
 def validate(
-    plan: Plan,
+    plan: ParityPlan,
     folder: Path,
     *,
     image: RgbImage | None = None,
     only: str | None = None,
-    do: Callable[[str, Path], None] = in_a_process,
-    say: Callable[[str], None] = lambda line: None,
+    run_side: Callable[[str, Path], None] = _run_in_process,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Carry out a plan and write everything into ``folder``.
 
     Args:
-        plan: settled.
+        plan: of :func:`~skyreels_jax.parity.plan.plan_comparison`.
         folder: for results; what an earlier run left there is written over.
         image: of all tests.
         only: ``jax`` or ``torch`` makes videos and times of one side.
-        do: does the work of a side.
-        say: told what is going on.
+        run_side: does the work of a side; by default in a process of its own.
+        log: takes lines about the progress.
 
     Returns:
         the report, as in ``report.json``.
@@ -76,57 +80,57 @@ def validate(
     (folder / "image.npy").unlink(missing_ok=True)
     if image is not None:
         np.save(folder / "image.npy", image, allow_pickle=False)
-    sides = sides_of(plan, only)
-    for side in SIDES:  # What an earlier run left would be read as this one's.
-        shutil.rmtree(raw(folder, side), ignore_errors=True)
+    for side in SIDE_NAMES:  # What an earlier run left would be read as this one's.
+        shutil.rmtree(side_folder(folder, side), ignore_errors=True)
+    sides = side_names(plan, only)
     for side in sides:
-        say(f"running the {side} side")
-        do(side, folder)
+        log(f"running the {side} side")
+        run_side(side, folder)
     if only is None:
-        say("comparing")
-        judged = [judge(plan, folder, test) for test in plan.tests]
-        for test in plan.tests:
-            both = (arrays(result_file(folder, side, test)) for side in ("reference", "jax"))
-            theirs, ours = (values["frames"] for values in both)
-            side_by_side(theirs, ours, folder / video_name(test), plan.fps)
+        log("comparing")
+        comparisons = [compare_test(plan, folder, test) for test in plan.tests]
     else:
-        judged = [Judged(None, None, (), None, ()) for _ in plan.tests]
-        for test in plan.tests:
-            frames = arrays(result_file(folder, sides[0], test))["frames"]
-            write_video(folder / video_name(test, only), frames, fps=plan.fps)
-    report = report_of(plan, folder, judged, environment(), only)
-    write_report(report, folder)
+        comparisons = [Comparison() for _ in plan.tests]
+    for test in plan.tests:
+        frames = {side: arrays(result_file(folder, side, test))["frames"] for side in sides}
+        path = folder / video_name(test, only)
+        if only is None:
+            write_side_by_side(frames["reference"], frames["jax"], path, plan.fps)
+        else:
+            write_video(path, frames[sides[0]], fps=plan.fps)
+    report = build_report(plan, folder, comparisons, _environment(), only)
+    _write_report(report, folder)
     return report
 
 
-def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """``report.json``, the plots, and ``report.html`` with both in it."""
-    with whole_file(folder / REPORT) as partial:
-        partial.write_text(json.dumps(report, indent=1, ensure_ascii=False), "utf-8")
+def _write_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Write ``report.json``, the plots, and ``report.html`` with both in it."""
+    write_text(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     drawn: dict[str, Path] = {}
-    tests = report["tests"]
-    layers = tests[0]["layers"]
-    if layers:
-        by_step = [d for d in layers if d["name"].startswith("latents.")]
-        places = [d for d in layers if d not in by_step]
-        drawn["Error by layer"] = folder / "layers.png"
-        plots.layer_errors(drawn["Error by layer"], places, "Error by layer, test 0")
-        drawn["Error over steps"] = folder / "steps.png"
-        latents = [{**d, "name": "latents"} for d in by_step]
-        plots.errors_over_steps(drawn["Error over steps"], [*places, *latents])
+
+    def draw(caption: str, name: str, plot: Callable[..., None], *values: Any) -> None:
+        drawn[caption] = folder / name
+        plot(drawn[caption], *values)
+
+    tests, times = report["tests"], report["timings"]
+    if layers := tests[0]["layers"]:
+        latents = [d for d in layers if d["name"].startswith("latents.")]
+        others = [d for d in layers if d not in latents]
+        by_step = [*others, *({**d, "name": "latents"} for d in latents)]
+        title = "Error by layer, test 0"
+        draw("Error by layer", "layers.png", plots.layer_errors, others, title)
+        draw("Error over steps", "steps.png", plots.errors_over_steps, by_step)
     if any(test["frames"] for test in tests):
-        drawn["Quality by frame"] = folder / "frames.png"
-        plots.frame_quality(drawn["Quality by frame"], tests)
-    if report["timings"]:
-        drawn["Times"], drawn["Memory"] = folder / "times.png", folder / "memory.png"
-        plots.timings(drawn["Times"], report["timings"])
-        plots.memory(drawn["Memory"], report["timings"])
+        draw("Quality by frame", "frames.png", plots.frame_quality, tests)
+    if times:
+        draw("Times", "times.png", plots.timings, times)
+        draw("Memory", "memory.png", plots.memory, times)
     videos = [folder / test["video"] for test in tests if test["video"]]
     write_html(folder / "report.html", report, drawn, videos)
 
 
-def environment() -> dict[str, str]:
-    """Versions and the machine; no names of people or places."""
+def _environment() -> dict[str, str]:
+    """Return versions and the machine; no names of people or files."""
     found = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
@@ -134,7 +138,7 @@ def environment() -> dict[str, str]:
         "cores": str(len(os.sched_getaffinity(0))),
         "jax device": jax.devices()[0].device_kind,
     }
-    for package in PACKAGES:
+    for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -37,10 +37,10 @@ class TorchTextEncoder:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, device: str, dtype: DTypeLike) -> "TorchTextEncoder":
-        """Read it from either layout, to compute in ``dtype`` on ``device``.
+        """Read the weights of either format, to compute in ``dtype`` on ``device``.
 
         Raises:
-            WeightsError: the part is missing, unsound or incomplete.
+            WeightsError: the component is missing, unsound or incomplete.
             UnsupportedError: there is no such device here.
         """
         model = load_umt5(checkpoint, torch_device(device), torch_dtype(dtype))
@@ -60,7 +60,7 @@ class TorchTextEncoder:
 
 @dataclass(frozen=True, eq=False)
 class TorchImageEncoder:
-    """CLIP's vision tower as transformers has it."""
+    """CLIP's vision encoder as transformers has it."""
 
     model: "torch.nn.Module"
     processor: "CLIPImageProcessor | None"
@@ -73,7 +73,7 @@ class TorchImageEncoder:
         dtype: DTypeLike,
         preprocessing: ClipPreprocessing = "original",
     ) -> "TorchImageEncoder":
-        """Read it from either layout, to compute in ``dtype`` on ``device``.
+        """Read the weights of either format, to compute in ``dtype`` on ``device``.
 
         Args:
             checkpoint: to read from.
@@ -83,19 +83,19 @@ class TorchImageEncoder:
                 models were trained; ``diffusers`` cuts the centre out of the image as given.
 
         Raises:
-            WeightsError: the part is missing, unsound or incomplete.
+            WeightsError: the component is missing, unsound or incomplete.
             UnsupportedError: there is no such device here.
         """
         model = load_clip(checkpoint, torch_device(device), torch_dtype(dtype))
         return cls(model, _processor(checkpoint) if preprocessing == "diffusers" else None)
 
     def encode(self, image: ImageCondition) -> Float[np.ndarray, "S image_dim"]:
-        """Features of all tokens (class token first) of the last block but one."""
+        """Return the features of all tokens (class token first) of the last block but one."""
         import torch
 
         if self.processor is None:
             config: Any = self.model.config
-            pixels = squashed(torch.from_numpy(image.pixels), config.image_size)
+            pixels = squash(torch.from_numpy(image.pixels), config.image_size)
         else:
             pixels = self.processor(images=image.source, return_tensors="pt")["pixel_values"]
         weight = next(self.model.parameters())
@@ -107,15 +107,15 @@ class TorchImageEncoder:
 
 
 def _processor(checkpoint: Checkpoint) -> "CLIPImageProcessor":
-    """That of the folder; the original layout has none, and every release has the defaults."""
+    """Read that of the folder; the original format has none, and every release the defaults."""
     from transformers import CLIPImageProcessor
 
     folder = checkpoint.layout.parts.get("image_processor")
     return CLIPImageProcessor() if folder is None else CLIPImageProcessor.from_pretrained(folder)
 
 
-def squashed(pixels: "torch.Tensor", side: int = 224) -> "torch.Tensor":
-    """A frame in [-1, 1] resized to a square whatever its shape, normalised for CLIP.
+def squash(pixels: "torch.Tensor", side: int = 224) -> "torch.Tensor":
+    """Resize a frame in [-1, 1] to a square whatever its shape, and normalise it for CLIP.
 
     As Wan 2.1's ``CLIPModel.visual``, but in float32 (there the resize runs in half precision).
     """
@@ -129,7 +129,7 @@ def squashed(pixels: "torch.Tensor", side: int = 224) -> "torch.Tensor":
 
 
 @dataclass(frozen=True, eq=False)
-class TorchVideoCodec:
+class TorchAutoencoder:
     """The Wan VAE as diffusers has it, in float32 unless told otherwise."""
 
     model: "AutoencoderKLWan"
@@ -137,17 +137,17 @@ class TorchVideoCodec:
     @classmethod
     def load(
         cls, checkpoint: Checkpoint, device: str, dtype: DTypeLike = np.float32
-    ) -> "TorchVideoCodec":
-        """Read it from either layout, to compute in ``dtype`` on ``device``.
+    ) -> "TorchAutoencoder":
+        """Read the weights of either format, to compute in ``dtype`` on ``device``.
 
         Raises:
-            WeightsError: the part is missing, unsound or incomplete.
+            WeightsError: the component is missing, unsound or incomplete.
             UnsupportedError: there is no such device here.
         """
         return cls(load_vae(checkpoint, torch_device(device), torch_dtype(dtype)))
 
     def encode(self, pixels: Pixels) -> HostLatents:
-        """Posterior mean of ``4k + 1`` frames in [-1, 1], normalised: ``(mu - mean) / std``."""
+        """Encode ``4k + 1`` frames in [-1, 1] to posterior means, normalised by mean and std."""
         import torch
 
         with torch.inference_mode():
@@ -157,7 +157,7 @@ class TorchVideoCodec:
         return (mode - mean) / std
 
     def decode_pieces(self, pieces: Iterable[HostLatents]) -> Iterator[Pixels]:
-        """Frames in [-1, 1] as they are ready, in memory that does not grow with their number.
+        """Yield frames in [-1, 1] as they are ready; memory does not grow with their number.
 
         The loop is that of ``AutoencoderKLWan.decode``, which keeps every frame until the last.
         """
@@ -193,16 +193,16 @@ def torch_components(
     dtype: DTypeLike,
     preprocessing: ClipPreprocessing = "original",
 ) -> Components:
-    """All parts of a checkpoint but the transformer; the VAE in float32, the encoders in ``dtype``.
+    """Load all components but the transformer; the VAE in float32, the encoders in ``dtype``.
 
     Raises:
-        WeightsError: a part is missing, unsound or incomplete.
+        WeightsError: a component is missing, unsound or incomplete.
         UnsupportedError: there is no such device here.
     """
     takes_image = checkpoint.config.model_type == "i2v"
     return Components(
         text_encoder=TorchTextEncoder.load(checkpoint, device, dtype),
-        codec=TorchVideoCodec.load(checkpoint, device),
+        codec=TorchAutoencoder.load(checkpoint, device),
         image_encoder=TorchImageEncoder.load(checkpoint, device, dtype, preprocessing)
         if takes_image
         else None,

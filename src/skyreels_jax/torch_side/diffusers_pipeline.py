@@ -1,22 +1,22 @@
-"""Diffusers' SkyReels-V2 pipelines from a checkpoint in either layout: the other side of a proof.
+"""Diffusers' SkyReels-V2 pipelines from a checkpoint in either format: the reference of a proof.
 
-They are given our noise and the original's noise levels; nothing else of them is changed, but for
-one fault of their diffusion-forcing loop (see :func:`_with_levels`).
+They are given our noise and the original's sigmas; nothing else of them is changed, but for one
+fault of their diffusion-forcing loop (see :func:`_with_sigmas`).
 """
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.diffusion.sigmas import FlowSchedule
 from skyreels_jax.shapes import Frames
+from skyreels_jax.torch_side.hooks import to_host
 from skyreels_jax.torch_side.modules import (
     load_clip,
     load_umt5,
@@ -34,19 +34,14 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline, SkyReelsV2Transformer3DModel
 
-# How the reference computes: as diffusers does in a dtype, or as the original's scripts do, whose
-# weights and matrix products are bfloat16, whose residual is rounded once a block, and all else
-# float32.
-NUMERICS: Final = ("diffusers", "original-numerics")
 
-
-def load_transformer(
+def load_torch_transformer(
     checkpoint: Checkpoint, device: "torch.device", dtype: "torch.dtype"
 ) -> "SkyReelsV2Transformer3DModel":
-    """The transformer; what diffusers keeps in float32 stays so.
+    """Load the transformer; what diffusers keeps in float32 stays so.
 
     Raises:
-        WeightsError: the part is missing, unsound or incomplete.
+        WeightsError: the component is missing, unsound or incomplete.
     """
     import torch
     from diffusers import SkyReelsV2Transformer3DModel
@@ -80,19 +75,17 @@ def load_pipeline(
     device: str = "cpu",
     dtype: str = "float32",
     encoders: str | None = None,
-    image: bool = False,
 ) -> "DiffusionPipeline":
-    """The pipeline of a checkpoint's task, all of its parts loaded.
+    """Load the pipeline of a checkpoint's task with all of its components.
 
     Args:
-        checkpoint: in either layout.
+        checkpoint: in either format.
         device: ``cpu``, ``cuda`` or ``auto``.
         dtype: of transformer and encoders; the VAE is float32.
-        encoders: another dtype for them.
-        image: whether diffusion forcing is to begin with one.
+        encoders: another dtype for the encoders.
 
     Raises:
-        WeightsError: a part is missing, unsound or incomplete.
+        WeightsError: a component is missing, unsound or incomplete.
         UnsupportedError: there is no such device here.
     """
     import diffusers
@@ -100,10 +93,10 @@ def load_pipeline(
 
     where, kind = torch_device(device), torch_dtype(jnp.dtype(dtype))
     encoder_kind = torch_dtype(jnp.dtype(encoders or dtype))
-    parts: dict[str, Any] = {
+    components: dict[str, Any] = {
         "tokenizer": AutoTokenizer.from_pretrained(checkpoint.tokenizer),
         "text_encoder": load_umt5(checkpoint, where, encoder_kind),
-        "transformer": load_transformer(checkpoint, where, kind),
+        "transformer": load_torch_transformer(checkpoint, where, kind),
         "vae": load_vae(checkpoint, where, torch_dtype(jnp.float32)),
         "scheduler": diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
@@ -112,32 +105,28 @@ def load_pipeline(
     names = {"t2v": "SkyReelsV2Pipeline", "i2v": "SkyReelsV2ImageToVideoPipeline"}
     name = names.get(checkpoint.task, "SkyReelsV2DiffusionForcingPipeline")
     if checkpoint.task == "i2v":
-        tower = load_clip(checkpoint, where, encoder_kind)
-        parts |= {"image_encoder": tower, "image_processor": CLIPImageProcessor()}
-    elif image:
-        name = "SkyReelsV2DiffusionForcingImageToVideoPipeline"
-    pipeline = getattr(diffusers, name)(**parts)
+        encoder = load_clip(checkpoint, where, encoder_kind)
+        components |= {"image_encoder": encoder, "image_processor": CLIPImageProcessor()}
+    pipeline = getattr(diffusers, name)(**components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @dataclass(eq=False)
-class Observed:
-    """What a run of a pipeline showed.
+class PipelineRun:
+    """What is recorded of a run of a pipeline.
 
     Attributes:
-        keep: steps at which transformer inputs are kept.
-        calls: at each of them, all that the first call of the transformer was given.
-        predictions: at each of them, what every call answered.
+        kept_steps: steps at which calls of the transformer are kept.
+        calls: at each of them, all arguments of the first call.
         negative: text states of the second call of a step.
         latents: after each step.
         moments: when each step began, and the last one ended; seconds of a monotonic clock.
         frames: uint8.
     """
 
-    keep: tuple[int, ...]
+    kept_steps: tuple[int, ...]
     calls: dict[int, dict[str, Any]] = field(default_factory=dict)
-    predictions: dict[int, list[np.ndarray]] = field(default_factory=dict)
     negative: np.ndarray | None = None
     latents: list[np.ndarray] = field(default_factory=list)
     moments: list[float] = field(default_factory=list)
@@ -145,37 +134,35 @@ class Observed:
 
     @property
     def seconds(self) -> list[float]:
-        """Of each step, guidance and solver included."""
+        """Seconds of each step, guidance and solver included."""
         return list(np.diff(self.moments))
 
 
-def run(
+def run_pipeline(
     pipeline: Any,
     noise: np.ndarray,
     schedule: FlowSchedule,
     *,
     guidance_scale: float,
-    image: Image.Image | None = None,
-    keep: tuple[int, ...] = (),
+    kept_steps: tuple[int, ...] = (),
     numerics: str = "diffusers",
     **settings: Any,
-) -> Observed:
+) -> PipelineRun:
     """Make a video of one window.
 
     Args:
         pipeline: from :func:`load_pipeline`.
         noise: latents ``[1, 16, F, H, W]``.
-        schedule: the noise levels.
+        schedule: the sigmas.
         guidance_scale: up to 1 there is one call a step, else two.
-        image: the first frame.
-        keep: steps whose transformer inputs and predictions are kept.
-        numerics: one of :data:`NUMERICS`; the second takes a pipeline of float32.
+        kept_steps: steps whose transformer inputs are kept.
+        numerics: ``diffusers``, or ``original-numerics`` with a pipeline of float32.
         **settings: of the pipeline's call.
     """
     import torch
 
-    seen = Observed(keep)
-    pipeline.scheduler = _with_levels(pipeline.scheduler, schedule)
+    run = PipelineRun(kept_steps)
+    pipeline.scheduler = _with_sigmas(pipeline.scheduler, schedule)
     latents = torch.tensor(noise, device=pipeline.transformer.device)
     if hasattr(pipeline, "generate_timestep_matrix"):
         real = type(pipeline).prepare_latents
@@ -187,22 +174,20 @@ def run(
         pipeline.prepare_latents = given
     else:
         settings["latents"] = latents
-    if image is not None:
-        settings["image"] = image
     settings |= {"num_inference_steps": schedule.num_steps, "guidance_scale": guidance_scale}
     calls = 2 if guidance_scale > 1 else 1
-    with _watched(pipeline, seen, calls), as_the_original(pipeline, numerics):
+    with _recorded(pipeline, run, calls), original_numerics(pipeline, numerics):
         frames = pipeline(output_type="np", **settings).frames[0]
-    seen.frames = np.rint(frames * 255).astype(np.uint8)
-    return seen
+    run.frames = np.rint(frames * 255).astype(np.uint8)
+    return run
 
 
-def _with_levels(scheduler: Any, schedule: FlowSchedule) -> Any:
-    """UniPC on the original's sigmas in place of diffusers' own grid."""
+def _with_sigmas(scheduler: Any, schedule: FlowSchedule) -> Any:
+    """Return UniPC on the original's sigmas in place of diffusers' own grid."""
     import torch
     from diffusers import UniPCMultistepScheduler
 
-    class GivenLevels(UniPCMultistepScheduler):
+    class FixedSigmas(UniPCMultistepScheduler):
         def set_timesteps(self, num_inference_steps: int, device: Any = None, **_: Any) -> None:
             super().set_timesteps(num_inference_steps, device=device)
             assert num_inference_steps == schedule.num_steps
@@ -216,68 +201,57 @@ def _with_levels(scheduler: Any, schedule: FlowSchedule) -> Any:
             # corrector of the second step starts from the wrong sample.
             return super().step(model_output, timestep, sample.clone(), **more)
 
-    return GivenLevels.from_config(scheduler.config)
+    return FixedSigmas.from_config(scheduler.config)
 
 
 @contextmanager
-def _watched(pipeline: Any, seen: Observed, calls: int) -> Iterator[None]:
-    """Follow the transformer's calls, of which a step has ``calls``, up to the decoding."""
+def _recorded(pipeline: Any, run: PipelineRun, calls: int) -> Iterator[None]:
+    """Record the transformer's calls, of which a step has ``calls``, up to the decoding."""
     model, decode = pipeline.transformer, pipeline.vae.decode
     number = 0
 
-    def before(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        step, call = divmod(number, calls)
+    def before_call(_: "torch.nn.Module", args: object, kwargs: dict[str, Any]) -> None:
+        nonlocal number
+        (step, call), number = divmod(number, calls), number + 1
         if call:
-            seen.negative = _host(kwargs["encoder_hidden_states"])
+            run.negative = to_host(kwargs["encoder_hidden_states"])
             return
-        seen.moments.append(time.perf_counter())
+        run.moments.append(time.perf_counter())
         if step:
             channels = pipeline.vae.config.z_dim
-            seen.latents.append(_host(kwargs["hidden_states"][:, :channels]))
-        if step in seen.keep:
-            seen.calls[step] = {
-                name: _host(value) for name, value in kwargs.items() if value is not None
+            run.latents.append(to_host(kwargs["hidden_states"][:, :channels]))
+        if step in run.kept_steps:
+            run.calls[step] = {
+                name: to_host(value) if hasattr(value, "detach") else value
+                for name, value in kwargs.items()
+                if value is not None
             }
 
-    def after(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        nonlocal number
-        step, number = number // calls, number + 1
-        if step in seen.keep:
-            seen.predictions.setdefault(step, []).append(_host(output[0]))
-
-    def last(z: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.moments.append(time.perf_counter())
+    def before_decoding(z: "torch.Tensor", *args: Any, **kwargs: Any) -> Any:
+        run.moments.append(time.perf_counter())
         mean, std = (
             np.asarray(pipeline.vae.config[name], np.float32).reshape(1, -1, 1, 1, 1)
             for name in ("latents_mean", "latents_std")
         )
-        seen.latents.append((_host(z) - mean) / std)
+        run.latents.append((to_host(z) - mean) / std)
         return decode(z, *args, **kwargs)
 
-    handles = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, with_kwargs=True),
-    ]
-    pipeline.vae.decode = last
+    handle = model.register_forward_pre_hook(before_call, with_kwargs=True)
+    pipeline.vae.decode = before_decoding
     try:
         yield
     finally:
         del pipeline.vae.decode
-        for handle in handles:
-            handle.remove()
-
-
-def _host(value: Any) -> Any:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.detach().float().cpu().numpy().copy()
-    return value
+        handle.remove()
 
 
 @contextmanager
-def as_the_original(pipeline: Any, numerics: str) -> Iterator[None]:
-    """bfloat16 by autocast around the transformer, and its residual rounded after each block."""
+def original_numerics(pipeline: Any, numerics: str) -> Iterator[None]:
+    """Compute as ``numerics`` says: as diffusers does, or as the original's scripts do.
+
+    There weights and matrix products are bfloat16 (autocast around the transformer), the residual
+    is rounded once a block, and all else is float32.
+    """
     import torch
 
     if numerics == "diffusers":
@@ -304,7 +278,7 @@ def as_the_original(pipeline: Any, numerics: str) -> Iterator[None]:
 
 
 def as_tensor(values: np.ndarray, pipeline: Any) -> "torch.Tensor":
-    """On the device and in the dtype of a pipeline's transformer."""
+    """Return a tensor on the device and in the dtype of a pipeline's transformer."""
     import torch
 
     weight = pipeline.transformer.patch_embedding.weight

@@ -1,4 +1,4 @@
-"""The VAE, UMT5 and CLIP as PyTorch modules, from a checkpoint in either layout.
+"""The VAE, UMT5 and CLIP as PyTorch modules, from a checkpoint in either format.
 
 diffusers and transformers supply the modules. Configurations and weights are read as those of the
 JAX modules are, so both sides refuse an incomplete file in the same words, and no pickle is run.
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
     from transformers import UMT5EncoderModel
 
-TORCH_SIDE: Final = ("torch", "diffusers", "transformers")
+_PACKAGES: Final = ("torch", "diffusers", "transformers")
 
-ModuleT = TypeVar("ModuleT", bound="torch.nn.Module")
+_ModuleT = TypeVar("_ModuleT", bound="torch.nn.Module")
 
 
 def require_torch() -> None:
@@ -40,7 +40,7 @@ def require_torch() -> None:
     Raises:
         UnsupportedError: with what is missing, and how to install it.
     """
-    missing = [name for name in TORCH_SIDE if importlib.util.find_spec(name) is None]
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UnsupportedError(
             f"the hybrid backend needs {', '.join(missing)}, which this environment does not have: "
@@ -49,7 +49,7 @@ def require_torch() -> None:
 
 
 def torch_device(name: str) -> "torch.device":
-    """``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a GPU if PyTorch sees one, else the CPU.
+    """Return the device ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a GPU if there is one.
 
     Raises:
         UnsupportedError: a GPU is asked for and PyTorch sees none.
@@ -72,7 +72,7 @@ def torch_device(name: str) -> "torch.device":
 
 
 def torch_dtype(dtype: DTypeLike) -> "torch.dtype":
-    """The same dtype in PyTorch."""
+    """Return the same dtype in PyTorch."""
     import torch
 
     return getattr(torch, jnp.dtype(dtype).name)
@@ -81,10 +81,10 @@ def torch_dtype(dtype: DTypeLike) -> "torch.dtype":
 def load_umt5(
     checkpoint: Checkpoint, device: "torch.device", dtype: "torch.dtype"
 ) -> "UMT5EncoderModel":
-    """The text encoder.
+    """Load the text encoder.
 
     Raises:
-        WeightsError: the part is missing, unsound or incomplete.
+        WeightsError: the component is missing, unsound or incomplete.
     """
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -118,10 +118,10 @@ def load_umt5(
 def load_clip(
     checkpoint: Checkpoint, device: "torch.device", dtype: "torch.dtype"
 ) -> "torch.nn.Module":
-    """The image encoder's tower, without the projection to the space shared with text.
+    """Load the image encoder, without the projection to the space shared with text.
 
     Raises:
-        WeightsError: the part is missing, unsound or incomplete.
+        WeightsError: the component is missing, unsound or incomplete.
     """
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -130,7 +130,7 @@ def load_clip(
     config = stored.config
 
     def build() -> torch.nn.Module:
-        # The tower has the same names within this class in every version of transformers.
+        # The encoder has the same names within this class in every version of transformers.
         return CLIPVisionModelWithProjection(
             CLIPVisionConfig(
                 hidden_size=config.dim,
@@ -159,10 +159,10 @@ def load_clip(
 def load_vae(
     checkpoint: Checkpoint, device: "torch.device", dtype: "torch.dtype"
 ) -> "AutoencoderKLWan":
-    """The VAE.
+    """Load the VAE.
 
     Raises:
-        WeightsError: the part is missing, unsound or incomplete.
+        WeightsError: the component is missing, unsound or incomplete.
     """
     from diffusers import AutoencoderKLWan
 
@@ -184,19 +184,19 @@ def load_vae(
 
 
 def _diffusers_named(stored: StoredPart) -> Iterator[tuple[str, np.ndarray]]:
-    """All tensors under diffusers' names: complete before the first is read, each one finite."""
+    """Yield all tensors under diffusers' names: complete before the first is read, all finite."""
     stored.verify()
     source = RoundedSource(stored.source, None)
     return rename(stored.rules, source, stored.dialect, "diffusers", ignored=stored.ignored)
 
 
 def _filled(
-    build: Callable[[], ModuleT],
+    build: Callable[[], _ModuleT],
     tensors: Iterator[tuple[str, np.ndarray]],
     device: "torch.device",
     dtype: "torch.dtype",
-) -> ModuleT:
-    """A module with exactly these parameters; it is built without memory, and filled strictly."""
+) -> _ModuleT:
+    """Build a module without memory, and fill it with exactly these parameters."""
     import torch
 
     with torch.device("meta"):
@@ -207,7 +207,7 @@ def _filled(
 
 
 def to_torch(array: np.ndarray) -> "torch.Tensor":
-    """A copy as a tensor on the CPU, of the same dtype; bfloat16 is that of ml_dtypes."""
+    """Copy to a tensor on the CPU, of the same dtype; bfloat16 is that of ml_dtypes."""
     import torch
 
     if array.dtype == jnp.bfloat16:

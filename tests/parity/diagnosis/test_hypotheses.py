@@ -8,16 +8,22 @@ import pytest
 
 from skyreels_jax.parity.diagnosis import hypotheses as tries
 from skyreels_jax.parity.diagnosis.attention_faults import (
-    angles,
-    attended,
-    of_cross_attention,
-    of_self_attention,
-    turned,
+    attend,
+    explain_cross_attention,
+    explain_self_attention,
+    rotate,
+    rotations,
 )
-from skyreels_jax.parity.diagnosis.hypotheses import Shape, by_frame, first_near, line, normed
-from skyreels_jax.parity.diagnosis.linear_faults import Affine, of_linear
+from skyreels_jax.parity.diagnosis.hypotheses import (
+    CallShape,
+    fit_line,
+    nearest_explanation,
+    normalise,
+    split_frames,
+)
+from skyreels_jax.parity.diagnosis.linear_faults import LinearMap, explain_linear
 
-SHAPE = Shape(grid=(2, 3, 4), heads=2, eps=1e-6)
+SHAPE = CallShape(grid=(2, 3, 4), heads=2, eps=1e-6)
 TOKENS, WIDTH = 24, 32
 
 
@@ -39,12 +45,14 @@ FUNCTIONS = {
 def test_activations_are_told_apart(words: str):
     x = random(2, 500).astype(np.float32)
     how = {"approximate": False} if "GELU" in words else {}
-    assert tries.of_activation(x, np.asarray(FUNCTIONS[words](x, **how))) == ("activation", words)
+    after = np.asarray(FUNCTIONS[words](x, **how))
+    assert tries.explain_activation_function(x, after) == ("activation", words)
 
 
 def test_the_right_activation_is_no_fault():
     x = random(2, 500).astype(np.float32)
-    assert tries.of_activation(x, np.asarray(jax.nn.gelu(x, approximate=True))) is None
+    after = np.asarray(jax.nn.gelu(x, approximate=True))
+    assert tries.explain_activation_function(x, after) is None
 
 
 # Attention
@@ -61,30 +69,30 @@ def split(x: np.ndarray) -> np.ndarray:
 
 
 Q, K, V = (split(random(1, TOKENS, WIDTH, seed=n)) for n in range(3))
-RIGHT = angles(SHAPE.grid, WIDTH // SHAPE.heads)
-SWAPPED = angles(SHAPE.grid, WIDTH // SHAPE.heads, (0, 2, 1))
-AHEAD = angles(SHAPE.grid, WIDTH // SHAPE.heads, first=1)
+RIGHT = rotations(SHAPE.grid, WIDTH // SHAPE.heads)
+SWAPPED = rotations(SHAPE.grid, WIDTH // SHAPE.heads, (0, 2, 1))
+AHEAD = rotations(SHAPE.grid, WIDTH // SHAPE.heads, first=1)
 CAUSAL = np.repeat(np.arange(2), 12)[:, None] >= np.repeat(np.arange(2), 12)[None]
 
 
 def rotated(table: np.ndarray, keys: np.ndarray | None = None, **how) -> np.ndarray:
-    return attended(turned(Q, table), turned(K, table if keys is None else keys), V, **how)
+    return attend(rotate(Q, table), rotate(K, table if keys is None else keys), V, **how)
 
 
 @pytest.mark.parametrize(
     ("seen", "kind"),
     [
-        (attended(Q, K, V), "no rope"),
+        (attend(Q, K, V), "no rope"),
         (rotated(SWAPPED), "rope axes"),
         (rotated(RIGHT, AHEAD), "rope offset"),
         (rotated(RIGHT, RIGHT.conj()), "rope sign"),
-        (attended(turned(Q, RIGHT, halves=True), turned(K, RIGHT, halves=True), V), "rope pairing"),
+        (attend(rotate(Q, RIGHT, halves=True), rotate(K, RIGHT, halves=True), V), "rope pairing"),
         (rotated(RIGHT, allowed=CAUSAL), "mask"),
         (rotated(RIGHT, scale=1.0), "scale"),
     ],
 )
 def test_faults_of_self_attention_are_told_apart(seen: np.ndarray, kind: str):
-    found = of_self_attention(self_attention(heads=seen), "blocks.0", SHAPE)
+    found = explain_self_attention(self_attention(heads=seen), "blocks.0", SHAPE)
     assert found is not None
     assert found[0] == kind
 
@@ -94,13 +102,13 @@ def test_positions_moved_alike_cannot_be_seen():
 
 
 def test_the_right_self_attention_is_no_fault():
-    assert of_self_attention(self_attention(heads=rotated(RIGHT)), "blocks.0", SHAPE) is None
+    assert explain_self_attention(self_attention(heads=rotated(RIGHT)), "blocks.0", SHAPE) is None
 
 
 def test_scores_are_scaled_as_asked():
     weights = np.exp(3.0 * Q[0, :, 1] @ K[0, :, 1].T)
     expected = (weights / weights.sum(1, keepdims=True)) @ V[0, :, 1]
-    found = attended(Q, K, V, scale=3.0)[0, :, WIDTH // 2 :]
+    found = attend(Q, K, V, scale=3.0)[0, :, WIDTH // 2 :]
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
@@ -115,9 +123,9 @@ def cross_attention(seen: np.ndarray) -> dict[str, np.ndarray]:
 
 
 OVER_TEXT, OVER_IMAGE = (
-    attended(Q, *(split(random(1, TEXT, WIDTH, seed=n)) for n in pair)) for pair in ((3, 4), (5, 6))
+    attend(Q, *(split(random(1, TEXT, WIDTH, seed=n)) for n in pair)) for pair in ((3, 4), (5, 6))
 )
-MASKED = attended(
+MASKED = attend(
     Q,
     *(split(random(1, TEXT, WIDTH, seed=n)) for n in (3, 4)),
     allowed=np.arange(TEXT) < LENGTH[0],
@@ -127,14 +135,14 @@ MASKED = attended(
 @pytest.mark.parametrize(
     ("seen", "words"),
     [
-        (OVER_TEXT, "the answer over the image is left out"),
-        (OVER_IMAGE, "the answer over the text is left out"),
+        (OVER_TEXT, "the output over the image is left out"),
+        (OVER_IMAGE, "the output over the text is left out"),
         (MASKED + OVER_IMAGE, "the padding of the text is hidden; the models attend to it"),
         (OVER_TEXT + OVER_IMAGE, None),
     ],
 )
 def test_faults_of_cross_attention_are_told_apart(seen: np.ndarray, words: str | None):
-    found = of_cross_attention(cross_attention(seen), "blocks.0", SHAPE, LENGTH)
+    found = explain_cross_attention(cross_attention(seen), "blocks.0", SHAPE, LENGTH)
     assert (found and found[1]) == words
 
 
@@ -143,9 +151,9 @@ def test_faults_of_cross_attention_are_told_apart(seen: np.ndarray, words: str |
 KERNEL, BIAS = random(WIDTH, WIDTH, seed=8), random(WIDTH, seed=9)
 X = random(1, TOKENS, WIDTH, seed=10)
 MAPS = {
-    "blocks.0.self_attn.q": Affine(KERNEL, BIAS),
-    "blocks.0.self_attn.k": Affine(random(WIDTH, WIDTH, seed=11), random(WIDTH, seed=12)),
-    "blocks.1.self_attn.q": Affine(random(WIDTH, WIDTH, seed=13), random(WIDTH, seed=14)),
+    "blocks.0.self_attn.q": LinearMap(KERNEL, BIAS),
+    "blocks.0.self_attn.k": LinearMap(random(WIDTH, WIDTH, seed=11), random(WIDTH, seed=12)),
+    "blocks.1.self_attn.q": LinearMap(random(WIDTH, WIDTH, seed=13), random(WIDTH, seed=14)),
 }
 
 
@@ -163,7 +171,7 @@ MAPS = {
     ],
 )
 def test_faults_of_linear_maps_are_told_apart(seen: np.ndarray, kind: str | None):
-    found = of_linear("blocks.0.self_attn.q", {"blocks.0.norm1": X}, seen, MAPS)
+    found = explain_linear("blocks.0.self_attn.q", {"blocks.0.norm1": X}, seen, MAPS)
     assert (found and found[0]) == kind
 
 
@@ -182,11 +190,11 @@ def block(rows: np.ndarray) -> dict[str, np.ndarray]:
     end = middle + crossed
     return {
         "patch_embedding": tokens(start),
-        "blocks.0.norm1": tokens(normed(start, SHAPE.eps) * (1 + scale) + shift),
+        "blocks.0.norm1": tokens(normalise(start, SHAPE.eps) * (1 + scale) + shift),
         "blocks.0.self_attn.o": tokens(o),
         "blocks.0.after_self_attn": tokens(middle),
         "blocks.0.cross_attn.o": tokens(crossed),
-        "blocks.0.norm2": tokens(normed(end, SHAPE.eps) * (1 + scale_ffn) + shift_ffn),
+        "blocks.0.norm2": tokens(normalise(end, SHAPE.eps) * (1 + scale_ffn) + shift_ffn),
         "blocks.0.ffn.fc2": tokens(answer),
         "blocks.0": tokens(end + gate_ffn * answer),
     }
@@ -197,7 +205,7 @@ THEIRS = block(ROWS)
 
 
 def test_a_table_is_worked_out_of_what_a_block_did():
-    found = tries.rows_of_modulation(THEIRS, "blocks.0", "patch_embedding", 2)
+    found = tries.modulation_rows(THEIRS, "blocks.0", "patch_embedding", 2)
     assert found is not None
     np.testing.assert_allclose(found, ROWS, rtol=1e-8, atol=1e-8)
 
@@ -207,11 +215,11 @@ def test_another_row_of_the_table_is_named(place: str):
     name = f"blocks.0.{place}"
     swapped = block(ROWS[[1, 0, 2, 4, 3, 5]])
     ours = THEIRS | {name: swapped[name]}
-    found = tries.of_modulated(ours, THEIRS, name, "patch_embedding", SHAPE)
+    found = tries.explain_modulated_norm(ours, THEIRS, name, "patch_embedding", SHAPE)
     assert found is not None
     assert found[0] == "modulation"
     assert "scale" in found[1].split(" and ")[0]
-    assert tries.of_modulated(THEIRS, THEIRS, name, "patch_embedding", SHAPE) is None
+    assert tries.explain_modulated_norm(THEIRS, THEIRS, name, "patch_embedding", SHAPE) is None
 
 
 @pytest.mark.parametrize(
@@ -224,14 +232,14 @@ def test_another_row_of_the_table_is_named(place: str):
 def test_what_is_wrong_with_a_sum_is_named(place: str, answer: str, start: str | None):
     def kind(out: np.ndarray) -> tuple[str, str] | None:
         ours = THEIRS | {place: out}
-        return tries.of_residual(ours, THEIRS, place, "patch_embedding", SHAPE)
+        return tries.explain_residual(ours, THEIRS, place, "patch_embedding", SHAPE)
 
     before = THEIRS["blocks.0.after_self_attn"] + THEIRS["blocks.0.cross_attn.o"]
     before = before if start is None else THEIRS[start]
     assert kind(before + THEIRS[f"blocks.0.{answer}"]) == (
-        *("missing gate", "the answer is added without its gate"),
+        *("missing gate", "the output is added without its gate"),
     )
-    assert kind(before) == ("missing term", "the sub-layer's answer is left out")
+    assert kind(before) == ("missing term", "the sub-layer's output is left out")
     assert kind(THEIRS[place] - before) == ("missing term", "the residual is left out")
     assert kind(THEIRS[place]) is None
 
@@ -241,20 +249,20 @@ def test_what_is_wrong_with_a_sum_is_named(place: str, answer: str, start: str |
 
 def test_a_norm_has_mean_nothing_and_deviation_one():
     x = 5 + 3 * random(4, 200)
-    found = normed(x, 0.0)
+    found = normalise(x, 0.0)
     np.testing.assert_allclose(found.mean(-1), 0, atol=1e-12)
     np.testing.assert_allclose(found.std(-1), 1)
-    assert float(np.mean(normed(x, 9.0).std(-1))) == pytest.approx(1 / math.sqrt(2), rel=0.1)
+    assert float(np.mean(normalise(x, 9.0).std(-1))) == pytest.approx(1 / math.sqrt(2), rel=0.1)
 
 
 def test_tokens_of_a_frame_stay_together():
     tokens = np.arange(24.0).reshape(1, 12, 2)
-    assert by_frame(tokens, 3).shape == (1, 3, 4, 2)
-    np.testing.assert_array_equal(by_frame(tokens, 3)[0, 1], tokens[0, 4:8])
+    assert split_frames(tokens, 3).shape == (1, 3, 4, 2)
+    np.testing.assert_array_equal(split_frames(tokens, 3)[0, 1], tokens[0, 4:8])
 
 
 def test_a_feature_that_does_not_vary_has_no_slope():
-    a, b = line(np.ones((1, 1, 4, 2)), np.full((1, 1, 4, 2), 3.0))
+    a, b = fit_line(np.ones((1, 1, 4, 2)), np.full((1, 1, 4, 2), 3.0))
     np.testing.assert_array_equal(a, np.zeros((1, 1, 2)))
     np.testing.assert_array_equal(b, np.full((1, 1, 2), 3.0))
 
@@ -264,5 +272,5 @@ def test_the_nearest_explanation_counts_if_it_is_near():
     near = ("near", "", lambda: seen * (1 + 1e-6))
     nearer = ("nearer", "", lambda: seen * (1 + 1e-9))
     far = ("far", "", lambda: seen * 2)
-    assert first_near([near, far, nearer], seen) == ("nearer", "")
-    assert first_near([far], seen) is None
+    assert nearest_explanation([near, far, nearer], seen) == ("nearer", "")
+    assert nearest_explanation([far], seen) is None

@@ -17,10 +17,10 @@ from skyreels_jax.diffusion import guidance, unipc
 from skyreels_jax.generation import rollout
 from skyreels_jax.models import block, layers, transformer
 from skyreels_jax.ops.positions import rope_table
-from skyreels_jax.parity import capture, sides, worker
-from skyreels_jax.parity.plan import Plan, settle
-from skyreels_jax.parity.sides import JaxSide, Watched
-from skyreels_jax.parity.verdict import judge, report_of
+from skyreels_jax.parity import capture, sides
+from skyreels_jax.parity.plan import ParityPlan, plan_comparison
+from skyreels_jax.parity.sides import JaxSide, RecordingDenoiser, run_side
+from skyreels_jax.parity.verdict import build_report, compare_test
 
 SIZE = {"height": 64, "width": 96, "num_frames": 9, "steps": 3}
 # Tokens of a frame, and features of a head, of the small checkpoint at that size.
@@ -30,7 +30,7 @@ PATCHES, GRID, HEAD = 24, (3, 4, 6), 16
 class Case(NamedTuple):
     """A checkpoint with both sides loaded, the reference's work done."""
 
-    plan: Plan
+    plan: ParityPlan
     folder: Path
     side: JaxSide
 
@@ -42,10 +42,10 @@ def cases(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory):
     def case(kind: str) -> Case:
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
-            plan = settle(checkpoints(kind, "diffusers"), **SIZE)
+            plan = plan_comparison(checkpoints(kind, "diffusers"), **SIZE)
             plan = dataclasses.replace(plan, traced=(0,))
             plan.save(folder / "plan.json")
-            worker.do("reference", folder)
+            run_side("reference", folder)
             made[kind] = Case(plan, folder, JaxSide(plan))
         return made[kind]
 
@@ -54,9 +54,9 @@ def cases(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory):
 
 def found(case: Case, side: JaxSide) -> dict[str, Any]:
     """The report of a run with ``side``."""
-    worker.do("jax", case.folder, lambda _: side)
-    judged = judge(case.plan, case.folder, 0)
-    return report_of(case.plan, case.folder, [judged], {})
+    run_side("jax", case.folder, lambda _: side)
+    comparison = compare_test(case.plan, case.folder, 0)
+    return build_report(case.plan, case.folder, [comparison], {})
 
 
 def with_model(side: JaxSide, model: Any, **changes: Any) -> JaxSide:
@@ -64,7 +64,7 @@ def with_model(side: JaxSide, model: Any, **changes: Any) -> JaxSide:
     other = copy.copy(side)
     programs = changes.pop("programs", side.denoiser._executables)
     length = changes.pop("block_length", side.denoiser.block_length)
-    other.denoiser = Watched(model, length, programs)
+    other.denoiser = RecordingDenoiser(model, length, programs)
     return other
 
 
@@ -221,7 +221,7 @@ def test_a_fault_of_weights_is_found(cases, name: str):
 def assert_found(report: dict[str, Any], place: str, nature: str) -> None:
     assert report["verdict"] == "fail"
     finding = report["tests"][0]["finding"]
-    assert (finding["place"], finding["kind"]) == (place, nature), finding["detail"]
+    assert (finding["name"], finding["kind"]) == (place, nature), finding["detail"]
 
 
 Plant = Callable[[pytest.MonkeyPatch, Case], JaxSide]
@@ -360,7 +360,7 @@ def patch_order(patch, case):
         return true(mixed.reshape(batch, frames, count, width), grid, size)
 
     patch.setattr(transformer, "unpatchify", swapped)
-    patch.setattr(walk, "unpatchify", swapped)
+    patch.setattr(capture, "unpatchify", swapped)
     return anew(case)
 
 
@@ -492,14 +492,20 @@ CODE: dict[str, tuple[str, Plant, str, str]] = {
 }
 
 
+def forget_programs():
+    """Compile anew: the code of the running process has changed."""
+    for compiled in (capture._entry, capture._block, capture._head):
+        compiled.cache_clear()
+
+
 @pytest.mark.parametrize("name", CODE)
 def test_a_fault_of_code_is_found(cases, monkeypatch: pytest.MonkeyPatch, name: str):
     kind, plant, place, nature = CODE[name]
     case = cases(kind)
-    capture.forget_programs()
+    forget_programs()
     with monkeypatch.context() as patch:
         report = found(case, plant(patch, case))
-    capture.forget_programs()
+    forget_programs()
     assert_found(report, place, nature)
 
 

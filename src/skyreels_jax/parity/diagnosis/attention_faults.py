@@ -1,15 +1,21 @@
 """What can go wrong in an attention: tried on its recorded queries, keys and values."""
 
-from collections.abc import Callable
 from itertools import permutations
 
 import numpy as np
 
 from skyreels_jax.ops.positions import axis_dims, rope_params
-from skyreels_jax.parity.diagnosis.hypotheses import Shape, Values, first_near, wide
+from skyreels_jax.parity.diagnosis.hypotheses import (
+    CallShape,
+    Explanation,
+    Hypothesis,
+    float64,
+    nearest_explanation,
+)
+from skyreels_jax.parity.recording import Arrays
 
 
-def attended(
+def attend(
     query: np.ndarray,
     key: np.ndarray,
     value: np.ndarray,
@@ -17,7 +23,7 @@ def attended(
     allowed: np.ndarray | None = None,
     scale: float | None = None,
 ) -> np.ndarray:
-    """Attention of ``[B, L, N, K]``, merged to ``[B, L, N * K]``."""
+    """Attend over ``[B, L, N, K]`` and merge the heads to ``[B, L, N * K]``."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = np.einsum("blnk,bsnk->bnls", query, key) * scale
     if allowed is not None:
@@ -28,21 +34,20 @@ def attended(
     return out.reshape(*out.shape[:2], -1)
 
 
-def angles(
+def rotations(
     grid: tuple[int, int, int], width: int, order: tuple[int, int, int] = (0, 1, 2), first: int = 0
 ) -> np.ndarray:
-    """Unit rotations ``[L, K / 2]``; ``order`` says which position each group of features has."""
-    place = np.stack(np.meshgrid(*(np.arange(n) for n in grid), indexing="ij"), -1).reshape(-1, 3)
-    place = place + np.array([first, 0, 0])
+    """Return unit rotations ``[L, K / 2]``; ``order`` is the axis of each group of features."""
+    position = np.indices(grid).reshape(3, -1).T + np.array([first, 0, 0])
     columns = [
-        rope_params(int(place.max()) + 1, dim)[place[:, axis]]
+        rope_params(int(position.max()) + 1, dim)[position[:, axis]]
         for dim, axis in zip(axis_dims(width), order, strict=True)
     ]
     return np.concatenate(columns, axis=1)
 
 
-def turned(x: np.ndarray, table: np.ndarray, *, halves: bool = False) -> np.ndarray:
-    """``[B, L, N, K]`` rotated: neighbouring features, or (wrongly) those of both halves."""
+def rotate(x: np.ndarray, table: np.ndarray, *, halves: bool = False) -> np.ndarray:
+    """Rotate ``[B, L, N, K]``: neighbouring features, or (wrongly) those of both halves."""
     if halves:
         first, second = np.split(x, 2, axis=-1)
         z = (first + 1j * second) * table[None, :, None]
@@ -51,19 +56,26 @@ def turned(x: np.ndarray, table: np.ndarray, *, halves: bool = False) -> np.ndar
     return np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
 
 
-def of_self_attention(ours: Values, block: str, shape: Shape) -> tuple[str, str] | None:
-    """Why our heads are not what our queries, keys and values give."""
-    parts = (wide(ours[f"{block}.self_attn.{name}"]) for name in ("norm_q", "norm_k", "v"))
-    q, k, v = (x.reshape(*x.shape[:2], shape.heads, -1) for x in parts)
-    seen, width = wide(ours[f"{block}.self_attn.heads"]), q.shape[-1]
-    right = angles(shape.grid, width)
+def _split_heads(values: np.ndarray, heads: int) -> np.ndarray:
+    """Split ``[B, L, D]`` to ``[B, L, N, K]``, float64."""
+    return float64(values).reshape(*values.shape[:2], heads, -1)
+
+
+def explain_self_attention(ours: Arrays, block: str, shape: CallShape) -> Explanation | None:
+    """Find out why our heads are not what our queries, keys and values give."""
+    q, k, v = (
+        _split_heads(ours[f"{block}.self_attn.{name}"], shape.heads)
+        for name in ("norm_q", "norm_k", "v")
+    )
+    seen, width = float64(ours[f"{block}.self_attn.heads"]), q.shape[-1]
+    right = rotations(shape.grid, width)
 
     def with_rope(table: np.ndarray, keys: np.ndarray | None = None, **how: bool) -> np.ndarray:
         other = table if keys is None else keys
-        return attended(turned(q, table, **how), turned(k, other, **how), v)
+        return attend(rotate(q, table, **how), rotate(k, other, **how), v)
 
-    tries: list[tuple[str, str, Callable[[], np.ndarray]]] = [
-        ("no rope", "queries and keys are not rotated", lambda: attended(q, k, v)),
+    tries: list[Hypothesis] = [
+        ("no rope", "queries and keys are not rotated", lambda: attend(q, k, v)),
         (
             "rope pairing",
             "features are paired across halves, not with their neighbours",
@@ -76,73 +88,59 @@ def of_self_attention(ours: Values, block: str, shape: Shape) -> tuple[str, str]
         ),
     ]
     for first in (1, 2):
-        tries.append(
-            (
-                "rope offset",
-                f"positions of keys are {first} frame(s) ahead of those of queries",
-                lambda first=first: with_rope(right, angles(shape.grid, width, first=first)),
-            )
-        )
+        words = f"positions of keys are {first} frame(s) ahead of those of queries"
+        ahead = rotations(shape.grid, width, first=first)
+        tries.append(("rope offset", words, lambda t=ahead: with_rope(right, t)))
     for first, second, third in list(permutations(range(3)))[1:]:
         order = (first, second, third)
-        names = [("frame", "row", "column")[axis] for axis in order]
+        words = ", ".join(("frame", "row", "column")[axis] for axis in order)
+        table = rotations(shape.grid, width, order)
         tries.append(
-            (
-                "rope axes",
-                f"groups of features turn with {', '.join(names)}",
-                lambda order=order: with_rope(angles(shape.grid, width, order)),
-            )
+            ("rope axes", f"groups of features turn with {words}", lambda t=table: with_rope(t))
         )
+    turned_q, turned_k = rotate(q, right), rotate(k, right)
     frame = np.repeat(np.arange(shape.grid[0]), shape.grid[1] * shape.grid[2])
     for size in range(1, shape.grid[0]):
+        words = f"a block-causal mask of {size} frame(s) hides later blocks"
         allowed = (frame // size)[:, None] >= (frame // size)[None]
-        tries.append(
-            (
-                "mask",
-                f"a block-causal mask of {size} frame(s) hides later blocks",
-                lambda allowed=allowed: attended(
-                    turned(q, right), turned(k, right), v, allowed=allowed
-                ),
-            )
-        )
-    for factor, what in ((1.0, "not scaled"), (v.shape[-1] ** -1.0, "scaled twice")):
+        tries.append(("mask", words, lambda a=allowed: attend(turned_q, turned_k, v, allowed=a)))
+    for scale, words in ((1.0, "not scaled"), (v.shape[-1] ** -1.0, "scaled twice")):
         tries.append(
             (
                 "scale",
-                f"scores are {what}",
-                lambda factor=factor: attended(turned(q, right), turned(k, right), v, scale=factor),
+                f"scores are {words}",
+                lambda s=scale: attend(turned_q, turned_k, v, scale=s),
             )
         )
-    return first_near(tries, seen)
+    return nearest_explanation(tries, seen)
 
 
-def of_cross_attention(
-    ours: Values, block: str, shape: Shape, lengths: np.ndarray
-) -> tuple[str, str] | None:
-    """Why our heads over text (and image) are not what our queries, keys and values give."""
+def explain_cross_attention(
+    ours: Arrays, block: str, shape: CallShape, lengths: np.ndarray
+) -> Explanation | None:
+    """Find out the same of the heads over text (and image)."""
     name = f"{block}.cross_attn"
 
-    def split(part: str) -> np.ndarray:
-        x = wide(ours[f"{name}.{part}"])
-        return x.reshape(*x.shape[:2], shape.heads, -1)
+    def split(module: str) -> np.ndarray:
+        return _split_heads(ours[f"{name}.{module}"], shape.heads)
 
     q, k, v = split("norm_q"), split("norm_k"), split("v")
-    seen = wide(ours[f"{name}.heads"])
+    seen = float64(ours[f"{name}.heads"])
     filled = (np.arange(k.shape[1]) < lengths[:, None])[:, None, None]
     image = 0.0
     if f"{name}.norm_k_img" in ours:
-        image = attended(q, split("norm_k_img"), split("v_img"))
-    text = attended(q, k, v)
-    return first_near(
+        image = attend(q, split("norm_k_img"), split("v_img"))
+    text = attend(q, k, v)
+    return nearest_explanation(
         [
             (
                 "mask",
                 "the padding of the text is hidden; the models attend to it",
-                lambda: attended(q, k, v, allowed=filled) + image,
+                lambda: attend(q, k, v, allowed=filled) + image,
             ),
-            ("missing term", "the answer over the image is left out", lambda: text),
-            ("missing term", "the answer over the text is left out", lambda: image + 0 * text),
-            ("scale", "scores are not scaled", lambda: attended(q, k, v, scale=1.0) + image),
+            ("missing term", "the output over the image is left out", lambda: text),
+            ("missing term", "the output over the text is left out", lambda: image + 0 * text),
+            ("scale", "scores are not scaled", lambda: attend(q, k, v, scale=1.0) + image),
         ],
         seen,
     )
