@@ -15,10 +15,12 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def own_caches(cache_folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Never the caches of whoever runs the tests."""
-    before = jax.config.jax_compilation_cache_dir
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.setenv("SKYREELS_JAX_CACHE", str(cache_folder))
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from tests.fabricate import Checkpoints
+from tests.slow import mostly_slow
 
 from skyreels_jax.components import conditioning
 from skyreels_jax.diffusion import guidance, unipc
@@ -210,7 +211,7 @@ WEIGHTS: dict[str, tuple[str, Edit, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", mostly_slow(WEIGHTS))
 def test_a_fault_of_weights_is_found(cases, name: str):
     kind, edit, place, nature = WEIGHTS[name]
     case = cases(kind)
@@ -498,7 +499,7 @@ def forget_programs():
         compiled.cache_clear()
 
 
-@pytest.mark.parametrize("name", CODE)
+@pytest.mark.parametrize("name", mostly_slow(CODE))
 def test_a_fault_of_code_is_found(cases, monkeypatch: pytest.MonkeyPatch, name: str):
     kind, plant, place, nature = CODE[name]
     case = cases(kind)
