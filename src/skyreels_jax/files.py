@@ -90,6 +90,8 @@ def open_regular(
         # Before it is opened: opening alone moves some devices, and a pipe's other end notices.
         _require_regular(os.stat(path), path, what, error)
         handle = os.open(path, flags)
+    except SkyReelsError:
+        raise
     except FileNotFoundError as missing:
         raise error(f"{what} {path}: there is no such file") from missing
     except (OSError, ValueError) as refusal:

@@ -242,7 +242,7 @@ REQUESTS: dict[str, Bad] = {
     ),
     "image that is text": flag("{text}", "cannot be read", image="{text}", model="i2v-original"),
     "image cut off": flag("{cut}", "cannot be read", image="{cut}", model="i2v-original"),
-    "image that is a folder": flag("{out}", "no such file", image="{out}", model="i2v-original"),
+    "image that is a folder": flag("{out}", "is a folder", image="{out}", model="i2v-original"),
     "image that is missing": flag("nowhere.png", image="nowhere.png", model="i2v-original"),
     "unknown dtype": flag("dtype 'float64'", "bfloat16", dtype="float64"),
     "unknown attention": flag("--attention 'flash'", "chunked", attention="flash"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,27 @@ def test_a_portrait_image_turns_nothing_that_was_asked_for():
     for wishes in ({"height": 32, "width": 48}, {"aspect": "3:2"}):
         request = resolved("i2v", image=picture(40, 30), **wishes)
         assert request.height < request.width
-        assert request.notices == ()
+        (said,) = request.notices
+        assert "shows 50% of its height" in said
+
+
+def test_a_square_photograph_is_cropped_and_that_is_said():
+    (said,) = resolved("i2v", image=picture(32, 32)).notices
+    assert said == (
+        "the image is 32 x 32: a video of 48 x 32 shows 67% of its height; --aspect image keeps all"
+    )
+    (said,) = resolved("i2v", image=picture(20, 100)).notices
+    assert "30% of its width" in said
+    assert resolved("i2v", image=picture(32, 44)).notices == ()
+    whole = resolved("i2v", image=picture(30, 30), aspect="image")
+    assert (whole.height, whole.width, whole.notices) == (32, 32, ())
+
+
+@pytest.mark.parametrize("fps", [29.97, "29.97", "30000/1001", Fraction(30000, 1001)])
+def test_rates_of_television_are_taken_and_kept(fps):
+    request = resolved(fps=fps)
+    assert request.fps == Fraction(30000, 1001)
+    assert json.loads(json.dumps(request.settings()))["fps"] == "30000/1001"
 
 
 def test_images_are_read_whatever_they_were_given_as(tmp_path: Path):
@@ -140,7 +161,7 @@ BAD = {
     "no shift": ({"shift": 0.0}, "--shift 0.0 must be a number above 0"),
     "infinite shift": ({"shift": float("inf")}, "--shift inf must be a number above 0"),
     "extreme shift": ({"shift": 1e6}, "--shift 1000000.0 with 3 steps: sigmas must fall"),
-    "no fps": ({"fps": 0}, "--fps 0 must be between 1 and 240"),
+    "no fps": ({"fps": 0}, "--fps 0 must be from 1 to 240"),
     "negative seed": ({"seed": -1}, "--seed -1 must be between 0 and 4294967295"),
     "long seed": ({"seed": 2**32}, "--seed 4294967296 must be between"),
     "unknown dtype": ({"dtype": "float16"}, "--dtype 'float16' .* bfloat16, float32"),

@@ -68,12 +68,16 @@ def _add_content(group: Any) -> None:
 
 def _add_size(group: Any) -> None:
     group.add_argument("--resolution", metavar="|".join(RESOLUTIONS))
-    group.add_argument("--aspect", metavar="W:H", help="for example 9:16; keeps the area")
+    group.add_argument(
+        "--aspect",
+        metavar="W:H",
+        help="for example 9:16, or `image` for that of the image; keeps the area",
+    )
     group.add_argument("--height", type=int, metavar="PIXELS", help="a multiple of 16")
     group.add_argument("--width", type=int, metavar="PIXELS", help="a multiple of 16")
     group.add_argument("--num-frames", "--num_frames", type=int, metavar="N", help="4 k + 1")
     group.add_argument("--seconds", type=float, help="in place of --num-frames")
-    group.add_argument("--fps", type=int)
+    group.add_argument("--fps", metavar="RATE", help="such as 24, 29.97 or 30000/1001")
 
 
 def _add_forcing(group: Any) -> None:

@@ -100,6 +100,7 @@ def write(pipeline: Pipeline, job: Job, clock: Clock) -> None:
     with VideoWriter(
         job.partial,
         fps=request.fps,
+        sound=request.sound,
         size=(request.height, request.width),
         settings=settings_of(request) if job.how["metadata"] else None,
     ) as writer:

@@ -5,6 +5,7 @@ Wan 2.1's mask.
 """
 
 from collections import deque
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -79,12 +80,13 @@ def encode_first_frame(codec: VideoCodec, image: ImageCondition) -> HostLatents:
 
 
 def encode_last_frames(
-    codec: VideoCodec, video: Path, count: int, size: tuple[int, int]
+    codec: VideoCodec, video: Path, count: int, size: tuple[int, int], fps: int | Fraction
 ) -> HostLatents:
     """Latents of the last ``count`` frames (``4k + 1``) of a file, as a video of their own.
 
-    Frames are cropped to the aspect of ``size``, where the original stretches them.
+    Frames are taken at ``fps`` and cropped to the aspect of ``size``, where the original stretches
+    them.
     """
-    last = deque(stream_video(video), maxlen=count)
+    last = deque(stream_video(video, fps), maxlen=count)
     images = [prepare_image(frame, *size, Image.Resampling.BICUBIC) for frame in last]
     return codec.encode(np.stack([image.pixels for image in images], axis=1)).astype(np.float32)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Sample:
 
     latents: HostLatents
     settings: Mapping[str, Any]
-    fps: int
+    fps: int | Fraction
     clock: Clock = field(default_factory=Clock)
 
     @property
@@ -115,7 +116,8 @@ def generate_long(
     )
     frames = np.concatenate(list(frames_in_turn(rollout)))
     latents = np.concatenate(windows.pieces, axis=1)
-    return Video(frames, request.fps, settings_of(request), latents, clock.timings)
+    settings = settings_of(request)
+    return Video(frames, request.fps, settings, latents, clock.timings, request.sound)
 
 
 @dataclass(eq=False)

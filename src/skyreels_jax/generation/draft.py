@@ -1,7 +1,7 @@
 """The settings of a request while they are being decided, and what is found on the way."""
 
 import math
-from pathlib import Path
+from fractions import Fraction
 from typing import Final, TypeVar
 
 from skyreels_jax import geometry
@@ -9,9 +9,11 @@ from skyreels_jax.checkpoints import Checkpoint, Default
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.caching import CacheSettings, resolve_cache
 from skyreels_jax.generation.request import GivenVideo, Request
-from skyreels_jax.media import ImageInput, RgbImage, read_image, survey_video
+from skyreels_jax.media import ImageInput, RgbImage, Sound, read_image, survey_video
 
 GIVEN: Final = "given"
+# Of an image's height or width: from here on a notice says what is cut off.
+MUCH_CUT: Final = 0.1
 
 T = TypeVar("T")
 
@@ -59,8 +61,18 @@ class Draft:
             self.problems.append(str(error))
             return None
 
-    def given_video(self) -> tuple[GivenVideo | None, RgbImage | None]:
-        """The video to continue, looked through, and a frame of it."""
+    def fps(self) -> int | Fraction:
+        """Frames a second."""
+        default = self.checkpoint.defaults.fps
+        given = self.choose("fps", default)
+        try:
+            return geometry.frame_rate(given)
+        except RequestError as error:
+            self.problems.append(f"--{error}")
+            return default.value
+
+    def given_video(self, fps: int | Fraction) -> tuple[GivenVideo | None, RgbImage | None]:
+        """The video to continue, looked through, and a frame of it; ``fps`` is the output's."""
         path = self.request.video
         if path is None:
             return None, None
@@ -72,11 +84,33 @@ class Draft:
         if self.request.image is not None:
             self.problems.append("--image and --video exclude each other: both say how it begins")
         try:
-            frames, rate, still = survey_video(path)
+            info = survey_video(path)
         except RequestError as error:
             self.problems.append(str(error))
             return None, None
-        return GivenVideo(Path(path), frames, float(rate)), still
+        self.notices.extend(info.warnings)
+        if info.sound is not None:
+            kept = (
+                "the given part keeps its sound, what is made has none"
+                if Sound.fits(info.sound)
+                else f"sound in {info.sound} cannot be copied, so the video will have none"
+            )
+            self.notices.append(f"{info.path.name} has sound: {kept}")
+        given = GivenVideo(info.path, info.frames_at(fps), float(info.rate), info.sound)
+        return given, info.first
+
+    def say_what_is_cut(self, what: str, image: RgbImage | None, size: tuple[int, int]) -> None:
+        """A notice where fitting the image to ``size`` cuts more than a tenth of it off."""
+        if image is None:
+            return
+        height, width = image.shape[:2]
+        share = (width / height) / (size[1] / size[0])
+        if min(share, 1 / share) < 1 - MUCH_CUT:
+            side = "height" if share < 1 else "width"
+            self.notices.append(
+                f"{what} is {width} x {height}: a video of {size[1]} x {size[0]} shows "
+                f"{min(share, 1 / share):.0%} of its {side}; --aspect image keeps all"
+            )
 
     def size(self, image: RgbImage | None) -> tuple[int, int]:
         """Height and width; a default or named size is turned to a portrait image."""
@@ -89,6 +123,7 @@ class Draft:
             height, width = geometry.with_aspect(
                 geometry.resolution(request.resolution) if request.resolution else default.value,
                 request.aspect,
+                None if image is None else image.shape[:2],
             )
         except RequestError as error:
             self.problems.append(str(error))
@@ -130,7 +165,7 @@ class Draft:
             self.problems.append(str(error))
             return CacheSettings()
 
-    def frames(self, fps: int) -> int:
+    def frames(self, fps: int | Fraction) -> int:
         """The number of frames, possibly from seconds."""
         request = self.request
         if request.seconds is None:

@@ -166,6 +166,7 @@ def to_json(request: ResolvedRequest) -> dict[str, Any]:
     }
     for name in IMAGES:
         values[name] = None if getattr(request, name) is None else f"{name}.png"
+    values["fps"] = request.fps if isinstance(request.fps, int) else str(request.fps)
     values["cache"] = dataclasses.asdict(request.cache)
     values["forcing"] = None if request.forcing is None else dataclasses.asdict(request.forcing)
     if (video := request.video) is not None:
@@ -186,6 +187,7 @@ def from_json(values: Mapping[str, Any], images: Mapping[str, Any]) -> ResolvedR
         **{
             **values,
             "prompts": tuple(values["prompts"]),
+            "fps": geometry.frame_rate(values["fps"]),
             "notices": tuple(values["notices"]),
             "cache": CacheSettings(**{**cache, "coefficients": coefficients}),
             "forcing": None if forcing is None else Forcing(**forcing),

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from skyreels_jax.errors import RequestError
 from skyreels_jax.files import whole_file
 from skyreels_jax.generation.api import Sample
-from skyreels_jax.geometry import LATENT_CHANNELS
+from skyreels_jax.geometry import LATENT_CHANNELS, frame_rate
 
 TENSOR: Final = "latents"
 SETTINGS: Final = "settings"
@@ -36,7 +36,7 @@ def load_latents(path: Path) -> Sample:
         with safe_open(path, framework="np") as file:
             settings = json.loads((file.metadata() or {})[SETTINGS])
             latents = file.get_tensor(TENSOR)
-            fps = int(settings["fps"])
+            fps = frame_rate(settings["fps"])
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise RequestError(
             f"--resume-latents {path}: not a latents file of this program ({error})"

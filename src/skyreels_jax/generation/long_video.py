@@ -47,7 +47,7 @@ def given_frames(request: ResolvedRequest) -> Iterator[Frames]:
     """The frames of the video to continue, cropped and resized to the request's size."""
     assert request.video is not None
     size = request.height, request.width
-    for frame in stream_video(request.video.path):
+    for frame in stream_video(request.video.path, request.fps):
         fitted = prepare_image(frame, *size, Image.Resampling.BICUBIC)
         yield to_frames(fitted.pixels[:, None])
 

@@ -6,6 +6,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -13,7 +14,7 @@ from typing import Any, Final, Literal, get_args
 from skyreels_jax import geometry
 from skyreels_jax.generation.caching import CacheSettings
 from skyreels_jax.generation.windows import Window, latent_frames, plan_windows
-from skyreels_jax.media import ImageInput, RgbImage
+from skyreels_jax.media import ImageInput, RgbImage, Sound
 from skyreels_jax.presets import Task
 
 # What a window is given of the one before: its last latents, or their decoded pixels encoded anew.
@@ -42,7 +43,7 @@ class Request:
         steps: of the solver.
         guidance_scale: of classifier-free guidance; at exactly 1 it is off.
         shift: of the noise levels, towards noise.
-        fps: frames a second.
+        fps: frames a second; 29.97 and ``30000/1001`` are the same.
         seed: of the noise; drawn if not given.
         dtype: to compute in, ``bfloat16`` or ``float32``.
         attention: name of an attention path; chosen by device and shape if not given.
@@ -79,7 +80,7 @@ class Request:
     steps: int | None = None
     guidance_scale: float | None = None
     shift: float | None = None
-    fps: int | None = None
+    fps: int | float | str | Fraction | None = None
     seed: int | None = None
     dtype: str = "bfloat16"
     attention: str | None = None
@@ -116,11 +117,15 @@ class Forcing:
 
 @dataclass(frozen=True)
 class GivenVideo:
-    """A video to continue: where it is, and how many frames it has."""
+    """A video to continue: where it is, how many frames it has at the rate of the request.
+
+    ``fps`` is its own rate; ``sound`` the codec of its sound, if it has any.
+    """
 
     path: Path
     frames: int
     fps: float
+    sound: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +151,7 @@ class ResolvedRequest:
     steps: int
     guidance_scale: float
     shift: float
-    fps: int
+    fps: int | Fraction
     seed: int
     dtype: str
     attention: str | None
@@ -201,6 +206,13 @@ class ResolvedRequest:
         return self.video.frames + self.num_frames - self.forcing.overlap_history
 
     @property
+    def sound(self) -> Sound | None:
+        """The sound of the part that is given, where the output can hold it."""
+        if self.video is None or self.video.sound is None or not Sound.fits(self.video.sound):
+            return None
+        return Sound(self.video.path, float(self.video.frames / self.fps))
+
+    @property
     def prompt(self) -> str:
         """The first window's."""
         return self.prompts[0]
@@ -217,6 +229,7 @@ class ResolvedRequest:
         values["cache"] = dataclasses.asdict(self.cache)
         values["forcing"] = None if self.forcing is None else dataclasses.asdict(self.forcing)
         values["video"] = None if self.video is None else self.video.path.name
+        values["fps"] = self.fps if isinstance(self.fps, int) else str(self.fps)
         for name in ("image", "last_image"):
             if (image := values[name]) is not None:
                 values[name] = f"{image.shape[1]} x {image.shape[0]}"

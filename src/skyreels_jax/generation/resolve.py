@@ -27,7 +27,6 @@ from skyreels_jax.sampling.noise import NOISES
 
 DTYPES: Final = ("bfloat16", "float32")
 MAX_SEED: Final = 2**32 - 1
-MAX_FPS: Final = 240
 
 
 def resolve(
@@ -46,9 +45,12 @@ def resolve(
     draft = Draft(request, checkpoint)
     defaults = checkpoint.defaults
     image, last_image = draft.images()
-    video, still = draft.given_video()
-    fps = draft.choose("fps", defaults.fps)
+    fps = draft.fps()
+    video, still = draft.given_video(fps)
     height, width = draft.size(still if image is None else image)
+    draft.say_what_is_cut("the image", image, (height, width))
+    draft.say_what_is_cut("the last image", last_image, (height, width))
+    draft.say_what_is_cut("the video", still, (height, width))
     values: dict[str, Any] = {
         "model": checkpoint.repo or checkpoint.folder.resolve().name,
         "task": checkpoint.task,
@@ -121,7 +123,6 @@ def _violations(request: Request, values: Mapping[str, Any]) -> list[str]:
         found.append(f"--num-frames {frames} must be 4 k + 1; nearest: {near}")
     for name, least, most in (
         ("steps", 1, TRAIN_LEVELS),
-        ("fps", 1, MAX_FPS),
         ("seed", 0, MAX_SEED),
     ):
         if not least <= values[name] <= most:

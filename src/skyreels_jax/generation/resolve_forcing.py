@@ -158,13 +158,14 @@ def _remarks(
     if given is not None:
         total = given.frames + values["num_frames"] - forcing.overlap_history
         remarks.append(
-            f"{given.path.name} has {given.frames} frames; {values['num_frames']} less the "
+            f"{given.path.name} gives {given.frames} frames; {values['num_frames']} less the "
             f"{forcing.overlap_history} taken over follow, {total} in all"
         )
         if abs(given.fps - values["fps"]) > 0.01:
             remarks.append(
-                f"{given.path.name} has {given.fps:g} frames a second and is written at "
-                f"{values['fps']}: it will play at another speed; --fps changes that"
+                f"{given.path.name} has {given.fps:.6g} frames a second and is written at "
+                f"{float(values['fps']):.6g}, with frames left out or repeated where that is "
+                "nearest in time; --fps changes that"
             )
     return remarks
 

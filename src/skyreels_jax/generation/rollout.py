@@ -277,7 +277,7 @@ def given(components: Components, request: ResolvedRequest, clock: Clock) -> Giv
     with clock.stage("condition"):
         if request.video is not None:
             prefix = encode_last_frames(
-                components.codec, request.video.path, forcing.overlap_history, size
+                components.codec, request.video.path, forcing.overlap_history, size, request.fps
             )
         elif request.image is not None:
             image = prepare_image(request.image, *size, Image.Resampling.BICUBIC)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ class Video:
         settings: all that decided the video, as JSON values.
         latents: what the frames were decoded from, ``[16, F, H, W]``.
         timings: seconds by stage and step.
+        sound: of a video that was continued.
     """
 
     frames: Frames
-    fps: int
+    fps: int | Fraction
     settings: Mapping[str, Any]
     latents: HostLatents
     timings: Timings
+    sound: media.Sound | None = None
 
     def save(self, path: str | Path, *, sidecar: bool = False, metadata: bool = True) -> Path:
         """Write an MP4 and return its path.
@@ -41,7 +44,7 @@ class Video:
         """
         path = Path(path)
         carried = self.settings if metadata else None
-        media.write_video(path, self.frames, fps=self.fps, settings=carried)
+        media.write_video(path, self.frames, fps=self.fps, settings=carried, sound=self.sound)
         if sidecar:
             media.write_settings(path.with_suffix(".json"), self.settings)
         return path

@@ -1,0 +1,41 @@
+"""Reading and writing images and video, as plain NumPy arrays of 8-bit RGB."""
+
+from skyreels_jax.media.images import (
+    ImageInput,
+    RgbImage,
+    contact_sheet,
+    read_image,
+    write_image,
+)
+from skyreels_jax.media.video_reader import (
+    VideoInfo,
+    read_settings,
+    read_video,
+    stream_video,
+    survey_video,
+)
+from skyreels_jax.media.video_writer import (
+    Sound,
+    VideoWriter,
+    check_output,
+    write_settings,
+    write_video,
+)
+
+__all__ = [
+    "ImageInput",
+    "RgbImage",
+    "Sound",
+    "VideoInfo",
+    "VideoWriter",
+    "check_output",
+    "contact_sheet",
+    "read_image",
+    "read_settings",
+    "read_video",
+    "stream_video",
+    "survey_video",
+    "write_image",
+    "write_settings",
+    "write_video",
+]
