@@ -104,7 +104,7 @@ ALLOWED: dict[str, set[str]] = {
         "weights",
     },
     "interrupt": set(),
-    "media": {"errors", "files", "shapes"},
+    "media": {"geometry", "errors", "files", "shapes"},
     "memory": {"errors", "models", "weights"},
     "mini": {
         "checkpoints",
