@@ -1,0 +1,84 @@
+"""Damaged images and films: our own error, or a picture; quickly and in bounded memory."""
+
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.media.films import DATA, colours, write_film
+
+from skyreels_jax import media
+from skyreels_jax.errors import RequestError
+
+LONGEST = 2.0  # seconds; measured 0.1 on a busy machine
+ROUNDS = 100  # of each kind of file
+
+
+def damaged(rng: np.random.Generator, data: bytes) -> bytes:
+    """Some bytes changed, left out, repeated, or the end cut off."""
+    changed = bytearray(data)
+    kind = rng.integers(4)
+    if kind == 0:
+        for _ in range(int(rng.integers(1, 20))):
+            changed[int(rng.integers(len(changed)))] = int(rng.integers(256))
+    elif kind == 1:
+        start = int(rng.integers(len(changed)))
+        del changed[start : start + int(rng.integers(1, 200))]
+    elif kind == 2:
+        start = int(rng.integers(len(changed)))
+        changed[start:start] = changed[start : start + int(rng.integers(1, 200))]
+    else:
+        del changed[int(rng.integers(1, len(changed))) :]
+    return bytes(changed)
+
+
+def holds(read, path: Path) -> bool:
+    """Read it: whether it was taken. Whatever else is raised fails the test."""
+    start = time.monotonic()
+    try:
+        read(path)
+    except RequestError:
+        return False
+    finally:
+        assert time.monotonic() - start < LONGEST
+    return True
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "bmp", "gif", "avif"])
+def test_damaged_images(tmp_path: Path, suffix: str):
+    picture = Image.fromarray(colours(1, 24, 32)[0])
+    picture.save(tmp_path / f"whole.{suffix}")
+    data = (tmp_path / f"whole.{suffix}").read_bytes()
+    rng = np.random.default_rng(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    taken = 0
+    for _ in range(ROUNDS):
+        (tmp_path / "damaged.png").write_bytes(damaged(rng, data))
+        taken += holds(media.read_image, tmp_path / "damaged.png")
+    assert taken < ROUNDS
+    # Measured: under 10 MiB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+def test_damaged_films(tmp_path: Path, suffix: str):
+    data = write_film(tmp_path / f"whole.{suffix}", colours(6, 32, 32)).read_bytes()
+    rng = np.random.default_rng(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    taken = 0
+    for _ in range(ROUNDS):
+        (tmp_path / "damaged.mp4").write_bytes(damaged(rng, data))
+        taken += holds(media.survey_video, tmp_path / "damaged.mp4")
+    assert taken < ROUNDS
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024
+
+
+@pytest.mark.parametrize("name", ["portrait.mp4", "cut.mkv", "latin1-metadata.mp4"])
+def test_damaged_films_of_the_field(tmp_path: Path, name: str):
+    data = (DATA / name).read_bytes()
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        (tmp_path / "damaged.mp4").write_bytes(damaged(rng, data))
+        holds(media.survey_video, tmp_path / "damaged.mp4")
