@@ -25,7 +25,7 @@ from skyreels_jax.torch_side.components import (
     TorchAutoencoder,
     TorchImageEncoder,
     TorchTextEncoder,
-    squash,
+    squash_torch,
 )
 from skyreels_jax.torch_side.modules import to_torch, torch_device
 from skyreels_jax.weights.layout import PATHS
@@ -80,7 +80,7 @@ def test_image_features_are_those_of_transformers(
         checkpoints("i2v", "diffusers") / "image_encoder"
     ).eval()
     if preprocessing == "original":
-        pixels = squash(torch.from_numpy(image.pixels))
+        pixels = squash_torch(torch.from_numpy(image.pixels))
     else:
         pixels = CLIPImageProcessor()(Image.fromarray(image.source), return_tensors="pt")
         pixels = pixels["pixel_values"]
@@ -98,7 +98,7 @@ def test_the_squash_has_the_side_of_the_model():
     patches = (side // encoder.model.config.patch_size) ** 2
     assert side == 64
     assert encoder.encode(photo(64, 96)).shape == (1 + patches, 160)
-    assert squash(torch.zeros(3, 30, 50), side).shape == (1, 3, side, side)
+    assert squash_torch(torch.zeros(3, 30, 50), side).shape == (1, 3, side, side)
 
 
 def test_the_squash_keeps_the_whole_frame_and_the_crop_does_not(checkpoints: Checkpoints):
@@ -107,14 +107,14 @@ def test_the_squash_keeps_the_whole_frame_and_the_crop_does_not(checkpoints: Che
     source = image.source.copy()
     source[:, :8] = 0  # outside the centre square
     changed = ImageCondition(source, np.moveaxis(source.astype(np.float32) / 127.5 - 1, -1, 0))
-    squash = TorchImageEncoder.load(checkpoint, "cpu", jnp.float32, "original")
+    squashed = TorchImageEncoder.load(checkpoint, "cpu", jnp.float32, "original")
     crop = TorchImageEncoder.load(checkpoint, "cpu", jnp.float32, "diffusers")
-    assert np.abs(squash.encode(image) - squash.encode(changed)).max() > 0.01
+    assert np.abs(squashed.encode(image) - squash_torch.encode(changed)).max() > 0.01
     np.testing.assert_array_equal(crop.encode(image), crop.encode(changed))
 
 
 def test_a_grey_frame_squashes_to_the_same_grey():
-    grey = squash(torch.zeros(3, 30, 50))[0]
+    grey = squash_torch(torch.zeros(3, 30, 50))[0]
     expected = (0.5 - np.array([0.48145466, 0.4578275, 0.40821073])) / np.array(
         [0.26862954, 0.26130258, 0.27577711]
     )

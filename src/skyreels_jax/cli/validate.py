@@ -10,9 +10,12 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from skyreels_jax.errors import RequestError, SkyReelsError
+
+if TYPE_CHECKING:
+    from skyreels_jax.parity.recording import JsonObject
 
 _DIFFERENT: Final = 1
 _UNKNOWN: Final = 2
@@ -170,7 +173,7 @@ def _model(given: str | None) -> Iterator[Path]:
         yield make_checkpoint(Path(temporary) / "random-i2v", "i2v")
 
 
-def _summary(report: Mapping[str, Any]) -> Iterator[str]:
+def _summary(report: "JsonObject") -> Iterator[str]:
     """Yield the lines of a short table and the verdict."""
     yield f"{'test':>4} {'PSNR dB':>9} {'SSIM':>9} {'max':>5} {'worst layer':<34} {'error':>8}"
     for number, test in enumerate(report["tests"]):

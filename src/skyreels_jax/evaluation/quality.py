@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -238,7 +238,7 @@ def _write(output: Path, found: Mapping[str, Score]) -> None:
 
 
 # Each row changes one setting of the defaults.
-_SWEEP: Final[Sequence[Mapping[str, Any]]] = (
+_SWEEP: Final[Sequence[Mapping[str, int | float | str]]] = (
     {},
     *({"guidance_scale": scale} for scale in (1.0, 2.0, 3.0, 6.0, 9.0)),
     *({"steps": steps} for steps in (5, 10, 40)),
@@ -259,7 +259,7 @@ def sweep(model: str, count: int, output: Path) -> str:
     pipelines: dict[str, Pipeline] = {}
     for change in _SWEEP:
         settings = dict(change)
-        dtype = settings.pop("dtype", "float32")
+        dtype = str(settings.pop("dtype", "float32"))
         if dtype not in pipelines:
             pipelines[dtype] = Pipeline.from_pretrained(model, dtype=dtype, keep=True)
         make = partial(from_text, pipelines[dtype], **settings)

@@ -27,7 +27,7 @@ SIZE: Final = (64, 64)
 FRAMES: Final = 17
 FPS: Final = 16
 # Settings of the videos that the small models make: those they were trained on.
-MINI_CLIP: Final[Mapping[str, Any]] = {
+MINI_CLIP: Final[Mapping[str, int]] = {
     "height": SIZE[0],
     "width": SIZE[1],
     "num_frames": FRAMES,

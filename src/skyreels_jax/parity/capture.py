@@ -4,7 +4,7 @@ The modules are those of the model itself, recorded from outside. What differs f
 the order of work alone: there the blocks are a scan over stacked parameters.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from skyreels_jax.parity.activation_sites import (
     recorded_names,
 )
 from skyreels_jax.parity.recording import Record
+from skyreels_jax.torch_side.hooks import TransformerCall
 
 _Activations = dict[str, jax.Array]
 
@@ -183,7 +184,7 @@ def _as_tokens(x: jax.Array) -> np.ndarray:
     return array.reshape(array.shape[0], -1, array.shape[-1]) if array.ndim in (4, 5) else array
 
 
-def model_inputs(call: Mapping[str, Any], latent_channels: int) -> ModelInputs:
+def model_inputs(call: TransformerCall, latent_channels: int) -> ModelInputs:
     """Return the inputs of our transformer for what diffusers' transformer was given.
 
     Args:

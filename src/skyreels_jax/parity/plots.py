@@ -6,11 +6,12 @@ those of Okabe and Ito (2008), which people with any common colour blindness can
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from skyreels_jax.files import whole_file
+from skyreels_jax.parity.recording import JsonObject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,13 +35,11 @@ _MOST_SIGNS: Final = 1000
 _MOST_ENTRIES: Final = 6
 _SIDES: Final = (("torch", "PyTorch"), ("jax", "JAX"))
 _ERROR_LABEL: Final = "relative L2 error"
-_BASELINE_LABEL: Final = "PyTorch in bfloat16"
 
-_Row = Mapping[str, Any]
 _Number = float | int
 
 
-def layer_errors(path: Path, layers: Sequence[_Row], title: str) -> None:
+def layer_errors(path: Path, layers: Sequence[JsonObject], title: str) -> None:
     """Draw the relative L2 error of every layer in the order of execution, one series a step.
 
     Where a layer has several tolerances the smallest is drawn, and of its bf16 baselines the
@@ -65,14 +64,13 @@ def layer_errors(path: Path, layers: Sequence[_Row], title: str) -> None:
             linewidth=1,
             label=label if _is_named(number, len(steps)) else None,
         )
-    _tolerance_and_baseline(axes, layers, names)
+    _draw_limits(axes, layers, names)
     _edge_marks(axes, [(index_of[layer["name"]], layer["relative_l2"]) for layer in layers])
     failed = [layer for layer in layers if not layer["passed"]]
     if failed:
-        places = [index_of[layer["name"]] for layer in failed]
+        positions = [index_of[layer["name"]] for layer in failed]
         errors = [_or_gap(layer["relative_l2"]) for layer in failed]
-        style: dict[str, Any] = {"color": _VERMILLION, "markerfacecolor": "none", "markersize": 9}
-        axes.plot(places, errors, "o", **style, label="failed")
+        axes.plot(positions, errors, "o", color=_VERMILLION, mfc="none", ms=9, label="failed")
     ticks = _ticks(names)
     axes.set_xticks([index for index, _ in ticks], [label for _, label in ticks])
     axes.tick_params(axis="x", labelrotation=90, labelsize=8)
@@ -81,7 +79,7 @@ def layer_errors(path: Path, layers: Sequence[_Row], title: str) -> None:
     _save(figure, path)
 
 
-def errors_over_steps(path: Path, layers: Sequence[_Row]) -> None:
+def errors_over_steps(path: Path, layers: Sequence[JsonObject]) -> None:
     """Draw the relative L2 error of what a step ends with, and of the latents, over the steps.
 
     What a step ends with is the layer ``velocity``, or else the last layer other than ``latents``.
@@ -114,7 +112,7 @@ def errors_over_steps(path: Path, layers: Sequence[_Row]) -> None:
     _save(figure, path)
 
 
-def frame_quality(path: Path, tests: Sequence[_Row]) -> None:
+def frame_quality(path: Path, tests: Sequence[JsonObject]) -> None:
     """Draw PSNR and SSIM of every frame, one line a test and a dashed one for its bf16 baseline.
 
     Frames that are equal (a PSNR of None or infinity) lie on a marked line at the top.
@@ -160,7 +158,7 @@ def frame_quality(path: Path, tests: Sequence[_Row]) -> None:
     _save(figure, path)
 
 
-def timings(path: Path, timings: _Row | None) -> None:
+def timings(path: Path, timings: JsonObject | None) -> None:
     """Draw seconds of PyTorch beside those of JAX: what comes once, and apart from it every run."""
     figure = _figure(4)
     once, run = figure.subplots(1, 2)
@@ -185,7 +183,7 @@ def timings(path: Path, timings: _Row | None) -> None:
     _save(figure, path)
 
 
-def memory(path: Path, timings: _Row | None) -> None:
+def memory(path: Path, timings: JsonObject | None) -> None:
     """Draw the most memory PyTorch and JAX held at a time, in MiB."""
     figure = _figure(3.6)
     axes = figure.subplots()
@@ -202,30 +200,28 @@ def memory(path: Path, timings: _Row | None) -> None:
 
 
 def _figure(height: float | int) -> "Figure":
-    """A figure 1350 pixels wide; ``height`` is in inches of 150 pixels, the width is 9."""
+    """Make a figure 1350 pixels wide; ``height`` is in inches of 150 pixels, the width is 9."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(9, height), dpi=150, layout="constrained")
 
 
 def _save(figure: "Figure", path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
     with whole_file(path) as partial:
         figure.savefig(partial, format="png")
 
 
-def _log_axis(axes: "Axes", values: Sequence[Any]) -> None:
-    """A logarithmic axis over the values that it can show, with room at both edges."""
-    shown = [value for value in values if _is_drawable(value)]
+def _log_axis(axes: "Axes", values: Sequence[_Number | None]) -> None:
+    """Make the axis logarithmic, over the values that it can show, with room at both edges."""
+    shown = [value for value in values if value is not None and _is_drawable(value)]
     low, high = (min(shown), max(shown)) if shown else (1e-8, 1.0)
     axes.set_yscale("log")
     axes.set_ylim(low / 5, high * 5)
     axes.grid(axis="y", alpha=0.3)
 
 
-def _tolerance_and_baseline(axes: "Axes", layers: Sequence[_Row], names: Sequence[str]) -> None:
+def _draw_limits(axes: "Axes", layers: Sequence[JsonObject], names: Sequence[str]) -> None:
+    """Draw the tolerances, and the bf16 baselines if there are any."""
     budgets: dict[str, float] = {}
     baselines: dict[str, float] = {}
     for layer in layers:
@@ -235,16 +231,14 @@ def _tolerance_and_baseline(axes: "Axes", layers: Sequence[_Row], names: Sequenc
             baselines[name] = max(baselines.get(name, 0.0), baseline)
     if baselines:
         values = [_or_gap(baselines.get(name)) for name in names]
-        sign = "x" if len(names) <= _MOST_TICKS else ""
-        axes.plot(
-            values, f"{sign}:", color=_GREY, markersize=4, linewidth=1.5, label=_BASELINE_LABEL
-        )
+        line = "x:" if len(names) <= _MOST_TICKS else ":"
+        axes.plot(values, line, color=_GREY, ms=4, lw=1.5, label="PyTorch in bfloat16")
     values = [_or_gap(budgets[name]) for name in names]
     axes.plot(values, "--", color=_VERMILLION, drawstyle="steps-mid", label="tolerance")
 
 
 def _edge_marks(axes: "Axes", points: Sequence[tuple[int, _Number | None]]) -> None:
-    """Signs at the edges of a logarithmic axis for errors that it cannot show."""
+    """Draw signs at the edges of a logarithmic axis for errors that it cannot show."""
     zero = [x for x, value in points if value == 0]
     broken = [x for x, value in points if not _is_finite(value)]
     signs = (
@@ -252,13 +246,13 @@ def _edge_marks(axes: "Axes", points: Sequence[tuple[int, _Number | None]]) -> N
         (broken, 1.0, "X", _VERMILLION, "not finite"),
     )
     style: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-    for places, edge, sign, colour, label in signs:
-        if places:
-            axes.plot(places, [edge] * len(places), sign, color=colour, **style, label=label)
+    for positions, edge, sign, colour, label in signs:
+        if positions:
+            axes.plot(positions, [edge] * len(positions), sign, color=colour, **style, label=label)
 
 
 def _ticks(names: Sequence[str]) -> list[tuple[int, str]]:
-    """Positions and labels along an axis, no more than fit: all names, or starts of blocks."""
+    """Return positions and labels along an axis: all names, or starts of blocks."""
     if len(names) <= _MOST_TICKS:
         return list(enumerate(names))
     starts: dict[str, int] = {}
@@ -298,12 +292,12 @@ def _is_named(number: int, count: int) -> bool:
 
 
 def _legend(axes: "Axes", below: Literal["figure", "axes"] = "figure") -> None:
-    """Each label once, below the figure or the axes, so that no point is hidden."""
+    """Explain each label once, below the figure or the axes, so that no point is hidden."""
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    entries = {"handles": unique.values(), "labels": unique.keys(), "frameon": False}
     if not unique:
         return
+    entries = {"handles": unique.values(), "labels": unique.keys(), "frameon": False}
     if below == "axes":
         axes.legend(**entries, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     else:
@@ -322,7 +316,7 @@ def _finish_bars(axes: "Axes") -> None:
 
 
 def _number(axes: "Axes", x: int, y: _Number, text: str) -> None:
-    """The number of a bar, written above it."""
+    """Write the number of a bar above it."""
     axes.annotate(text, (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=10)
 
 
@@ -345,7 +339,7 @@ def _is_drawable(value: _Number | None) -> bool:
 
 
 def _or_gap(value: _Number | None) -> _Number:
-    """The value, or what leaves a gap in a line on a logarithmic axis."""
+    """Return the value, or what leaves a gap in a line on a logarithmic axis."""
     return value if value is not None and _is_drawable(value) else math.nan
 
 

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 
 from skyreels_jax.files import whole_file
+from skyreels_jax.torch_side.hooks import TransformerCall
 
 # Takes the name of an array and its values.
 Record = Callable[[str, np.ndarray], None]
+# What a report holds, and parts of it.
+JsonObject = Mapping[str, Any]
 # Arrays by name, as of an archive.
 Arrays = Mapping[str, np.ndarray]
 
@@ -61,17 +64,17 @@ def arrays(path: Path) -> Arrays:
     return np.load(path, allow_pickle=False)
 
 
-def save_call(record: Record, step: int, call: Mapping[str, Any]) -> None:
+def save_call(record: Record, step: int, call: TransformerCall) -> None:
     """Record what diffusers' transformer was given in a step."""
     for name, value in call.items():
         if name != "return_dict":
             record(f"call.{step}.{name}", np.asarray(value))
 
 
-def load_call(results: Arrays, step: int) -> dict[str, Any]:
+def load_call(results: Arrays, step: int) -> TransformerCall:
     """Return what :func:`save_call` has recorded, as arguments of diffusers' transformer."""
     start = f"call.{step}."
-    call: dict[str, Any] = {
+    call: TransformerCall = {
         name.removeprefix(start): results[name] for name in results if name.startswith(start)
     }
     if "fps" in call:

@@ -8,10 +8,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import quote
 
 from skyreels_jax.files import write_text
+from skyreels_jax.parity.recording import JsonObject
 
 # Browsers grow slow with larger videos in a page; base64 makes them a third larger still.
 EMBEDDED_BYTES: Final = 20_000_000
@@ -46,11 +47,9 @@ _TIMES: Final = (
     ("Peak memory (MiB)", "peak_mib", 0),
 )
 
-_Mapping = Mapping[str, Any]
-
 
 def write_html(
-    path: Path, report: _Mapping, plots: Mapping[str, Path], videos: Sequence[Path]
+    path: Path, report: JsonObject, plots: Mapping[str, Path], videos: Sequence[Path]
 ) -> None:
     """Write the report as one self-contained HTML file. It needs jinja2 (``validation`` extra).
 
@@ -83,7 +82,7 @@ def write_html(
     write_text(path, page.encode("utf-8", "replace").decode("utf-8") + "\n")
 
 
-def _video(video: Path, tests: Sequence[_Mapping]) -> _Mapping:
+def _video(video: Path, tests: Sequence[JsonObject]) -> JsonObject:
     owners = {test["video"]: f": test {n}, seed {test['seed']}" for n, test in enumerate(tests)}
     size = video.stat().st_size
     return {
@@ -98,11 +97,11 @@ def _data(kind: str, path: Path) -> str:
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _measure(values: _Mapping | None, key: str, digits: int) -> str:
+def _measure(values: JsonObject | None, key: str, digits: int) -> str:
     if values is None:
         return "–"
     if key == "psnr" and values[key] in (None, math.inf):

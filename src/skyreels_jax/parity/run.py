@@ -6,11 +6,11 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from skyreels_jax.files import write_text
 from skyreels_jax.media import RgbImage, write_video
 from skyreels_jax.parity import plots
 from skyreels_jax.parity.plan import SIDE_NAMES, ParityPlan, side_names
-from skyreels_jax.parity.recording import arrays, result_file, side_folder
+from skyreels_jax.parity.recording import JsonObject, arrays, result_file, side_folder
 from skyreels_jax.parity.report import write_html
 from skyreels_jax.parity.verdict import (
     Comparison,
@@ -58,7 +58,7 @@ def validate(
     only: str | None = None,
     run_side: Callable[[str, Path], None] = _run_in_process,
     log: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Carry out a plan and write everything into ``folder``.
 
     Args:
@@ -103,12 +103,12 @@ def validate(
     return report
 
 
-def _write_report(report: Mapping[str, Any], folder: Path) -> None:
+def _write_report(report: JsonObject, folder: Path) -> None:
     """Write ``report.json``, the plots, and ``report.html`` with both in it."""
     write_text(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     drawn: dict[str, Path] = {}
 
-    def draw(caption: str, name: str, plot: Callable[..., None], *values: Any) -> None:
+    def draw(caption: str, name: str, plot: Callable[..., None], *values: object) -> None:
         drawn[caption] = folder / name
         plot(drawn[caption], *values)
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from skyreels_jax.components.conditioning import prepare_image
@@ -54,7 +56,7 @@ from skyreels_jax.torch_side.diffusers_pipeline import (
     original_numerics,
     run_pipeline,
 )
-from skyreels_jax.torch_side.hooks import capture_torch_activations
+from skyreels_jax.torch_side.hooks import TransformerCall, capture_torch_activations
 
 # Channels of the condition ``y`` that are a mask; the others are latents.
 _MASK_CHANNELS: Final = 4
@@ -74,7 +76,7 @@ class SideResult:
     frames: Frames
     stages: dict[str, np.ndarray]
     seconds: dict[str, float | list[float]]
-    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    calls: dict[int, TransformerCall] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -114,7 +116,7 @@ class TorchSide:
     def generate(self, test: int, image: RgbImage | None) -> SideResult:
         """Make the video of a test."""
         plan = self.plan
-        settings: dict[str, Any] = {
+        settings: dict[str, object] = {
             "prompt": plan.prompts[test],
             "negative_prompt": plan.negative_prompt,
             "height": plan.height,
@@ -190,7 +192,7 @@ class RecordingDenoiser(Denoiser):
         """Denoise as a :class:`Denoiser`, at the cost of a copy a step."""
         self.latents.clear()
 
-        def keep(x: Any) -> None:
+        def keep(x: jax.Array) -> None:
             self.latents.append(np.moveaxis(np.asarray(x, np.float32), 0, 2))
 
         return super().run(noise, *arguments, **more, observe=keep)
@@ -251,7 +253,7 @@ class JaxSide:
         return np.concatenate(list(api.decode(self.pipeline.components.codec, sampled)))
 
 
-def _image_stages(features: Any, y: np.ndarray) -> dict[str, np.ndarray]:
+def _image_stages(features: ArrayLike, y: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "image": np.asarray(features, np.float32),
         "mask": y[:, :_MASK_CHANNELS],

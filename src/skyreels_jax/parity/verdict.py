@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from skyreels_jax.parity.metrics import FrameDistance, compare_frames
 from skyreels_jax.parity.plan import ParityPlan, side_names
 from skyreels_jax.parity.recording import (
     Arrays,
+    JsonObject,
     arrays,
     decoded_file,
     load_call,
@@ -162,7 +163,7 @@ def _frame_failures(
             yield f"the error of the frames is {ratio:.2f} times PyTorch's own in {dtype}"
 
 
-def _timings(folder: Path, side: str) -> dict[str, Any] | None:
+def _timings(folder: Path, side: str) -> JsonObject | None:
     """Return seconds and MiB of a side; a run is its median step, times their number."""
     path = side_folder(folder, side) / "timings.json"
     if not path.is_file():
@@ -190,7 +191,7 @@ def build_report(
     comparisons: Sequence[Comparison],
     environment: Mapping[str, str],
     only: str | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return what ``report.json`` holds; docs/validation.md describes it."""
     failures = [
         f"test {number}: {failure}"
@@ -231,7 +232,7 @@ def build_report(
     }
 
 
-def _frames_json(found: FrameDistance | None) -> dict[str, Any] | None:
+def _frames_json(found: FrameDistance | None) -> JsonObject | None:
     """Return the distance of frames; JSON has no infinity: the PSNR of equal frames is null."""
     if found is None:
         return None
@@ -243,7 +244,7 @@ def _frames_json(found: FrameDistance | None) -> dict[str, Any] | None:
     return dataclasses.asdict(found) | {"psnr": finite(found.psnr), "psnr_by_frame": by_frame}
 
 
-def distance_json(found: Distance) -> dict[str, Any]:
+def distance_json(found: Distance) -> JsonObject:
     """Return a distance for JSON; what is infinite is the largest float."""
     largest = float(np.finfo(np.float64).max)
     return {

@@ -95,7 +95,7 @@ class TorchImageEncoder:
 
         if self.processor is None:
             config: Any = self.model.config
-            pixels = squash(torch.from_numpy(image.pixels), config.image_size)
+            pixels = squash_torch(torch.from_numpy(image.pixels), config.image_size)
         else:
             pixels = self.processor(images=image.source, return_tensors="pt")["pixel_values"]
         weight = next(self.model.parameters())
@@ -114,7 +114,7 @@ def _processor(checkpoint: Checkpoint) -> "CLIPImageProcessor":
     return CLIPImageProcessor() if folder is None else CLIPImageProcessor.from_pretrained(folder)
 
 
-def squash(pixels: "torch.Tensor", side: int = 224) -> "torch.Tensor":
+def squash_torch(pixels: "torch.Tensor", side: int = 224) -> "torch.Tensor":
     """Resize a frame in [-1, 1] to a square whatever its shape, and normalise it for CLIP.
 
     As Wan 2.1's ``CLIPModel.visual``, but in float32 (there the resize runs in half precision).

@@ -16,7 +16,7 @@ import numpy as np
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.diffusion.sigmas import FlowSchedule
 from skyreels_jax.shapes import Frames
-from skyreels_jax.torch_side.hooks import to_host
+from skyreels_jax.torch_side.hooks import TransformerCall, to_host
 from skyreels_jax.torch_side.modules import (
     load_clip,
     load_umt5,
@@ -32,7 +32,11 @@ from skyreels_jax.weights.transformer_rules import TRANSFORMER_IGNORED, transfor
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline, SkyReelsV2Transformer3DModel
+    from diffusers import (
+        DiffusionPipeline,
+        SkyReelsV2Transformer3DModel,
+        UniPCMultistepScheduler,
+    )
 
 
 def load_torch_transformer(
@@ -126,7 +130,7 @@ class PipelineRun:
     """
 
     kept_steps: tuple[int, ...]
-    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    calls: dict[int, TransformerCall] = field(default_factory=dict)
     negative: np.ndarray | None = None
     latents: list[np.ndarray] = field(default_factory=list)
     moments: list[float] = field(default_factory=list)
@@ -146,7 +150,7 @@ def run_pipeline(
     guidance_scale: float,
     kept_steps: tuple[int, ...] = (),
     numerics: str = "diffusers",
-    **settings: Any,
+    **settings: object,
 ) -> PipelineRun:
     """Make a video of one window.
 
@@ -182,13 +186,13 @@ def run_pipeline(
     return run
 
 
-def _with_sigmas(scheduler: Any, schedule: FlowSchedule) -> Any:
+def _with_sigmas(scheduler: "UniPCMultistepScheduler", schedule: FlowSchedule) -> Any:
     """Return UniPC on the original's sigmas in place of diffusers' own grid."""
     import torch
     from diffusers import UniPCMultistepScheduler
 
     class FixedSigmas(UniPCMultistepScheduler):
-        def set_timesteps(self, num_inference_steps: int, device: Any = None, **_: Any) -> None:
+        def set_timesteps(self, num_inference_steps: int, device: Any = None, **_: object) -> None:
             super().set_timesteps(num_inference_steps, device=device)
             assert num_inference_steps == schedule.num_steps
             self.sigmas = torch.tensor(schedule.sigmas, dtype=torch.float32)
@@ -210,7 +214,7 @@ def _recorded(pipeline: Any, run: PipelineRun, calls: int) -> Iterator[None]:
     model, decode = pipeline.transformer, pipeline.vae.decode
     number = 0
 
-    def before_call(_: "torch.nn.Module", args: object, kwargs: dict[str, Any]) -> None:
+    def before_call(_: "torch.nn.Module", args: object, kwargs: TransformerCall) -> None:
         nonlocal number
         (step, call), number = divmod(number, calls), number + 1
         if call:

@@ -1,6 +1,6 @@
 """The activations of diffusers' transformer, recorded under the names of our modules."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
     _Tensors = tuple[torch.Tensor, ...]
 
+# Arguments of a call of diffusers' transformer, arrays on the host.
+TransformerCall = dict[str, Any]
 # A module's path, and the names its input and output are recorded under (if they are).
 HookedModule = tuple[str, str | None, str | None]
 _Record = Callable[[str, np.ndarray], None]
@@ -17,7 +19,7 @@ _Record = Callable[[str, np.ndarray], None]
 
 def capture_torch_activations(
     model: "torch.nn.Module",
-    call: Mapping[str, Any],
+    call: TransformerCall,
     around: Sequence[HookedModule],
     inside: Sequence[HookedModule],
     record: _Record,
@@ -26,7 +28,7 @@ def capture_torch_activations(
 
     Args:
         model: diffusers' transformer.
-        call: arguments of its call, arrays on the host.
+        call: its arguments.
         around: modules outside the blocks.
         inside: modules of a block, by paths within it; may be empty.
         record: takes names and float32 values as they are computed; tokens are ``[B, L, D]``.

@@ -1,7 +1,13 @@
-"""Mistakes planted in the JAX side, one at a time: each must fail, at its place, by its name."""
+"""Mistakes planted in the JAX side, one at a time: each must fail, where it is, by its name.
+
+The finding of a fault of the transformer follows from the activations of one call. So the first of
+the tests let only that call have the fault, beside the stages and frames of a sound run; the slow
+ones make whole videos with it.
+"""
 
 import copy
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +17,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from tests.fabricate import Checkpoints
-from tests.slow import mostly_slow
 
 from skyreels_jax.components import conditioning
 from skyreels_jax.diffusion import guidance, unipc
@@ -20,6 +25,14 @@ from skyreels_jax.models import block, layers, transformer
 from skyreels_jax.ops.positions import rope_table
 from skyreels_jax.parity import capture, sides
 from skyreels_jax.parity.plan import ParityPlan, plan_comparison
+from skyreels_jax.parity.recording import (
+    arrays,
+    decoded_file,
+    result_file,
+    side_folder,
+    trace_file,
+    writing,
+)
 from skyreels_jax.parity.sides import JaxSide, RecordingDenoiser, run_side
 from skyreels_jax.parity.verdict import build_report, compare_test
 
@@ -29,7 +42,7 @@ PATCHES, GRID, HEAD = 24, (3, 4, 6), 16
 
 
 class Case(NamedTuple):
-    """A checkpoint with both sides loaded, the reference's work done."""
+    """A checkpoint with both sides loaded, the work of the reference and of the sound side done."""
 
     plan: ParityPlan
     folder: Path
@@ -47,17 +60,40 @@ def cases(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory):
             plan = dataclasses.replace(plan, traced=(0,))
             plan.save(folder / "plan.json")
             run_side("reference", folder)
-            made[kind] = Case(plan, folder, JaxSide(plan))
+            side = JaxSide(plan)
+            run_side("jax", folder, lambda _: side)
+            made[kind] = Case(plan, folder, side)
         return made[kind]
 
     return case
 
 
-def found(case: Case, side: JaxSide) -> dict[str, Any]:
+def report_of(case: Case, folder: Path) -> dict[str, Any]:
+    return build_report(case.plan, folder, [compare_test(case.plan, folder, 0)], {})
+
+
+def whole(case: Case, side: JaxSide, folder: Path) -> dict[str, Any]:
     """The report of a run with ``side``."""
-    run_side("jax", case.folder, lambda _: side)
-    comparison = compare_test(case.plan, case.folder, 0)
-    return build_report(case.plan, case.folder, [comparison], {})
+    link_results(case, folder)
+    run_side("jax", folder, lambda _: side)
+    return report_of(case, folder)
+
+
+def traced(case: Case, side: JaxSide, folder: Path) -> dict[str, Any]:
+    """The report of a sound run in which one call of the transformer is that of ``side``."""
+    link_results(case, folder)
+    for file in (result_file(case.folder, "jax", 0), decoded_file(case.folder, 0)):
+        shutil.copy(file, side_folder(folder, "jax"))
+    with writing(trace_file(folder, "jax", 0, 0)) as record:
+        side.trace(arrays(result_file(folder, "reference", 0)), 0, record)
+    return report_of(case, folder)
+
+
+def link_results(case: Case, folder: Path) -> None:
+    """The plan and the reference's results in another folder."""
+    side_folder(folder, "jax").mkdir(parents=True)
+    for path in (Path("plan.json"), Path("raw") / "reference"):
+        (folder / path).symlink_to(case.folder / path)
 
 
 def with_model(side: JaxSide, model: Any, **changes: Any) -> JaxSide:
@@ -70,8 +106,11 @@ def with_model(side: JaxSide, model: Any, **changes: Any) -> JaxSide:
 
 
 @pytest.mark.parametrize("kind", ["i2v", "df"])
-def test_without_a_fault_it_passes(cases, kind: str):
-    report = found(cases(kind), cases(kind).side)
+def test_without_a_fault_it_passes(cases, tmp_path: Path, kind: str):
+    report = report_of(cases(kind), cases(kind).folder)
+    assert report["verdict"] == "pass", report["failures"]
+    assert report["tests"][0]["finding"] is None
+    report = traced(cases(kind), cases(kind).side, tmp_path)
     assert report["verdict"] == "pass", report["failures"]
     assert report["tests"][0]["finding"] is None
 
@@ -211,12 +250,21 @@ WEIGHTS: dict[str, tuple[str, Edit, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(WEIGHTS))
-def test_a_fault_of_weights_is_found(cases, name: str):
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_fault_of_weights_is_found(cases, tmp_path: Path, name: str):
     kind, edit, place, nature = WEIGHTS[name]
     case = cases(kind)
     side = with_model(case.side, edited(case.side.denoiser.model, edit))
-    assert_found(found(case, side), place, nature)
+    assert_found(traced(case, side, tmp_path), place, nature)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_fault_of_weights_is_found_in_a_whole_run(cases, tmp_path: Path, name: str):
+    kind, edit, place, nature = WEIGHTS[name]
+    case = cases(kind)
+    side = with_model(case.side, edited(case.side.denoiser.model, edit))
+    assert_found(whole(case, side, tmp_path), place, nature)
 
 
 def assert_found(report: dict[str, Any], place: str, nature: str) -> None:
@@ -499,15 +547,33 @@ def forget_programs():
         compiled.cache_clear()
 
 
-@pytest.mark.parametrize("name", mostly_slow(CODE))
-def test_a_fault_of_code_is_found(cases, monkeypatch: pytest.MonkeyPatch, name: str):
+# Faults of what a call of the transformer is given, and of what is made of its output.
+OUTSIDE = (
+    *("CLIP tokens misplaced", "image mask inverted", "VAE mean and std exchanged", "wrong shift"),
+    *("last step missing", "wrong guidance", "no corrector"),
+)
+
+
+def code_fault_is_found(cases, monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, report_of):
     kind, plant, place, nature = CODE[name]
     case = cases(kind)
     forget_programs()
     with monkeypatch.context() as patch:
-        report = found(case, plant(patch, case))
+        report = report_of(case, plant(patch, case), folder)
     forget_programs()
     assert_found(report, place, nature)
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_a_fault_of_code_is_found(cases, monkeypatch, tmp_path: Path, name: str):
+    run = whole if name in OUTSIDE else traced
+    code_fault_is_found(cases, monkeypatch, tmp_path, name, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CODE if name not in OUTSIDE])
+def test_a_fault_of_code_is_found_in_a_whole_run(cases, monkeypatch, tmp_path: Path, name: str):
+    code_fault_is_found(cases, monkeypatch, tmp_path, name, whole)
 
 
 def test_enough_kinds_of_faults_are_named():
