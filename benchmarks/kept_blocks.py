@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.measure import head, middle, row, versions
 from flax import nnx
 
-from skyreels_jax.diffusion.frame_schedule import plan_blocks, timetable
+from skyreels_jax.diffusion.frame_schedule import plan_blocks, schedule_frames
 from skyreels_jax.diffusion.guidance import NoGuidance
 from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.models.transformer import WanModel
@@ -56,11 +56,11 @@ def main() -> None:
     noise = draw_noise(7, (1, 16, FRAMES, *options.size))
     head("block", "ar step", "passes of blocks", "of all", "time", "speed-up", "furthest")
     for block, ar_step in RUNS:
-        timed = timetable(plan_blocks(FRAMES, block), schedule.timesteps, ar_step=ar_step)
+        timed = schedule_frames(plan_blocks(FRAMES, block), schedule.timesteps, ar_step=ar_step)
 
         def run(denoiser: Denoiser, timed=timed) -> Denoised:
             told = denoiser.condition(guidance, text, None)
-            return denoiser.run(noise, told, Sampling(schedule, guidance), frames=timed)
+            return denoiser.run(noise, told, Sampling(schedule, guidance), frame_schedule=timed)
 
         ways = [Everything(model, block_length=block), Denoiser(model, block_length=block)]
         whole, part = (run(way) for way in ways)  # compiles
@@ -69,7 +69,7 @@ def main() -> None:
         for _ in range(options.rounds):
             whole, part = (sum(run(way).step_seconds) for way in ways)
             ratios.append(part / whole)
-        computed, everything = run(ways[1]).block_passes
+        computed, everything = run(ways[1]).block_counts
         ratio = middle(ratios)
         row(
             *(str(block), str(ar_step), f"{computed} of {everything}"),

@@ -10,7 +10,8 @@ from flax import nnx
 
 from skyreels_jax.checkpoints import Checkpoint, Default, Defaults, Guess
 from skyreels_jax.components.protocols import ImageCondition
-from skyreels_jax.models.transformer import Passage, WanModel
+from skyreels_jax.diffusion.step_cache import StagedForward
+from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.weights.layout import Layout
 from skyreels_jax.weights.transformer_folder import abstract_transformer
@@ -51,11 +52,14 @@ class Linear(nnx.Module):
         return jnp.mean(context, (1, 2)) + image
 
     def __call__(self, x, t, context, **given):
-        passage = self.passage(x, t, context, **given)
-        return passage.head(passage.blocks(passage.tokens))
+        staged = self.staged(x, t, context, **given)
+        return staged.head(staged.blocks(staged.tokens))
 
-    def passage(self, x, t, context, *, y=None, fps=None, block_length=None, attention=None):
+    def staged(
+        self, x, t, context, *, y=None, fps=None, block_length=None, attention=None, past=None
+    ):
         del attention
+        assert past is None
         level = t.reshape(t.shape[0], 1, -1, 1, 1).astype(jnp.float32) / 1000
         told = context.reshape(-1, 1, 1, 1, 1)
         if y is not None:
@@ -67,7 +71,15 @@ class Linear(nnx.Module):
         shape = x.shape
         told, level = (jnp.broadcast_to(value, shape) for value in (told, level))
         none = jnp.zeros(())
-        return Passage(x, none, none, x, lambda x: self.gain[...] * x + level * told, lambda x: x)
+        return StagedForward(
+            latents=x,
+            e=none,
+            e0=none,
+            tokens=x,
+            blocks=lambda x: self.gain[...] * x + level * told,
+            head=lambda x: x,
+            key_values=lambda: (none, none),
+        )
 
 
 class Words:

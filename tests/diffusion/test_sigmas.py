@@ -1,18 +1,14 @@
-"""The noise levels against the published timetables and against diffusers' scheduler."""
+"""The sigmas against the published timesteps and against diffusers' scheduler."""
 
 import numpy as np
 import pytest
 from diffusers import UniPCMultistepScheduler
+from tests.diffusion.diffusers_grid import diffusers_sigmas
 
-from skyreels_jax.diffusion.sigmas import (
-    FlowSchedule,
-    diffusers_sigmas,
-    flow_sigmas,
-    from_levels,
-)
+from skyreels_jax.diffusion.sigmas import FlowSchedule, flow_sigmas, schedule_from_sigmas
 
 # What the original's scheduler hands its model, printed from it.
-TIMETABLES = {
+PUBLISHED = {
     (30, 8.0): """999 995 991 986 980 975 969 963 956 948 941 932 922 912 901 888 874 859 841 822
         799 773 743 708 666 615 551 470 363 216""",
     (30, 5.0): """999 992 985 978 969 961 952 942 931 920 908 895 882 867 850 833 813 792 768 742
@@ -29,20 +25,20 @@ TIMETABLES = {
 
 
 def table(key: tuple[int, float]) -> list[int]:
-    return [int(word) for word in TIMETABLES[key].split()]
+    return [int(word) for word in PUBLISHED[key].split()]
 
 
-@pytest.mark.parametrize("key", TIMETABLES)
-def test_the_published_timetables_are_reproduced(key: tuple[int, float]):
+@pytest.mark.parametrize("key", PUBLISHED)
+def test_the_published_timesteps_are_reproduced(key: tuple[int, float]):
     assert flow_sigmas(*key).timesteps.tolist() == table(key)
 
 
 @pytest.mark.parametrize("wrong", [(29, 8.0), (30, 7.9), (30, 5.0)])
-def test_a_wrong_step_count_or_shift_gives_another_timetable(wrong: tuple[int, float]):
+def test_a_wrong_step_count_or_shift_gives_other_timesteps(wrong: tuple[int, float]):
     assert flow_sigmas(*wrong).timesteps.tolist() != table((30, 8.0))
 
 
-def test_diffusers_grid_is_another_timetable():
+def test_diffusers_grid_has_other_timesteps():
     ours, theirs = flow_sigmas(30, 8.0), diffusers_sigmas(30, 8.0)
     assert np.sum(ours.timesteps != theirs.timesteps) == 16
     assert theirs.timesteps[-1] == 221
@@ -61,20 +57,20 @@ def test_diffusers_grid_is_diffusers_own(num_steps: int, shift: float):
     np.testing.assert_array_equal(ours.timesteps, scheduler.timesteps.numpy())
 
 
-def test_one_step_goes_from_the_highest_level_to_zero():
+def test_one_step_goes_from_the_highest_sigma_to_zero():
     schedule = flow_sigmas(1, 8.0)
     assert schedule.timesteps.tolist() == [999]
     assert schedule.sigmas[1] == 0
 
 
-def test_levels_stay_apart_where_truncated_timesteps_collide():
+def test_sigmas_stay_apart_where_truncated_timesteps_collide():
     schedule = flow_sigmas(150, 8.0)
     assert len(set(schedule.timesteps.tolist())) < schedule.num_steps
     assert np.all(np.diff(schedule.sigmas) < 0)
 
 
 @pytest.mark.parametrize(("num_steps", "shift"), [(0, 8.0), (30, 1e5), (30, np.nan), (30, 0.0)])
-def test_levels_that_cannot_be_told_apart_are_refused(num_steps: int, shift: float):
+def test_sigmas_that_cannot_be_told_apart_are_refused(num_steps: int, shift: float):
     with pytest.raises(ValueError, match="sigmas must fall|at least one"):
         flow_sigmas(num_steps, shift)
 
@@ -85,7 +81,7 @@ def test_a_schedule_must_fall_from_below_one_to_zero(sigmas: list[float]):
         FlowSchedule(np.array(sigmas), np.array([900, 500]))
 
 
-def test_levels_can_be_given():
-    schedule = from_levels(np.array([0.75, 0.5]))
+def test_sigmas_can_be_given():
+    schedule = schedule_from_sigmas(np.array([0.75, 0.5]))
     assert schedule.sigmas.tolist() == [0.75, 0.5, 0.0]
     assert schedule.timesteps.tolist() == [750, 500]

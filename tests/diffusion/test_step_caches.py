@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from skyreels_jax.diffusion.easycache import EasyCache
-from skyreels_jax.diffusion.frame_schedule import plan_blocks, timetable
+from skyreels_jax.diffusion.frame_schedule import plan_blocks, schedule_frames
 from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.diffusion.step_cache import NoCache, Position, StepCache
 from skyreels_jax.diffusion.teacache import TeaCache
@@ -55,7 +55,7 @@ def call_at(timesteps: np.ndarray, x: np.ndarray) -> Call:
 def rows(steps: int, ar_step: int) -> np.ndarray:
     """Timesteps of every row, with a given first frame."""
     plan = plan_blocks(FRAMES, 1, prefix=1)
-    return timetable(plan, flow_sigmas(steps, 8.0).timesteps, ar_step=ar_step).timesteps
+    return schedule_frames(plan, flow_sigmas(steps, 8.0).timesteps, ar_step=ar_step).timesteps
 
 
 def inputs(count: int) -> list[np.ndarray]:

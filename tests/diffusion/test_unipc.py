@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
+from tests.diffusion.diffusers_grid import diffusers_sigmas
 
 from skyreels_jax.diffusion import unipc
-from skyreels_jax.diffusion.sigmas import FlowSchedule, diffusers_sigmas, flow_sigmas
+from skyreels_jax.diffusion.sigmas import FlowSchedule, flow_sigmas
 
 FRAMES, FRAME_SHAPE = 3, (2, 4)
 # Maximum over all elements; samples are of size 3. Diffusers works its weights out in float32.

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests import standins
+from tests.diffusion.diffusers_grid import diffusers_sigmas
 
 from skyreels_jax import media
 from skyreels_jax.components.conditioning import condition_latents, prepare_image, to_frames
 from skyreels_jax.components.protocols import Components
 from skyreels_jax.diffusion.guidance import guidance_of
-from skyreels_jax.diffusion.sigmas import diffusers_sigmas, flow_sigmas
+from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.errors import NumericsError, RequestError
 from skyreels_jax.generation.api import generate
 from skyreels_jax.generation.request import Request

@@ -183,7 +183,7 @@ def block(i2v, t2v) -> Pair:
 
     def ours(part):
         context = part.cross_attn.prepare(jnp.asarray(text))
-        return part(jnp.asarray(by_frame(x)), jnp.asarray(e0), context, rope, mask=mask)
+        return part(jnp.asarray(by_frame(x)), jnp.asarray(e0), context, rope, mask=mask).tokens
 
     return Pair(layer_of(model.blocks, LAYER), ours, theirs)
 

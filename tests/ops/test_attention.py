@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from skyreels_jax.errors import UnsupportedError
-from skyreels_jax.ops.attention import PATHS, SMALL_SCORES, attention, choose, paths_after
-from skyreels_jax.ops.kernels import cudnn
-from skyreels_jax.ops.kernels.chunked import (
-    Tiling,
-    chunked_attention,
-    chunked_attention_after,
-    even_tile,
+from skyreels_jax.ops.attention import PATHS, SMALL_SCORES, attention, choose_path, paths_with_past
+from skyreels_jax.ops.kernels.chunked import ScoreTiling, chunked_attention, even_tile
+from skyreels_jax.ops.kernels.contract import (
+    AttentionCall,
+    Device,
+    PastKeyValues,
+    by_query_block,
 )
-from skyreels_jax.ops.kernels.contract import Call, Device, Earlier, by_length, by_prefix
-from skyreels_jax.ops.kernels.reference import reference_attention, reference_attention_after
-from skyreels_jax.ops.kernels.splash import splash_attention_path
+from skyreels_jax.ops.kernels.cudnn import cudnn_attention
+from skyreels_jax.ops.kernels.reference import reference_attention
+from skyreels_jax.ops.kernels.splash import splash_attention
 from skyreels_jax.ops.masks import BlockCausal
 
 Attention = Callable[..., jax.Array]
@@ -32,13 +32,13 @@ Attention = Callable[..., jax.Array]
 def prefix_calls(query, key, value, *, mask, scale):
     """The decomposition that cuDNN is served with, around the plain path."""
     plain = partial(reference_attention, mask=None, scale=scale)
-    return by_prefix(plain, query, key, value, mask=mask)
+    return by_query_block(plain, query, key, value, mask=mask)
 
 
 WAYS: dict[str, Attention] = {
     "xla": PATHS["xla"].compute,
-    "chunked in small tiles": partial(chunked_attention, tiling=Tiling(4, 6)),
-    "chunked with heads together": partial(chunked_attention, tiling=Tiling(5, 3, True)),
+    "chunked in small tiles": partial(chunked_attention, tiling=ScoreTiling(4, 6)),
+    "chunked with heads together": partial(chunked_attention, tiling=ScoreTiling(5, 3, True)),
     "calls on prefixes": prefix_calls,
 }
 each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
@@ -216,7 +216,9 @@ def largest(function: Attention, *arguments) -> int:
 def test_only_the_plain_path_draws_all_scores_out(mask):
     query = key = value = jnp.zeros((1, 96, 1, 4))
     for together in (False, True):
-        tiled = partial(chunked_attention, mask=mask, scale=1.0, tiling=Tiling(12, 16, together))
+        tiled = partial(
+            chunked_attention, mask=mask, scale=1.0, tiling=ScoreTiling(12, 16, together)
+        )
         # At most one number for each query and each tile (not element) of keys.
         assert largest(tiled, query, key, value) <= 96 * 96 // 16
     plain = partial(reference_attention, mask=mask, scale=1.0)
@@ -234,11 +236,11 @@ def test_tiles_are_even(length: int):
 # What is chosen, and what is refused.
 
 CPU, TPU, HOPPER = Device("cpu"), Device("tpu"), Device("cuda", 9.0)
-SMALL = Call(CPU, "bfloat16", (1, 64, 2, 128), 64)
-VIDEO = Call(CPU, "bfloat16", (1, 51_000, 12, 128), 51_000)
+SMALL = AttentionCall(CPU, "bfloat16", (1, 64, 2, 128), 64)
+VIDEO = AttentionCall(CPU, "bfloat16", (1, 51_000, 12, 128), 51_000)
 
 
-def with_changes(call: Call, **changes) -> Call:
+def with_changes(call: AttentionCall, **changes) -> AttentionCall:
     return dataclasses.replace(call, **changes)
 
 
@@ -258,16 +260,16 @@ def with_changes(call: Call, **changes) -> Call:
         (with_changes(VIDEO, device=HOPPER, query=(1, 51_000, 12, 12)), "chunked"),
     ],
 )
-def test_the_choice_follows_from_device_and_shape(call: Call, expected: str):
-    assert choose(call) == expected
+def test_the_choice_follows_from_device_and_shape(call: AttentionCall, expected: str):
+    assert choose_path(call) == expected
     assert PATHS[expected].refusal(call) is None
 
 
 def test_the_plain_path_ends_where_its_scores_grow_large():
     tokens = int((SMALL_SCORES / 4) ** 0.5)
     edge = with_changes(SMALL, query=(1, tokens, 1, 128), key_len=tokens)
-    assert choose(edge) == "xla"
-    assert choose(with_changes(edge, key_len=tokens + 1)) == "chunked"
+    assert choose_path(edge) == "xla"
+    assert choose_path(with_changes(edge, key_len=tokens + 1)) == "chunked"
 
 
 @pytest.mark.parametrize(
@@ -284,7 +286,7 @@ def test_the_plain_path_ends_where_its_scores_grow_large():
         ("tokamax", VIDEO, "not installed"),
     ],
 )
-def test_a_path_says_why_it_refuses(name: str, call: Call, reason: str):
+def test_a_path_says_why_it_refuses(name: str, call: AttentionCall, reason: str):
     refusal = PATHS[name].refusal(call)
     assert refusal is not None
     assert reason in refusal
@@ -333,7 +335,7 @@ class Recorder:
 
 @pytest.mark.parametrize("name", ["many keys", SHORT_LAST])
 def test_the_tpu_kernel_conforms_when_interpreted(name: str):
-    splash = partial(splash_attention_path, interpret=True)
+    splash = partial(splash_attention, interpret=True)
     check_result(splash, CASES[name], jnp.float32, F32_TOL)
     check_gradients(splash, CASES[name], jnp.float32, GRAD_TOL)
 
@@ -343,7 +345,7 @@ def test_cudnn_is_asked_once_a_block_and_never_with_a_mask(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
     case = CASES[SHORT_LAST]
     arrays = operands(case, jnp.float32)
-    found = cudnn.cudnn_attention(*arrays, mask=case[-1], scale=0.3)
+    found = cudnn_attention(*arrays, mask=case[-1], scale=0.3)
     assert fused.calls == [(6, 6), (6, 12), (3, 15)]
     assert fused.options == [{"implementation": "cudnn"}] * 3
     assert furthest(found, in_float64(*arrays, case[-1], 0.3)[0]) < F32_TOL
@@ -362,15 +364,15 @@ def test_tokamax_is_asked_once_a_block_and_never_with_a_mask(monkeypatch):
     assert furthest(found, in_float64(*arrays, case[-1], 0.3)[0]) < F32_TOL
 
 
-def behind(way: Attention, case, filled: int, places: int, dtype=jnp.float32):
-    """``way`` with ``filled`` earlier keys in room for more, and the same drawn out in float64."""
+def behind(way: Attention, case, filled: int, slots: int, dtype=jnp.float32):
+    """``way`` with ``filled`` past keys in slots for more, and the same drawn out in float64."""
     query, key, value = operands(case, dtype)
-    shape = (2, places, *key.shape[2:])
+    shape = (2, slots, *key.shape[2:])
     rng = np.random.default_rng(1)
     before = [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2)]
-    earlier = Earlier(before[0], before[1], jnp.int32(filled))
+    past = PastKeyValues(before[0], before[1], jnp.int32(filled))
     mask, scale = case[4], query.shape[-1] ** -0.5
-    out = way(query, key, value, earlier=earlier, mask=mask, scale=scale)
+    out = way(query, key, value, past=past, mask=mask, scale=scale)
     own = np.ones((key.shape[1],) * 2, bool) if mask is None else mask.as_array(*[key.shape[1]] * 2)
     seen = np.concatenate([np.ones((key.shape[1], filled), bool), own], axis=1)
     drawn = types.SimpleNamespace(as_array=lambda *_: seen)
@@ -380,29 +382,29 @@ def behind(way: Attention, case, filled: int, places: int, dtype=jnp.float32):
     return out, in_float64(query, *both, drawn, scale)[0]
 
 
-def lengths_calls(query, key, value, *, earlier, mask, scale):
+def lengths_calls(query, key, value, *, past, mask, scale):
     """The decomposition that cuDNN is served with, around JAX's own plain path."""
     plain = partial(jax.nn.dot_product_attention, scale=scale, implementation="xla")
-    return by_length(plain, query, key, value, earlier=earlier, mask=mask)
+    return by_query_block(plain, query, key, value, past=past, mask=mask)
 
 
-AFTER: dict[str, Attention] = {
-    "xla": reference_attention_after,
-    "chunked in small tiles": partial(chunked_attention_after, tiling=Tiling(4, 6)),
-    "chunked with heads together": partial(chunked_attention_after, tiling=Tiling(5, 3, True)),
+WITH_PAST: dict[str, Attention] = {
+    "xla": reference_attention,
+    "chunked in small tiles": partial(chunked_attention, tiling=ScoreTiling(4, 6)),
+    "chunked with heads together": partial(chunked_attention, tiling=ScoreTiling(5, 3, True)),
     "lengths": lengths_calls,
 }
 
 
-@pytest.mark.parametrize("way", AFTER.values(), ids=AFTER.keys())
+@pytest.mark.parametrize("way", WITH_PAST.values(), ids=WITH_PAST.keys())
 @pytest.mark.parametrize("name", ["odd", "blocks of one frame", SHORT_LAST])
 @pytest.mark.parametrize("filled", [0, 3, 7, 12])
-def test_earlier_keys_are_seen_by_every_query_and_empty_places_by_none(way, name: str, filled: int):
+def test_earlier_keys_are_seen_by_every_query_and_empty_slots_by_none(way, name: str, filled: int):
     out, expected = behind(way, CASES[name], filled, 12)
     assert furthest(out, expected) < F32_TOL
 
 
-@pytest.mark.parametrize("way", AFTER.values(), ids=AFTER.keys())
+@pytest.mark.parametrize("way", WITH_PAST.values(), ids=WITH_PAST.keys())
 def test_one_earlier_key_too_many_is_caught(way):
     more, _ = behind(way, CASES[SHORT_LAST], 8, 12)
     _, expected = behind(way, CASES[SHORT_LAST], 7, 12)
@@ -410,12 +412,12 @@ def test_one_earlier_key_too_many_is_caught(way):
 
 
 def test_paths_that_cannot_take_earlier_keys_say_so(monkeypatch):
-    bare = {"bare": dataclasses.replace(PATHS["xla"], after=None)}
+    bare = {"bare": dataclasses.replace(PATHS["xla"], takes_past=False)}
     monkeypatch.setattr("skyreels_jax.ops.attention.PATHS", {**PATHS, **bare})
     query, key, value = operands(CASES["odd"], jnp.float32)
-    earlier = Earlier(key, value, jnp.int32(2))
+    past = PastKeyValues(key, value, jnp.int32(2))
     with pytest.raises(UnsupportedError, match="choose one of xla, chunked, cudnn"):
-        attention(query, key, value, earlier=earlier, implementation="bare")
-    assert "bare" not in paths_after()
-    through = attention(query, key, value, earlier=earlier)
+        attention(query, key, value, past=past, implementation="bare")
+    assert "bare" not in paths_with_past()
+    through = attention(query, key, value, past=past)
     assert through.shape == query.shape

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from skyreels_jax.ops.sinusoid import sinusoidal_embedding_1d
+from skyreels_jax.ops.positions import sinusoidal_embedding_1d
 
 DIM = 256
 

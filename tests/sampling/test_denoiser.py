@@ -7,7 +7,7 @@ import pytest
 from tests import standins
 
 from skyreels_jax.diffusion import unipc
-from skyreels_jax.diffusion.frame_schedule import plan_blocks, timetable
+from skyreels_jax.diffusion.frame_schedule import plan_blocks, schedule_frames
 from skyreels_jax.diffusion.guidance import guidance_of
 from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.errors import NumericsError, UnsupportedError
@@ -120,8 +120,8 @@ def test_frames_together_and_frames_with_equal_timesteps_give_the_same(model, de
     noise = draw_noise(3, SHAPE)
     guidance = guidance_of(5.0)
     together = run(denoiser, noise, SCHEDULE, guidance)
-    apart = timetable(plan_blocks(3, 1), SCHEDULE.timesteps, ar_step=0)
-    each = run(denoiser, noise, SCHEDULE, guidance, frames=apart)
+    apart = schedule_frames(plan_blocks(3, 1), SCHEDULE.timesteps, ar_step=0)
+    each = run(denoiser, noise, SCHEDULE, guidance, frame_schedule=apart)
     assert np.max(np.abs(np.asarray(together.latents) - np.asarray(each.latents))) < TOL
 
 
@@ -131,9 +131,9 @@ def test_frames_in_turn_each_take_every_step_and_given_ones_stay():
     noise = draw_noise(3, SHAPE)
     guidance = guidance_of(5.0)
     together = run(denoiser, noise, SCHEDULE, guidance)
-    in_turn = timetable(plan_blocks(3, 1, prefix=1), SCHEDULE.timesteps, ar_step=2)
-    result = run(denoiser, noise, SCHEDULE, guidance, frames=in_turn)
-    assert len(result.step_seconds) == in_turn.rows == 7
+    in_turn = schedule_frames(plan_blocks(3, 1, prefix=1), SCHEDULE.timesteps, ar_step=2)
+    result = run(denoiser, noise, SCHEDULE, guidance, frame_schedule=in_turn)
+    assert len(result.step_seconds) == in_turn.iterations == 7
     np.testing.assert_array_equal(result.latents[:, :, 0], noise[:, :, 0])
     np.testing.assert_allclose(result.latents[:, :, 1:], together.latents[:, :, 1:], atol=TOL)
     assert not np.allclose(result.latents[:, :, 0], together.latents[:, :, 0], atol=0.1)

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from tests import standins
 
-from skyreels_jax.diffusion.frame_schedule import plan_blocks, timetable
+from skyreels_jax.diffusion.frame_schedule import plan_blocks, schedule_frames
 from skyreels_jax.diffusion.guidance import guidance_of
 from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.diffusion.teacache import TeaCache
 from skyreels_jax.models import transformer
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.sampling import kv_cache
-from skyreels_jax.sampling.denoiser import Denoised, Denoiser, Sampling, Told
+from skyreels_jax.sampling import step as sampling_step
+from skyreels_jax.sampling.denoiser import AbstractInputs, Denoised, Denoiser, Sampling
 from skyreels_jax.sampling.noise import draw_noise
-from skyreels_jax.sampling.step import PrefixNoise
+from skyreels_jax.sampling.step import ConditioningNoise
 
 SCHEDULE = flow_sigmas(6, 8.0)
 # Of latents up to 6; the issue's bound is 1e-5 of them.
@@ -56,23 +57,27 @@ def run(model, case, *, plain: bool = False, path: str | None = None, **more: An
     (frames, block, attention, prefix, ar_step), once, _ = case
     denoiser = Denoiser(model, block_length=attention)
     if plain:
-        object.__setattr__(denoiser, "_passes", lambda *_: None)
+        object.__setattr__(denoiser, "_plan_reuse", lambda *_: None)
     noise = draw_noise(3, (1, 16, frames, 4, 4))
-    timed = timetable(
+    timed = schedule_frames(
         plan_blocks(frames, block, prefix=prefix), SCHEDULE.timesteps, ar_step=ar_step
     )
-    veil = None if once is None else PrefixNoise(200, prefix, jax.random.key(7), once)
+    noise_on_prefix = (
+        None if once is None else ConditioningNoise(200, prefix, jax.random.key(7), once)
+    )
     guidance = guidance_of(5.0, batched=more.pop("batched", False))
     told = denoiser.condition(guidance, *texts(), **more)
     sampling = Sampling(SCHEDULE, guidance, path)
-    return denoiser.run(noise, told, sampling, frames=timed, prefix_noise=veil)
+    return denoiser.run(
+        noise, told, sampling, frame_schedule=timed, conditioning_noise=noise_on_prefix
+    )
 
 
 def furthest(model, case, **more: Any) -> float:
     left = run(model, case, plain=True, **more)
     right = run(model, case, **more)
-    assert left.passes is None
-    assert right.block_passes == case[2]
+    assert left.reuse is None
+    assert right.block_counts == case[2]
     return float(np.max(np.abs(np.asarray(left.latents) - np.asarray(right.latents))))
 
 
@@ -101,21 +106,20 @@ def broken_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def broken_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block is laid over the first."""
-    true = kv_cache.laid
+    true = kv_cache.append_block
     monkeypatch.setattr(
-        kept, "laid", lambda part, whole, first, axis: true(part, whole, 0 * first, axis)
+        sampling_step, "append_block", lambda cache, block, slot: true(cache, block, 0 * slot)
     )
 
 
 def broken_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are kept as if they were still noisy."""
-    true = kv_cache.keep
+    true = sampling_step.DenoisingStep.fill_cache
 
-    def noisy(*arguments):
-        *rest, row, x, states = arguments
-        return true(*rest, row._replace(timestep=row.timestep + 500), x, states)
+    def noisy(self, state, iteration):
+        return true(self, state, iteration._replace(timestep=iteration.timestep + 500))
 
-    monkeypatch.setattr("skyreels_jax.sampling.denoiser.keep", noisy)
+    monkeypatch.setattr(sampling_step.DenoisingStep, "fill_cache", noisy)
 
 
 # Measured 0.31, 0.55 and 0.013.
@@ -130,7 +134,7 @@ def test_a_fault_in_what_is_kept_is_caught(model, monkeypatch, fault):
 
 def test_a_cache_of_steps_computes_all_blocks(model):
     denoiser = Denoiser(model, block_length=2)
-    timed = timetable(plan_blocks(6, 2), SCHEDULE.timesteps, ar_step=3)
+    timed = schedule_frames(plan_blocks(6, 2), SCHEDULE.timesteps, ar_step=3)
     guidance = guidance_of(1.0)
     told = denoiser.condition(guidance, texts()[0], None)
     first, last, rows = (np.array(n, np.int32) for n in (1, 1, 0))
@@ -139,29 +143,29 @@ def test_a_cache_of_steps_computes_all_blocks(model):
         draw_noise(3, (1, 16, 6, 4, 4)),
         told,
         Sampling(SCHEDULE, guidance, None, cache),
-        frames=timed,
+        frame_schedule=timed,
     )
-    assert result.block_passes == (0, 0)
+    assert result.block_counts == (0, 0)
 
 
 def test_a_path_that_cannot_read_kept_keys_computes_all_blocks(model):
     denoiser = Denoiser(model, block_length=2)
-    timed = timetable(plan_blocks(6, 2), SCHEDULE.timesteps, ar_step=3)
+    timed = schedule_frames(plan_blocks(6, 2), SCHEDULE.timesteps, ar_step=3)
     sampling = Sampling(SCHEDULE, guidance_of(1.0), "splash")
-    assert denoiser._passes(timed, 6, sampling, None) is None
+    assert denoiser._plan_reuse(timed, 6, sampling, None) is None
 
 
 def test_programs_are_few_and_counted_from_shapes_alone(model):
     """25 blocks of one frame need rows of six lengths; five of them are compiled, and one keeps."""
     denoiser = Denoiser(model, block_length=1)
-    timed = timetable(plan_blocks(25, 1), SCHEDULE.timesteps, ar_step=1)
+    timed = schedule_frames(plan_blocks(25, 1), SCHEDULE.timesteps, ar_step=1)
     guidance = guidance_of(5.0)
     text = jax.ShapeDtypeStruct((1, 6, standins.TEXT_DIM), jnp.float32)
     programs = denoiser.programs(
         jax.ShapeDtypeStruct((1, 16, 25, 4, 4), jnp.float32),
-        Told(text, None, None, None),
+        AbstractInputs(text, None, None, None),
         Sampling(SCHEDULE, guidance),
-        frames=timed,
+        frame_schedule=timed,
     )
     assert len(programs) == 6
-    assert sum(times for _, times in programs) == timed.rows + 24
+    assert sum(times for _, times in programs) == timed.iterations + 24

@@ -13,8 +13,7 @@ from skyreels_jax.diffusion.guidance import NoGuidance
 from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
-from skyreels_jax.sampling.denoiser import Denoiser
-from skyreels_jax.sampling.sampling import Sampling
+from skyreels_jax.sampling.denoiser import Denoiser, Sampling
 from skyreels_jax.training.objective import Batch, noised, velocity_loss
 from skyreels_jax.training.optimizer import make_optimizer
 from skyreels_jax.training.parameters import Template

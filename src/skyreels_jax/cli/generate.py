@@ -23,7 +23,7 @@ from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve import resolve
 from skyreels_jax.media import check_output, write_settings
 from skyreels_jax.ops.attention import PATHS
-from skyreels_jax.ops.kernels.contract import Call, this_device
+from skyreels_jax.ops.kernels.contract import AttentionCall, this_device
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.weights.parts import stored_vae
 
@@ -115,7 +115,7 @@ def check_attention(checkpoint: Checkpoint, request: ResolvedRequest) -> None:
     tokens = math.prod(request.latent_shape) // math.prod(config.patch_size)
     query = (1, tokens, config.num_heads, config.head_dim)
     if reason := PATHS[request.attention].refusal(
-        Call(this_device(), request.dtype, query, tokens)
+        AttentionCall(this_device(), request.dtype, query, tokens)
     ):
         raise UnsupportedError(f"--attention {request.attention} cannot be used: {reason}")
 

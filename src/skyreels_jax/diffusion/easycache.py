@@ -13,13 +13,13 @@ forcing those that rest would thin the means out, so only frames whose input cha
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from skyreels_jax.diffusion.step_cache import Passage, Position, Velocity
+from skyreels_jax.diffusion.step_cache import Number, Position, StagedForward, Velocity
 
 
 class EasyState(NamedTuple):
@@ -42,26 +42,25 @@ class EasyCache:
     """A :class:`~skyreels_jax.diffusion.step_cache.StepCache`; its numbers compile nothing anew.
 
     Attributes:
-        threshold: of the sum of expected changes; at 0 every call runs. The fields' types stay
-            open, since a pytree also holds what stands for numbers while a program is traced.
+        threshold: of the sum of expected changes; at 0 every call runs.
         first: steps at the start that always run; at least 2, which the first rate needs.
         last: steps at the end that always run.
     """
 
-    threshold: Any
-    first: Any
-    last: Any
+    threshold: Number
+    first: Number
+    last: Number
 
-    def init(self, passage: Passage) -> EasyState:
+    def init(self, staged: StagedForward) -> EasyState:
         """Shapes of the latents."""
-        zeros = jnp.zeros_like(passage.latents)
+        zeros = jnp.zeros_like(staged.latents)
         return EasyState(jnp.zeros(()), jnp.zeros(()), zeros, zeros, zeros)
 
     def call(
-        self, state: EasyState, position: Position, passage: Passage
+        self, state: EasyState, position: Position, staged: StagedForward
     ) -> tuple[Velocity, EasyState, Bool[Array, ""]]:
         """The prediction, of a call that ran or from the last one's."""
-        x = passage.latents
+        x = staged.latents
         moved = jnp.any(x != state.x, axis=(1, 3, 4), keepdims=True)
 
         def mean(values: Velocity) -> Float[Array, ""]:
@@ -75,7 +74,7 @@ class EasyCache:
         runs = always | ~(expected < self.threshold)
         velocity = jax.lax.cond(
             runs,
-            lambda: passage.head(passage.blocks(passage.tokens)),
+            lambda: staged.head(staged.blocks(staged.tokens)),
             lambda: x + state.shift,
         )
         rate = mean(velocity - state.velocity) / change

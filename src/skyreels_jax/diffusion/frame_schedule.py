@@ -1,13 +1,13 @@
-"""The frame timetable of diffusion forcing: which frame is at which noise level in which row.
+"""The frame schedule of diffusion forcing: which frame is at which timestep in which iteration.
 
-A plain table on the host. A *row* is one pass of the model; each latent frame has its own *index*:
-0 is pure noise and not started, ``k`` in ``1..N`` means "takes solver step k in this row", and
-``N + 1`` is clean. Blocks of frames move together; each block runs ``ar_step`` rows behind the one
-before it (0: all together, N or more: one after the other).
+A plain table on the host. An *iteration* is one evaluation of the model; each latent frame has its
+own *index*: 0 is pure noise and not started, ``k`` in ``1..N`` means "takes solver step k in this
+iteration", and ``N + 1`` is clean. Blocks of frames move together; each block runs ``ar_step``
+iterations behind the one before it (0: all together, N or more: one after the other).
 
 Source of the rule: SkyReels-V2 technical report (arXiv 2504.13074), asynchronous inference. The
-original computes the table row by row; here each entry is written down directly, since block j
-(counted from the first unfinished one) has simply waited ``j * min(ar_step, N)`` rows.
+original computes the table iteration by iteration; here each entry is written down directly, since
+block j (counted from the first unfinished one) has waited ``j * min(ar_step, N)`` iterations.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int
 
 from skyreels_jax.errors import RequestError
 
-# What the model is told of a frame that has not started: pure noise.
+# The timestep of a frame that has not started: pure noise.
 NOT_STARTED_TIMESTEP: Final = 999
 CLEAN_TIMESTEP: Final = 0
 
@@ -76,105 +76,71 @@ def plan_blocks(frames: int, block: int, *, prefix: int = 0, end: int = 0) -> Bl
     if not 0 <= prefix < frames:
         raise RequestError(f"a prefix of {prefix} of {frames} latent frames leaves none to make")
     return BlockPlan(
-        lengths=(*pieces(prefix, block), *pieces(frames - prefix, block), *[end][: end > 0]),
-        ready=len(tuple(pieces(prefix, block))),
+        lengths=(*_cut(prefix, block), *_cut(frames - prefix, block), *[end][: end > 0]),
+        ready=len(tuple(_cut(prefix, block))),
         ends=int(end > 0),
     )
 
 
-def pieces(total: int, size: int) -> Iterator[int]:
+def _cut(total: int, size: int) -> Iterator[int]:
     """``total`` cut into pieces of ``size``, the last one possibly shorter."""
     for start in range(0, total, size):
         yield min(size, total - start)
 
 
 @dataclass(frozen=True)
-class Timetable:
-    """All rows of a run, as ``[rows, F]`` tables.
+class FrameSchedule:
+    """All iterations of a run, as ``[iterations, F]`` tables.
 
-    ``index`` is described in the module's docstring, ``timesteps`` is what the model is told,
-    ``update`` says which frames the solver moves. ``windows[row]`` is the half-open range of frames
-    that the row looks at.
+    ``index`` is described in the module's docstring, ``timesteps`` is what the model is given, and
+    ``update`` says which frames the solver moves.
     """
 
-    index: Int[np.ndarray, "R F"]
-    timesteps: Int[np.ndarray, "R F"]
-    update: Bool[np.ndarray, "R F"]
-    windows: tuple[tuple[int, int], ...]
+    index: Int[np.ndarray, "I F"]
+    timesteps: Int[np.ndarray, "I F"]
+    update: Bool[np.ndarray, "I F"]
 
     @property
-    def rows(self) -> int:
-        """Number of model passes (pairs of them under guidance)."""
-        return len(self.windows)
+    def iterations(self) -> int:
+        """Number of model evaluations (pairs of them under guidance)."""
+        return len(self.index)
 
 
-def timetable(
-    plan: BlockPlan,
-    timesteps: Sequence[int] | Int[np.ndarray, " N"],
-    *,
-    ar_step: int,
-    window: int | None = None,
-) -> Timetable:
-    """The table for ``plan`` when every frame takes the solver's ``timesteps`` in order.
+def schedule_frames(
+    plan: BlockPlan, timesteps: Sequence[int] | Int[np.ndarray, " N"], *, ar_step: int
+) -> FrameSchedule:
+    """The schedule for ``plan`` when every frame takes the solver's ``timesteps`` in order.
 
     Args:
         plan: the blocks; its first ``ready`` ones are clean from the start.
-        timesteps: what the model is told at each of the N solver steps.
-        ar_step: rows by which each block runs behind the one before.
-        window: the most latent frames one pass may see, or ``None`` for all of them.
+        timesteps: what the model is given at each of the N solver steps.
+        ar_step: iterations by which each block runs behind the one before.
 
     Raises:
-        RequestError: ``ar_step`` is negative, or too small for the window: a block would have to
-            start before an earlier one has left it.
+        RequestError: ``ar_step`` is negative.
     """
     steps = len(timesteps)
     blocks = len(plan.lengths)
     if ar_step < 0:
         raise RequestError(f"ar_step {ar_step} is negative; 0 denoises all frames together")
-    blocks_in_window = blocks if window is None else window_blocks(plan, window)
-    if blocks_in_window < blocks and ar_step * blocks_in_window < steps:
-        least = -(-steps // blocks_in_window)
-        raise RequestError(
-            f"ar_step {ar_step} is too small: {steps} steps over a window of {blocks_in_window} "
-            f"of {blocks} blocks need at least {least}"
-        )
     lag = min(ar_step, steps)
     waiting = np.arange(blocks) - plan.ready
     moving = blocks - plan.ready - plan.ends
     clean = (waiting < 0) | (waiting >= moving)
-    rows = steps + (moving - 1) * lag
-    started = np.arange(1, rows + 1)[:, None] - waiting * lag
+    iterations = steps + (moving - 1) * lag
+    started = np.arange(1, iterations + 1)[:, None] - waiting * lag
     index = np.where(clean, steps + 1, np.clip(started, 0, steps + 1))
     before = np.vstack([np.where(clean, steps + 1, 0), index[:-1]])
     update = (index != before) & (index <= steps)
-    told = np.array([NOT_STARTED_TIMESTEP, *timesteps, CLEAN_TIMESTEP], np.int32)
-
+    by_index = np.array([NOT_STARTED_TIMESTEP, *timesteps, CLEAN_TIMESTEP], np.int32)
     frame = plan.block_of_frame
-    return Timetable(
+    return FrameSchedule(
         index=index[:, frame].astype(np.int32),
-        timesteps=told[index][:, frame],
+        timesteps=by_index[index][:, frame],
         update=update[:, frame],
-        windows=tuple(windows(plan, update, blocks_in_window)),
     )
 
 
-def window_blocks(plan: BlockPlan, window: int) -> int:
-    """How many consecutive blocks surely fit into ``window`` frames."""
-    fitting = window // max(plan.lengths)
-    if fitting < 1:
-        raise RequestError(
-            f"a window of {window} latent frames is shorter than a block of {max(plan.lengths)}"
-        )
-    return fitting
-
-
-def windows(
-    plan: BlockPlan, update: Bool[np.ndarray, "R blocks"], size: int
-) -> Iterator[tuple[int, int]]:
-    """The frames each row looks at: ``size`` blocks, moved on when the next block must start."""
-    edges = np.concatenate([[0], np.cumsum(plan.lengths)])
-    end = min(size, len(plan.lengths))
-    for row in update:
-        if end < len(row) and row[end]:
-            end += 1
-        yield int(edges[max(end - size, 0)]), int(edges[end])
+def synchronous_schedule(timesteps: Sequence[int] | Int[np.ndarray, " N"]) -> FrameSchedule:
+    """All frames take every step at once: a schedule with one column for all of them."""
+    return schedule_frames(plan_blocks(frames=1, block=1), timesteps, ar_step=0)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from skyreels_jax.shapes import Context, Latents
 
-# Of one model call: ``rows`` is B, or 2 B with both prompts in it.
+# One model call's: ``rows`` is B, or 2 B with both prompts in it.
 CallContext = Float[Array, "rows S D"]
 CallLatents = Float[Array, "rows C F H W"]
 
@@ -73,7 +73,7 @@ class ClassifierFree(NamedTuple):
         Raises:
             ValueError: if there is no negative text (that of an empty prompt is one).
         """
-        return (positive, required(negative))
+        return (positive, _required(negative))
 
     def combine(self, predictions: tuple[CallLatents, ...]) -> Latents:
         """``negative + scale * (positive - negative)``."""
@@ -100,7 +100,7 @@ class BatchedClassifierFree(NamedTuple):
         Raises:
             ValueError: if there is no negative text (that of an empty prompt is one).
         """
-        return (jnp.concatenate([positive, required(negative)]),)
+        return (jnp.concatenate([positive, _required(negative)]),)
 
     def combine(self, predictions: tuple[CallLatents, ...]) -> Latents:
         """``negative + scale * (positive - negative)``."""
@@ -109,7 +109,7 @@ class BatchedClassifierFree(NamedTuple):
         return ClassifierFree(self.scale).combine((positive, negative))
 
 
-def required(negative: Context | None) -> Context:
+def _required(negative: Context | None) -> Context:
     """``negative``, which classifier-free guidance cannot do without."""
     if negative is None:
         raise ValueError("classifier-free guidance takes the states of a negative prompt")

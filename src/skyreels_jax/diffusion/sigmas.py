@@ -1,7 +1,7 @@
-"""Noise levels of a flow-matching run: which sigmas a video passes through, and in what order.
+"""The sigmas of a flow-matching run: which ones a video passes through, and in what order.
 
-A latent at level ``sigma`` is ``(1 - sigma) * data + sigma * noise``; the model is told the level
-as ``timestep = int(1000 * sigma)``. Everything here is host arithmetic in float64.
+A latent at ``sigma`` is ``(1 - sigma) * data + sigma * noise``; the model is given
+``timestep = int(1000 * sigma)``. Everything here is host arithmetic in float64.
 """
 
 from dataclasses import dataclass
@@ -10,26 +10,24 @@ from typing import Final
 import numpy as np
 from jaxtyping import Float, Int
 
-# The models were trained on 1000 discrete levels.
-TRAIN_LEVELS: Final = 1000
+# The models were trained on 1000 discrete timesteps.
+NUM_TRAIN_TIMESTEPS: Final = 1000
 # Start of the original's grid: 1 - 1/1000, which its scheduler keeps as a float32.
-SIGMA_MAX: Final = float(np.float32(1 - 1 / TRAIN_LEVELS))
-# Diffusers' grid starts at 1, where the log signal-to-noise ratio is infinite, less this step back.
-SIGMA_ONE_GAP: Final = 1e-6
+SIGMA_MAX: Final = float(np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS))
 
 
 @dataclass(frozen=True, eq=False)
 class FlowSchedule:
-    """The levels of one run of ``N`` steps.
+    """The sigmas and timesteps of one run of ``N`` steps.
 
     Attributes:
         sigmas: ``N + 1``, strictly falling from below 1, the last exactly 0. Rounded to float32, as
             both reference schedulers keep them: near 1 the rounding of ``1 - sigma`` is visible.
-        timesteps: what the model is told at each step. Truncated, so neighbours may be equal in
+        timesteps: what the model is given at each step. Truncated, so neighbours may be equal in
             long runs; steps are therefore always found by index, never by timestep.
     """
 
-    sigmas: Float[np.ndarray, " levels"]
+    sigmas: Float[np.ndarray, " points"]
     timesteps: Int[np.ndarray, " N"]
 
     def __post_init__(self) -> None:
@@ -54,29 +52,19 @@ def flow_sigmas(num_steps: int, shift: float) -> FlowSchedule:
 
     Source: ``set_timesteps`` of SkyReels-V2's ``FlowUniPCMultistepScheduler``.
     """
-    return from_levels(_shifted(np.linspace(SIGMA_MAX, 0.0, num_steps + 1)[:-1], shift))
-
-
-def diffusers_sigmas(num_steps: int, shift: float) -> FlowSchedule:
-    """Diffusers' grid, which ends earlier (at 0.001 before the shift); for comparisons with it.
-
-    Source: ``set_timesteps`` of ``UniPCMultistepScheduler`` with ``use_flow_sigmas``.
-    """
-    levels = _shifted(np.linspace(1.0, 1.0 / TRAIN_LEVELS, num_steps + 1)[:-1], shift)
-    levels[0] -= SIGMA_ONE_GAP
-    return from_levels(levels)
+    return schedule_from_sigmas(_shifted(np.linspace(SIGMA_MAX, 0.0, num_steps + 1)[:-1], shift))
 
 
 def _shifted(base: Float[np.ndarray, " N"], shift: float) -> Float[np.ndarray, " N"]:
     return shift * base / (1 + (shift - 1) * base)
 
 
-def from_levels(levels: Float[np.ndarray, " N"]) -> FlowSchedule:
-    """A schedule through given levels (highest first, 0 not among them)."""
+def schedule_from_sigmas(sigmas: Float[np.ndarray, " N"]) -> FlowSchedule:
+    """A schedule through given sigmas (highest first, 0 not among them)."""
     with np.errstate(invalid="ignore"):  # NaN is refused by the schedule itself
-        timesteps = (levels * TRAIN_LEVELS).astype(np.int64)
-    sigmas = np.append(levels, 0.0).astype(np.float32).astype(np.float64)
-    return FlowSchedule(sigmas, timesteps)
+        timesteps = (sigmas * NUM_TRAIN_TIMESTEPS).astype(np.int64)
+    rounded = np.append(sigmas, 0.0).astype(np.float32).astype(np.float64)
+    return FlowSchedule(rounded, timesteps)
 
 
 def _shortened(values: np.ndarray) -> str:

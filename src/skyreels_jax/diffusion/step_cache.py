@@ -9,44 +9,38 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 Velocity = Float[Array, "rows C F H W"]
+# A number of a cache. While a program is traced, a pytree also holds what stands for numbers.
+Number = Any
+# What one model call of a step remembers until the next.
+CacheState = PyTree[Array]
 
 
-@runtime_checkable
-class Passage(Protocol):
-    """One evaluation of the model in parts: the prediction is ``head(blocks(tokens))``."""
+class StagedForward(NamedTuple):
+    """One evaluation of the transformer, cut where a step cache may come between.
 
-    @property
-    def latents(self) -> Velocity:
-        """What the model is given."""
-        ...
+    The prediction is ``head(blocks(tokens))``.
 
-    @property
-    def e(self) -> Float[Array, "rows steps D"]:
-        """Time embedding, of each frame or of all."""
-        ...
+    Attributes:
+        latents: what the model is given, without an image condition.
+        e: time embedding of each frame, or of all (one step).
+        e0: its projection, as the blocks take it.
+        tokens: what enters the first block.
+        blocks: the expensive part, from tokens to tokens.
+        head: from tokens to the prediction.
+        key_values: the keys and values that the tokens have in all layers,
+            ``[layers, B, L, N, K]`` each.
+    """
 
-    @property
-    def e0(self) -> Float[Array, "rows steps 6 D"]:
-        """Its projection, as the blocks take it."""
-        ...
-
-    @property
-    def tokens(self) -> Float[Array, "rows F P D"]:
-        """What enters the first block."""
-        ...
-
-    @property
-    def blocks(self) -> Callable[[Array], Array]:
-        """The expensive part, from tokens to tokens."""
-        ...
-
-    @property
-    def head(self) -> Callable[[Array], Velocity]:
-        """From tokens to the prediction."""
-        ...
+    latents: Velocity
+    e: Float[Array, "rows steps D"]
+    e0: Float[Array, "rows steps 6 D"]
+    tokens: Float[Array, "rows F P D"]
+    blocks: Callable[[Array], Array]
+    head: Callable[[Array], Velocity]
+    key_values: Callable[[], tuple[Array, Array]]
 
 
 class Position(NamedTuple):
@@ -61,13 +55,13 @@ class Position(NamedTuple):
 class StepCache(Protocol):
     """Decides, call by call, whether the model runs. A pytree: its numbers compile nothing anew."""
 
-    def init(self, passage: Passage) -> Any:
+    def init(self, staged: StagedForward) -> CacheState:
         """The state of one model call of a step before the first: zeros of its shapes."""
         ...
 
     def call(
-        self, state: Any, position: Position, passage: Passage
-    ) -> tuple[Velocity, Any, Bool[Array, ""]]:
+        self, state: CacheState, position: Position, staged: StagedForward
+    ) -> tuple[Velocity, CacheState, Bool[Array, ""]]:
         """The prediction, the state after it, and whether the blocks have run for it."""
         ...
 
@@ -75,14 +69,14 @@ class StepCache(Protocol):
 class NoCache(NamedTuple):
     """Every call runs."""
 
-    def init(self, passage: Passage) -> tuple[()]:
+    def init(self, staged: StagedForward) -> tuple[()]:
         """Nothing to remember."""
-        del passage
+        del staged
         return ()
 
     def call(
-        self, state: tuple[()], position: Position, passage: Passage
+        self, state: tuple[()], position: Position, staged: StagedForward
     ) -> tuple[Velocity, tuple[()], Bool[Array, ""]]:
         """The plain prediction."""
         del position
-        return passage.head(passage.blocks(passage.tokens)), state, jnp.bool_(True)
+        return staged.head(staged.blocks(staged.tokens)), state, jnp.bool_(True)

@@ -12,13 +12,13 @@ counted, unless ``wrap`` asks for the original's way.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from skyreels_jax.diffusion.step_cache import Passage, Position, Velocity
+from skyreels_jax.diffusion.step_cache import Number, Position, StagedForward, Velocity
 
 # A step of the original is two calls: of the prompt and of the negative prompt.
 CALLS: Final = 2
@@ -42,9 +42,7 @@ class TeaCache:
     """A :class:`~skyreels_jax.diffusion.step_cache.StepCache`; its numbers compile nothing anew.
 
     Attributes:
-        threshold: of the sum of estimates; at 0 every call runs. All fields but the last are
-            numbers or arrays; their types stay open, since a pytree also holds what stands for them
-            while a program is traced.
+        threshold: of the sum of estimates; at 0 every call runs.
         coefficients: five, of the polynomial, highest power first.
         first: steps at the start that always run.
         last: steps at the end that always run.
@@ -53,42 +51,42 @@ class TeaCache:
             ``use_ret_steps``) or the one of the head.
     """
 
-    threshold: Any
-    coefficients: Any
-    first: Any
-    last: Any
-    wrap: Any
+    threshold: Number
+    coefficients: Number
+    first: Number
+    last: Number
+    wrap: Number
     projected: bool
 
-    def init(self, passage: Passage) -> TeaState:
+    def init(self, staged: StagedForward) -> TeaState:
         """Shapes of embedding and residual; the latter is as large as the tokens."""
-        embedding = jnp.zeros_like(self._embedding(passage))
-        return TeaState(jnp.zeros(()), embedding, jnp.zeros_like(passage.tokens))
+        embedding = jnp.zeros_like(self._embedding(staged))
+        return TeaState(jnp.zeros(()), embedding, jnp.zeros_like(staged.tokens))
 
     def call(
-        self, state: TeaState, position: Position, passage: Passage
+        self, state: TeaState, position: Position, staged: StagedForward
     ) -> tuple[Velocity, TeaState, Bool[Array, ""]]:
         """The prediction, from blocks that ran or from the last residual."""
-        embedding = self._embedding(passage)
+        embedding = self._embedding(staged)
         change = jnp.mean(jnp.abs(embedding - state.embedding))
         relative = change / jnp.mean(jnp.abs(state.embedding))
         estimate = state.estimate + jnp.polyval(jnp.asarray(self.coefficients), relative)
         runs = self._always(position) | (estimate >= self.threshold) | (self.threshold <= 0)
 
         def run() -> tuple[Array, Array]:
-            tokens = passage.blocks(passage.tokens)
-            return tokens, tokens - passage.tokens
+            tokens = staged.blocks(staged.tokens)
+            return tokens, tokens - staged.tokens
 
         def reuse() -> tuple[Array, Array]:
-            return passage.tokens + state.residual, state.residual
+            return staged.tokens + state.residual, state.residual
 
         tokens, residual = jax.lax.cond(runs, run, reuse)
-        velocity = passage.head(tokens)
+        velocity = staged.head(tokens)
         after = TeaState(jnp.where(runs, jnp.zeros(()), estimate), embedding, residual)
         return velocity, after, runs
 
-    def _embedding(self, passage: Passage) -> Array:
-        return passage.e0 if self.projected else passage.e
+    def _embedding(self, staged: StagedForward) -> Array:
+        return staged.e0 if self.projected else staged.e
 
     def _always(self, position: Position) -> Bool[Array, ""]:
         """Whether the step is one of those at the ends."""

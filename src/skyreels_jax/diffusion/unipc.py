@@ -1,7 +1,7 @@
 """The UniPC solver (order 2, predictor and corrector) as pure functions.
 
-Every update UniPC makes is a linear combination of five arrays whose weights depend on the noise
-levels alone. The weights are therefore tabulated once, on the host, in float64; a step on the
+Every update UniPC makes is a linear combination of five arrays whose weights depend on the
+sigmas alone. The weights are therefore tabulated once, on the host, in float64; a step on the
 device looks its row up and is a handful of multiply-adds. Each latent frame may be at a row of its
 own, which is what diffusion forcing needs.
 
@@ -47,7 +47,7 @@ class Coefficients(NamedTuple):
         return Coefficients(*(column[index] for column in self))
 
 
-class State(NamedTuple):
+class SolverState(NamedTuple):
     """What the solver remembers of every frame between steps."""
 
     start: Float[Array, "F *frame"]
@@ -74,20 +74,20 @@ def tabulate(schedule: FlowSchedule, *, rounded: bool = False) -> Coefficients:
     return Coefficients(*np.array(rows).astype(np.float32).T)
 
 
-def init(x: Float[Array, "F *frame"]) -> State:
+def init(x: Float[Array, "F *frame"]) -> SolverState:
     """The state before the first step. The history is never weighted before it is written."""
     # Arrays of their own, so that all of them can be donated.
     previous, older = (jnp.zeros(x.shape, jnp.float32) for _ in range(2))
-    return State(start=jnp.zeros_like(x), previous=previous, older=older)
+    return SolverState(start=jnp.zeros_like(x), previous=previous, older=older)
 
 
 def step(
     coefficients: Coefficients,
-    state: State,
+    state: SolverState,
     x: Float[Array, "F *frame"],
     velocity: Float[Array, "F *frame"],
     update: Bool[Array | np.ndarray, " P"],
-) -> tuple[Float[Array, "F *frame"], State]:
+) -> tuple[Float[Array, "F *frame"], SolverState]:
     """Take one step with every frame that is to be updated.
 
     Args:
@@ -125,18 +125,18 @@ def step(
         rounded(corrected * c.keep) + current * c.add_current + state.previous * c.add_previous
     )
     following, corrected = following.astype(dtype), corrected.astype(dtype)
-    moved = State(start=corrected, previous=current, older=state.previous)
+    moved = SolverState(start=corrected, previous=current, older=state.previous)
     moves = per_frame(update)
     return jax.tree.map(lambda new, old: jnp.where(moves, new, old), (following, moved), (x, state))
 
 
 def _order(step: int, num_steps: int) -> int:
-    """Of the predictor: 1 where there is no history yet, and in the last step."""
+    """The predictor's order: 1 where there is no history yet, and in the last step."""
     return min(2, step + 1, num_steps - step)
 
 
 def _corrector(
-    step: int, sigmas: Float[np.ndarray, " levels"], log_snr: np.ndarray, *, rounded: bool
+    step: int, sigmas: Float[np.ndarray, " points"], log_snr: np.ndarray, *, rounded: bool
 ) -> tuple[float, float, float, float, float]:
     """Weights of sample, start, current, previous and older data in the corrected sample.
 
@@ -165,7 +165,7 @@ def _corrector(
 
 
 def _predictor(
-    step: int, sigmas: Float[np.ndarray, " levels"], log_snr: np.ndarray
+    step: int, sigmas: Float[np.ndarray, " points"], log_snr: np.ndarray
 ) -> tuple[float, float, float]:
     """Weights of the corrected sample, current and previous data in the next sample."""
     width = log_snr[step + 1] - log_snr[step]  # infinite in the last step, where growth is -1

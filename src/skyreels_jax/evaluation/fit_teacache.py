@@ -22,7 +22,7 @@ from jax.experimental import io_callback
 from jaxtyping import Array, Bool, Float
 
 from skyreels_jax.cache_dirs import enable_compilation_cache
-from skyreels_jax.diffusion.step_cache import Passage, Position, Velocity
+from skyreels_jax.diffusion.step_cache import Position, StagedForward, Velocity
 from skyreels_jax.evaluation.scores import MINI_CLIP, first_frame, held_out_scenes
 from skyreels_jax.generation import api
 from skyreels_jax.generation.request import Request
@@ -30,8 +30,7 @@ from skyreels_jax.generation.resolve import resolve
 from skyreels_jax.moving_shapes.captions import plain_caption
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.presets import CacheCoefficients
-from skyreels_jax.sampling.denoiser import Denoiser
-from skyreels_jax.sampling.sampling import Denoised, Sampling
+from skyreels_jax.sampling.denoiser import Denoised, Denoiser, Sampling
 
 _DEGREE: Final = 4
 # Takes a step, and the relative changes of embedding, projection and residual.
@@ -53,20 +52,20 @@ class _ChangeRecorder:
 
     record: _RecordChanges
 
-    def init(self, passage: Passage) -> _PreviousStep:
+    def init(self, staged: StagedForward) -> _PreviousStep:
         """Begin with zeros."""
-        tokens = jnp.zeros_like(passage.tokens)
-        return _PreviousStep(jnp.zeros_like(passage.e), jnp.zeros_like(passage.e0), tokens)
+        tokens = jnp.zeros_like(staged.tokens)
+        return _PreviousStep(jnp.zeros_like(staged.e), jnp.zeros_like(staged.e0), tokens)
 
     def call(
-        self, state: _PreviousStep, position: Position, passage: Passage
+        self, state: _PreviousStep, position: Position, staged: StagedForward
     ) -> tuple[Velocity, _PreviousStep, Bool[Array, ""]]:
         """Predict in full; what changed is recorded on the host."""
-        tokens = passage.blocks(passage.tokens)
-        now = _PreviousStep(passage.e, passage.e0, tokens - passage.tokens)
+        tokens = staged.blocks(staged.tokens)
+        now = _PreviousStep(staged.e, staged.e0, tokens - staged.tokens)
         changes = [relative_change(new, old) for new, old in zip(now, state, strict=True)]
         io_callback(self.record, None, position.step, *changes)
-        return passage.head(tokens), now, jnp.bool_(True)
+        return staged.head(tokens), now, jnp.bool_(True)
 
 
 def relative_change(new: Array, old: Array) -> Float[Array, ""]:

@@ -6,8 +6,9 @@ from typing import Final, TypeVar
 
 from skyreels_jax import geometry
 from skyreels_jax.checkpoints import Checkpoint, Default
+from skyreels_jax.diffusion.cache_settings import CacheSettings
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation.caching import CacheSettings, resolve_cache
+from skyreels_jax.generation.caching import resolve_cache
 from skyreels_jax.generation.request import GivenVideo, Request
 from skyreels_jax.media import ImageInput, RgbImage, Sound, read_image, survey_video
 

@@ -25,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from skyreels_jax import geometry
+from skyreels_jax.diffusion.cache_settings import CacheSettings
 from skyreels_jax.errors import RequestError
 from skyreels_jax.files import remove_temporary, whole_file, write_json
-from skyreels_jax.generation.caching import CacheSettings
 from skyreels_jax.generation.request import Forcing, GivenVideo, ResolvedRequest
 from skyreels_jax.generation.windows import Window
 from skyreels_jax.media import read_image, write_image

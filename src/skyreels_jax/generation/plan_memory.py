@@ -18,18 +18,18 @@ from jax import ShapeDtypeStruct as Abstract
 from skyreels_jax import geometry
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.components.autoencoder import VaeTiling, tiling_for
+from skyreels_jax.diffusion.cache_settings import step_cache
 from skyreels_jax.diffusion.guidance import NoGuidance, guidance_of
 from skyreels_jax.diffusion.sigmas import flow_sigmas
-from skyreels_jax.generation.caching import step_cache
 from skyreels_jax.generation.operations import operations
 from skyreels_jax.generation.request import ResolvedRequest
-from skyreels_jax.generation.rollout import movement, prefix_noise
+from skyreels_jax.generation.rollout import conditioning_noise, frame_schedule_for
 from skyreels_jax.generation.windows import Window, latent_frames
 from skyreels_jax.memory import Direction, vae_work
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_config import FRAME_STRIDE, PIXEL_STRIDE
 from skyreels_jax.prompts import TEXT_LEN
-from skyreels_jax.sampling.denoiser import Denoiser, Sampling, Told
+from skyreels_jax.sampling.denoiser import AbstractInputs, Denoiser, Sampling
 from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
 from skyreels_jax.weights.transformer_folder import abstract_transformer
 
@@ -174,14 +174,14 @@ def plan_denoising(checkpoint: Checkpoint, request: ResolvedRequest) -> StagePla
         shape = (window.columns, *request.latent_shape[1:])
         channels = config.in_dim - geometry.LATENT_CHANNELS
         y = Abstract((1, channels, *shape), jnp.float32) if channels else None
-        frames = movement(request, schedule, window)
-        cache = step_cache(request.cache, request.steps, frames.rows)
+        frame_schedule = frame_schedule_for(request, schedule, window)
+        cache = step_cache(request.cache, request.steps, frame_schedule.iterations)
         return denoiser.programs(
             Abstract((1, geometry.LATENT_CHANNELS, *shape), jnp.float32),
-            Told(text, features, y, Abstract((1,), jnp.int32)),
+            AbstractInputs(text, features, y, Abstract((1,), jnp.int32)),
             Sampling(schedule, guidance, attention, cache, latents=request.latent_dtype),
-            frames=frames,
-            prefix_noise=prefix_noise(request, window),
+            frame_schedule=frame_schedule,
+            conditioning_noise=conditioning_noise(request, window),
         )
 
     parameters = nnx.state(model, nnx.Param)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from skyreels_jax import geometry
-from skyreels_jax.generation.caching import CacheSettings
+from skyreels_jax.diffusion.cache_settings import CacheSettings
 from skyreels_jax.generation.windows import Window, latent_frames, plan_windows
 from skyreels_jax.media import ImageInput, RgbImage, Sound
 from skyreels_jax.presets import Task

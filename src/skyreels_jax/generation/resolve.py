@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from skyreels_jax import geometry
 from skyreels_jax.checkpoints import Checkpoint, Default
-from skyreels_jax.diffusion.sigmas import TRAIN_LEVELS, flow_sigmas
+from skyreels_jax.diffusion.sigmas import NUM_TRAIN_TIMESTEPS, flow_sigmas
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.draft import Draft
 from skyreels_jax.generation.request import Request, ResolvedRequest
@@ -122,7 +122,7 @@ def _violations(request: Request, values: Mapping[str, Any]) -> list[str]:
         near = _either(geometry.nearest_multiples(frames, geometry.FRAMES_PER_LATENT, 1))
         found.append(f"--num-frames {frames} must be 4 k + 1; nearest: {near}")
     for name, least, most in (
-        ("steps", 1, TRAIN_LEVELS),
+        ("steps", 1, NUM_TRAIN_TIMESTEPS),
         ("seed", 0, MAX_SEED),
     ):
         if not least <= values[name] <= most:
@@ -140,7 +140,7 @@ def _violations(request: Request, values: Mapping[str, Any]) -> list[str]:
 def _shift_violations(shift: float, steps: int) -> list[str]:
     if not (math.isfinite(shift) and shift > 0):
         return [f"--shift {shift} must be a number above 0; 3 to 8 are usual"]
-    if not 1 <= steps <= TRAIN_LEVELS:
+    if not 1 <= steps <= NUM_TRAIN_TIMESTEPS:
         return []
     try:
         flow_sigmas(steps, shift)

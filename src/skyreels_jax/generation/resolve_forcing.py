@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from skyreels_jax import geometry
 from skyreels_jax.checkpoints import Default
-from skyreels_jax.diffusion.sigmas import TRAIN_LEVELS
+from skyreels_jax.diffusion.sigmas import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.generation.draft import Draft
 from skyreels_jax.generation.request import HAND_OVERS, Forcing, Request
 from skyreels_jax.generation.windows import latent_frames
@@ -120,10 +120,10 @@ def _number_violations(forcing: Forcing, values: Mapping[str, Any]) -> Sequence[
         for name, least in (("ar_step", 0), ("causal_block_size", 1), ("causal_attention", 1))
         if getattr(forcing, name) is not None and getattr(forcing, name) < least
     ]
-    if not 0 <= forcing.addnoise_condition < TRAIN_LEVELS:
+    if not 0 <= forcing.addnoise_condition < NUM_TRAIN_TIMESTEPS:
         found.append(
             f"--addnoise-condition {forcing.addnoise_condition} must be between 0 and "
-            f"{TRAIN_LEVELS - 1}; 20 is usual"
+            f"{NUM_TRAIN_TIMESTEPS - 1}; 20 is usual"
         )
     if forcing.addnoise_once and not forcing.addnoise_condition:
         found.append("--addnoise-once without --addnoise-condition: there is no noise to keep")

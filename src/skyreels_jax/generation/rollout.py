@@ -24,16 +24,21 @@ from skyreels_jax.components.conditioning import (
     prepare_image,
 )
 from skyreels_jax.components.protocols import Components
-from skyreels_jax.diffusion.frame_schedule import Timetable, plan_blocks, timetable
+from skyreels_jax.diffusion.cache_settings import step_cache
+from skyreels_jax.diffusion.frame_schedule import (
+    FrameSchedule,
+    plan_blocks,
+    schedule_frames,
+    synchronous_schedule,
+)
 from skyreels_jax.diffusion.guidance import Guidance, NoGuidance, guidance_of
 from skyreels_jax.diffusion.sigmas import FlowSchedule, flow_sigmas
-from skyreels_jax.generation.caching import step_cache
 from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.generation.windows import Window
-from skyreels_jax.sampling.denoiser import Denoiser, Sampling, together
+from skyreels_jax.sampling.denoiser import Denoiser, Sampling
 from skyreels_jax.sampling.noise import draw_noise, draw_torch_noise, noise_key
 from skyreels_jax.sampling.progress import Clock
-from skyreels_jax.sampling.step import Conditioning, PrefixNoise
+from skyreels_jax.sampling.step import Conditioning, ConditioningNoise
 from skyreels_jax.shapes import Context, HostLatents, Latents
 
 # Given frames, beside those of the window they are given to.
@@ -97,7 +102,7 @@ class Rollout:
             gives is let go of after the last window: no two large models are in memory together.
         request: settled.
         clock: times and reports.
-        schedule: the noise levels.
+        schedule: the sigmas.
         noise: of a window, in place of the seed's: ``[1, 16, frames, H, W]``.
         kept: where finished windows are.
     """
@@ -166,18 +171,18 @@ class Rollout:
             end = self._known().end
             assert end is not None
             noise = jnp.concatenate([noise, jnp.asarray(end)[None]], axis=2)
-        frames = movement(request, self.schedule, window)
-        cache = step_cache(request.cache, request.steps, frames.rows)
+        frame_schedule = frame_schedule_for(request, self.schedule, window)
+        cache = step_cache(request.cache, request.steps, frame_schedule.iterations)
         denoised = denoiser.run(
             noise,
             self._transformer.conditioning(request, window, self.clock),
             dataclasses.replace(sampling, cache=cache),
-            frames=frames,
-            prefix_noise=prefix_noise(request, window),
+            frame_schedule=frame_schedule,
+            conditioning_noise=conditioning_noise(request, window),
             clock=self.clock,
         )
         self.clock.ran(
-            denoised.step_seconds, denoised.computed, denoised.calls, denoised.block_passes
+            denoised.step_seconds, denoised.computed, denoised.calls, denoised.block_counts
         )
         return np.asarray(denoised.latents[0, :, : window.frames])
 
@@ -218,7 +223,7 @@ def roll_out(
     schedule: FlowSchedule | None = None,
     kept: Kept | None = None,
 ) -> Rollout:
-    """A :class:`Rollout` with the request's own noise and levels, unless others are given."""
+    """A :class:`Rollout` with the request's own noise and sigmas, unless others are given."""
     return Rollout(
         components,
         load,
@@ -241,31 +246,31 @@ def starting_noise(request: ResolvedRequest, window: Window | None = None) -> La
     return draw_noise(request.seed, shape, window.number)
 
 
-def prefix_noise(request: ResolvedRequest, window: Window) -> PrefixNoise | None:
+def conditioning_noise(request: ResolvedRequest, window: Window) -> ConditioningNoise | None:
     """What the model is shown over given frames, where the request has it so."""
     if request.forcing is None or not (window.prefix and request.forcing.addnoise_condition):
         return None
     key = jax.random.fold_in(noise_key(request.seed, window.number), PREFIX_STREAM)
     forcing = request.forcing
-    return PrefixNoise(forcing.addnoise_condition, window.prefix, key, forcing.addnoise_once)
+    return ConditioningNoise(forcing.addnoise_condition, window.prefix, key, forcing.addnoise_once)
 
 
-def movement(
+def frame_schedule_for(
     request: ResolvedRequest, schedule: FlowSchedule, window: Window | None = None
-) -> Timetable:
+) -> FrameSchedule:
     """When each frame of a window moves (by default of the largest, which decides the memory)."""
     window = window or max(request.windows, key=lambda window: window.columns)
     forcing = request.forcing
     if forcing is None:
-        return together(schedule)
+        return synchronous_schedule(schedule.timesteps)
     # Windows of one video are alike, so that they share one compiled step.
     alone = len(request.windows) == 1
     if alone and not (window.prefix or window.end or forcing.ar_step):
-        return together(schedule)
+        return synchronous_schedule(schedule.timesteps)
     blocks = plan_blocks(
         window.frames, forcing.causal_block_size, prefix=window.prefix, end=int(window.end)
     )
-    return timetable(blocks, schedule.timesteps, ar_step=forcing.ar_step)
+    return schedule_frames(blocks, schedule.timesteps, ar_step=forcing.ar_step)
 
 
 def given(components: Components, request: ResolvedRequest, clock: Clock) -> Given:

@@ -1,7 +1,6 @@
 """The SkyReels-V2 transformer: Wan 2.1 with a timestep for every latent frame."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,59 +8,49 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from skyreels_jax.models.block import FrameTokens, WanAttentionBlock
+from skyreels_jax.diffusion.step_cache import StagedForward
 from skyreels_jax.models.layers import (
     NORMAL,
     XAVIER,
     ZEROS,
-    CrossContext,
     Embedding,
-    Head,
-    ImageEmbedding,
-    KeyValues,
     Linear,
     Mlp,
-    PatchEmbedding,
     gelu_tanh,
-    last_counts,
     silu,
 )
 from skyreels_jax.models.transformer_config import Numerics, TransformerConfig
-from skyreels_jax.models.transformer_inputs import check_context, check_video
-from skyreels_jax.ops.attention import Earlier
+from skyreels_jax.models.transformer_layers import (
+    CrossContext,
+    FrameTokens,
+    Head,
+    ImageEmbedding,
+    KeyValues,
+    PatchEmbedding,
+    WanAttentionBlock,
+    last_counts,
+)
+from skyreels_jax.ops.attention import PastKeyValues
 from skyreels_jax.ops.masks import BlockCausal
-from skyreels_jax.ops.positions import RopeTable, rope_table
+from skyreels_jax.ops.positions import RopeTable, rope_table, sinusoidal_embedding_1d
 from skyreels_jax.ops.scan_layers import scan_layers
-from skyreels_jax.ops.sinusoid import sinusoidal_embedding_1d
 from skyreels_jax.shapes import Latents, Timesteps
 
 
-class Passage(NamedTuple):
-    """One evaluation of the transformer, cut where a cache of its steps may come between.
+class _SharedByLayers(NamedTuple):
+    """What every block takes: projected time embedding, positions, length of the past."""
 
-    The prediction is ``head(blocks(tokens))``. ``latents`` are those given, without an image
-    condition; ``e`` and ``e0`` are the time embedding and its projection for the blocks.
-    """
-
-    latents: Latents
-    e: Float[Array, "B steps D"]
     e0: Float[Array, "B steps 6 D"]
-    tokens: FrameTokens
-    blocks: Callable[[FrameTokens], FrameTokens]
-    head: Callable[[FrameTokens], Latents]
+    rope: RopeTable
+    past_length: Int[Array, ""] | None
 
 
-class Before(NamedTuple):
-    """Finished frames that come before those of a call, under block-causal attention.
+class _OfLayer(NamedTuple):
+    """What one block takes; stacked over the layers."""
 
-    Attributes:
-        frames: how many there are: whole blocks.
-        states: their keys and values in every layer, ``[layers, B, S, N, K]``. There may be room
-            for more than there are.
-    """
-
-    frames: Int[Array, ""]
-    states: KeyValues
+    parameters: nnx.State
+    context: CrossContext
+    past: KeyValues | None
 
 
 class WanModel(nnx.Module):
@@ -149,12 +138,12 @@ class WanModel(nnx.Module):
         Raises:
             ValueError: if shapes do not fit the configuration or each other.
         """
-        passage = self.passage(
+        staged = self.staged(
             x, t, context, clip_fea, y, fps, block_length=block_length, attention=attention
         )
-        return passage.head(passage.blocks(passage.tokens))
+        return staged.head(staged.blocks(staged.tokens))
 
-    def passage(
+    def staged(
         self,
         x: Latents,
         t: Timesteps,
@@ -165,51 +154,38 @@ class WanModel(nnx.Module):
         *,
         block_length: int | None = None,
         attention: str | None = None,
-        before: Before | None = None,
-    ) -> Passage:
-        """What a call does, in parts; arguments and errors are those of a call.
+        past: PastKeyValues | None = None,
+    ) -> StagedForward:
+        """Cut a call into stages, between which a step cache may come.
 
-        With ``before`` the frames of ``x`` follow others; they begin with a block of attention.
+        Arguments and errors are those of a call. With ``past`` the frames of ``x`` follow others,
+        of which it has the keys and values ``[layers, B, S, N, K]``; both are whole blocks of
+        block-causal attention, but for the video's last.
         """
-        check_video(self.config, x, t, y)
-        if isinstance(context, CrossContext):
-            if clip_fea is not None:
-                raise ValueError("clip_fea is part of a prepared context: give it there, not here")
-        else:
+        self.config.check_video(x, t, y)
+        if not isinstance(context, CrossContext):
             context = self.prepare_context(context, clip_fea)
+        elif clip_fea is not None:
+            raise ValueError("clip_fea is part of a prepared context: give it there, not here")
         e, e0 = self.embed_time(t, fps)
         tokens, grid = self.embed_patches(x, y)
-        rope = self.positions(grid, before)
         mask = None if block_length is None else BlockCausal(tokens.shape[2], block_length)
+        length = None if past is None else past.length
+        shared = _SharedByLayers(e0, self.positions(grid, past), length)
 
         def blocks(tokens: FrameTokens) -> FrameTokens:
-            return self.run_blocks(tokens, context, (e0, rope), mask, attention, before)[0]
+            return self.run_blocks(tokens, context, shared, mask, attention, past)[0]
+
+        def key_values() -> KeyValues:
+            shared_by_all = (context, shared, mask, attention, past)
+            states = self.run_blocks(tokens, *shared_by_all, keep_key_values=True)[1]
+            assert states is not None
+            return states
 
         def head(tokens: FrameTokens) -> Latents:
             return unpatchify(self.head(tokens, e), grid[1:], self.config.patch_size)
 
-        return Passage(x, e, e0, tokens, blocks, head)
-
-    def keys_values(
-        self,
-        x: Latents,
-        t: Timesteps,
-        context: CrossContext,
-        y: Float[Array, "B Y F H W"] | None = None,
-        fps: Int[Array, " B"] | None = None,
-        *,
-        attention: str | None = None,
-        before: Before | None = None,
-    ) -> KeyValues:
-        """What later frames see of ``x`` in every layer: ``[layers, B, F * P, N, K]``.
-
-        ``x`` is one block of block-causal attention; arguments are those of :meth:`passage`.
-        """
-        check_video(self.config, x, t, y)
-        _, e0 = self.embed_time(t, fps)
-        tokens, grid = self.embed_patches(x, y)
-        shared = e0, self.positions(grid, before)
-        return self.run_blocks(tokens, context, shared, None, attention, before, keep=True)[1]
+        return StagedForward(x, e, e0, tokens, blocks, head, key_values)
 
     def embed_patches(
         self, x: Latents, y: Float[Array, "B Y F H W"] | None
@@ -221,49 +197,52 @@ class WanModel(nnx.Module):
         batch, frames, rows, columns, dim = tokens.shape
         return tokens.reshape(batch, frames, rows * columns, dim), (frames, rows, columns)
 
-    def positions(self, grid: tuple[int, int, int], before: Before | None) -> RopeTable:
-        """Of the tokens of ``grid``, which may follow others."""
-        if before is None:
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame of ``height`` x ``width``."""
+        _, rows, columns = self.config.patch_size
+        return (height // rows) * (width // columns)
+
+    def positions(self, grid: tuple[int, int, int], past: PastKeyValues | None = None) -> RopeTable:
+        """Rotary angles of the tokens of ``grid``, which may follow those of ``past``."""
+        if past is None:
             return rope_table(grid, self.config.head_dim)
-        latest = before.states.key.shape[2] // (grid[1] * grid[2])
-        return rope_table(grid, self.config.head_dim, first=before.frames, latest=latest)
+        per_frame = grid[1] * grid[2]
+        return rope_table(
+            grid,
+            self.config.head_dim,
+            first=past.length // per_frame,
+            latest=past.key.shape[2] // per_frame,
+        )
 
     def run_blocks(
         self,
         tokens: FrameTokens,
         context: CrossContext,
-        shared: tuple[Float[Array, "B steps 6 D"], RopeTable],
+        shared: _SharedByLayers,
         mask: BlockCausal | None,
         attention: str | None,
-        before: Before | None = None,
+        past: PastKeyValues | None = None,
         *,
-        keep: bool = False,
-    ) -> tuple[FrameTokens, Any]:
-        """All blocks in turn; ``shared`` is what they have in common, ``e0`` and positions.
-
-        With ``keep`` the keys and values of each are the second result.
-        """
+        keep_key_values: bool = False,
+    ) -> tuple[FrameTokens, KeyValues | None]:
+        """Run all blocks in turn; with ``keep_key_values`` those of each are the second result."""
         graph, parameters = nnx.split(self.blocks)
-        count = None if before is None else before.frames * tokens.shape[2]
-        states = None if before is None else before.states
+        stacked = None if past is None else KeyValues(past.key, past.value)
 
-        def layer(x: Array, of_layer: tuple[Any, ...], shared: tuple[Any, ...]) -> tuple[Any, Any]:
-            parameters, context, states = of_layer
-            e0, rope, count = shared
-            x, own = nnx.merge(graph, parameters).run(
-                x,
-                e0,
-                context,
-                rope,
-                mask=mask,
-                implementation=attention,
-                earlier=None if states is None else Earlier(states.key, states.value, count),
-            )
-            return x, own if keep else None
+        def layer(
+            x: FrameTokens, layer: _OfLayer, shared: _SharedByLayers
+        ) -> tuple[FrameTokens, KeyValues | None]:
+            past = None
+            if layer.past is not None and shared.past_length is not None:
+                past = PastKeyValues(layer.past.key, layer.past.value, shared.past_length)
+            block = nnx.merge(graph, layer.parameters)
+            options = {"mask": mask, "implementation": attention, "past": past}
+            x, own = block(x, shared.e0, layer.context, shared.rope, **options)
+            return x, own if keep_key_values else None
 
         if self.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
-        return scan_layers(layer, tokens, (parameters, context, states), (*shared, count))
+        return scan_layers(layer, tokens, _OfLayer(parameters, context, stacked), shared)
 
     def embed_time(
         self, t: Timesteps, fps: Int[Array, " B"] | None
@@ -300,14 +279,16 @@ class WanModel(nnx.Module):
         Raises:
             ValueError: if the number or width of tokens is not the configuration's.
         """
-        check_context(self.config, context, clip_fea, padding)
+        self.config.check_context(context, clip_fea, padding)
         if padding:
             context = jnp.pad(context, ((0, 0), (0, 1), (0, 0)))
         text = self.text_embedding(context)
         image = None if clip_fea is None else self.img_emb(clip_fea)
         graph, parameters = nnx.split(self.blocks.cross_attn)
 
-        def layer(_: None, parameters: nnx.State, states: Any) -> tuple[None, CrossContext]:
+        def layer(
+            _: None, parameters: nnx.State, states: tuple[Array, Array | None]
+        ) -> tuple[None, CrossContext]:
             return None, nnx.merge(graph, parameters).prepare(*states)
 
         prepared = scan_layers(layer, None, parameters, (text, image))[1]

@@ -6,6 +6,7 @@ from typing import Final, Literal
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from skyreels_jax.errors import UnsupportedError
 
@@ -96,6 +97,46 @@ class TransformerConfig:
         if self.model_type == "t2v":
             return 0
         return self.pos_embed_seq_len or IMAGE_TOKENS
+
+    def check_video(self, x: Array, t: Array, y: Array | None) -> None:
+        """Raise ``ValueError`` unless latents, timesteps and image condition fit each other."""
+        batch, channels, frames, height, width = x.shape
+        _, rows, columns = self.patch_size
+        if channels != self.latent_dim:
+            raise ValueError(f"x has {channels} channels; this model takes {self.latent_dim}")
+        if height % rows or width % columns:
+            raise ValueError(
+                f"latents of {height} x {width} do not divide into patches of {rows} x {columns}"
+            )
+        if t.shape not in ((batch,), (batch, frames)):
+            raise ValueError(f"t has shape {t.shape}; expected {(batch,)} or {(batch, frames)}")
+        expected = None
+        if self.model_type == "i2v":
+            expected = (batch, self.in_dim - channels, frames, height, width)
+        if (None if y is None else y.shape) != expected:
+            raise ValueError(
+                f"y has shape {None if y is None else y.shape}; "
+                f"a model of type {self.model_type} takes {expected} with this x"
+            )
+
+    def check_context(self, context: Array, clip_fea: Array | None, padding: int = 0) -> None:
+        """Raise ``ValueError`` unless text and image states have the tokens that this model takes.
+
+        ``padding`` rows of the text are not in ``context``.
+        """
+        text = (context.shape[0], self.text_len - padding, self.text_dim)
+        if padding < 0 or context.shape != text:
+            raise ValueError(
+                f"context has shape {context.shape}; expected {text}, padding included"
+            )
+        image = None
+        if self.model_type == "i2v":
+            image = (context.shape[0], self.image_tokens, self.image_dim)
+        if (None if clip_fea is None else clip_fea.shape) != image:
+            raise ValueError(
+                f"clip_fea has shape {None if clip_fea is None else clip_fea.shape}; "
+                f"a model of type {self.model_type} takes {image}"
+            )
 
 
 T2V_1_3B: Final = TransformerConfig(

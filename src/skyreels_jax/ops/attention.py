@@ -8,19 +8,27 @@ import jax
 from jaxtyping import Array, Float
 
 from skyreels_jax.errors import UnsupportedError
-from skyreels_jax.ops.kernels import cudnn, splash, tokamax
-from skyreels_jax.ops.kernels.chunked import chunked_attention, chunked_attention_after
-from skyreels_jax.ops.kernels.contract import Call, Earlier, Path, describe, serves_all
-from skyreels_jax.ops.kernels.reference import reference_attention, reference_attention_after
+from skyreels_jax.ops.kernels.chunked import chunked_attention
+from skyreels_jax.ops.kernels.contract import (
+    AttentionCall,
+    AttentionPath,
+    PastKeyValues,
+    describe,
+    serves_all,
+)
+from skyreels_jax.ops.kernels.cudnn import cudnn_attention, cudnn_refusal
+from skyreels_jax.ops.kernels.reference import reference_attention
+from skyreels_jax.ops.kernels.splash import splash_attention, splash_refusal
+from skyreels_jax.ops.kernels.tokamax import tokamax_attention, tokamax_refusal
 from skyreels_jax.ops.masks import Mask
 
-PATHS: Final[Mapping[str, Path]] = MappingProxyType(
+PATHS: Final[Mapping[str, AttentionPath]] = MappingProxyType(
     {
-        "xla": Path(reference_attention, serves_all, reference_attention_after),
-        "chunked": Path(chunked_attention, serves_all, chunked_attention_after),
-        "cudnn": Path(cudnn.cudnn_attention, cudnn.refusal, cudnn.cudnn_attention_after),
-        "splash": Path(splash.splash_attention_path, splash.refusal),
-        "tokamax": Path(tokamax.tokamax_attention, tokamax.refusal),
+        "xla": AttentionPath(reference_attention, serves_all, takes_past=True),
+        "chunked": AttentionPath(chunked_attention, serves_all, takes_past=True),
+        "cudnn": AttentionPath(cudnn_attention, cudnn_refusal, takes_past=True),
+        "splash": AttentionPath(splash_attention, splash_refusal),
+        "tokamax": AttentionPath(tokamax_attention, tokamax_refusal),
     }
 )
 
@@ -35,7 +43,7 @@ def attention(
     *,
     mask: Mask | None = None,
     scale: float | None = None,
-    earlier: Earlier | None = None,
+    past: PastKeyValues | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B L N V"]:
     """``softmax(scale * query @ key^T) @ value`` for each head, softmax in float32.
@@ -46,15 +54,15 @@ def attention(
         value: ``[B, S, N, V]``; another width than the keys' is for ``xla`` alone.
         mask: which keys a query sees; ``None`` for all.
         scale: positive; ``K ** -0.5`` unless given.
-        earlier: more keys, of tokens before these (``S`` is then ``L``).
-        implementation: a name in :data:`PATHS`; ``None`` leaves it to :func:`choose`.
+        past: keys and values of tokens before these (``S`` is then ``L``), seen by every query.
+        implementation: a name in :data:`PATHS`; ``None`` leaves it to :func:`choose_path`.
 
     Raises:
         UnsupportedError: if the named implementation does not exist or cannot serve this call. It
             is never replaced by another.
     """
-    call = describe(query, key, earlier)
-    name = choose(call) if implementation is None else implementation
+    call = describe(query, key, past)
+    name = choose_path(call) if implementation is None else implementation
     if name not in PATHS:
         raise UnsupportedError(
             f"attention path {name!r} does not exist; choose one of {', '.join(PATHS)}"
@@ -63,26 +71,26 @@ def attention(
     if reason := path.refusal(call):
         raise UnsupportedError(
             f"attention path {name!r} cannot serve this call: {reason}; "
-            f"without a name {choose(call)!r} is taken"
+            f"without a name {choose_path(call)!r} is taken"
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with jax.named_scope(f"attention_{name}"):
-        if earlier is None:
+        if past is None:
             return path.compute(query, key, value, mask=mask, scale=scale)
-        if path.after is None:
+        if not path.takes_past:
             raise UnsupportedError(
                 f"attention path {name!r} cannot take keys of earlier tokens; choose one of "
-                f"{', '.join(paths_after())}"
+                f"{', '.join(paths_with_past())}"
             )
-        return path.after(query, key, value, earlier=earlier, mask=mask, scale=scale)
+        return path.compute(query, key, value, mask=mask, scale=scale, past=past)
 
 
-def paths_after() -> tuple[str, ...]:
-    """Names of the paths that can take ``earlier``; whatever :func:`choose` chooses is one."""
-    return tuple(name for name, path in PATHS.items() if path.after is not None)
+def paths_with_past() -> tuple[str, ...]:
+    """Names of the paths that can take ``past``; whatever :func:`choose_path` chooses is one."""
+    return tuple(name for name, path in PATHS.items() if path.takes_past)
 
 
-def choose(call: Call) -> str:
+def choose_path(call: AttentionCall) -> str:
     """The path for a call that names none: the fastest on its device that has been tested there.
 
     ``cudnn`` wherever it can; else ``xla`` while all scores together are small, else ``chunked``.

@@ -1,20 +1,25 @@
 """Run one block many times, with the parameters of all layers stacked."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
+_Carry = TypeVar("_Carry")
+_Layer = TypeVar("_Layer")
+_Shared = TypeVar("_Shared")
+_Out = TypeVar("_Out")
+
 
 def scan_layers(
-    step: Callable[[Any, Any, Any], tuple[Any, Any]],
-    carry: Any,
-    layers: Any,
-    shared: Any = None,
+    step: Callable[[_Carry, _Layer, _Shared], tuple[_Carry, _Out]],
+    carry: _Carry,
+    layers: _Layer,
+    shared: _Shared = None,
     *,
     depth: int | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[_Carry, _Out]:
     """``carry, out = step(carry, layer, shared)`` for each layer in order; the outs are stacked.
 
     ``layers`` is a pytree of arrays stacked along a leading axis, of which the first ``depth`` (or
@@ -29,13 +34,13 @@ def scan_layers(
     """
     count = len(jax.tree.leaves(layers)[0]) if depth is None else depth
 
-    def plain(carry: Any, layers: Any, shared: Any) -> tuple[Any, Any]:
+    def plain(carry: _Carry, layers: _Layer, shared: _Shared) -> tuple[_Carry, _Out]:
         layers = jax.tree.map(lambda leaf: leaf[:count], layers)
         return jax.lax.scan(lambda carry, layer: step(carry, layer, shared), carry, layers)
 
     @jax.custom_jvp
-    def tied(carry: Any, layers: Any, shared: Any) -> tuple[Any, Any]:
-        def turn(carry: Any, index: jax.Array) -> tuple[Any, Any]:
+    def tied(carry: _Carry, layers: _Layer, shared: _Shared) -> tuple[_Carry, _Out]:
+        def turn(carry: _Carry, index: jax.Array) -> tuple[_Carry, _Out]:
             stack, index = jax.lax.optimization_barrier((layers, index))
             layer = jax.tree.map(
                 lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack

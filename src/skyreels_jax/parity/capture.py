@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from skyreels_jax.models.block import FrameTokens
-from skyreels_jax.models.layers import CrossContext
 from skyreels_jax.models.transformer import WanModel, unpatchify
+from skyreels_jax.models.transformer_layers import CrossContext, FrameTokens
 from skyreels_jax.ops.masks import BlockCausal
 from skyreels_jax.ops.positions import RopeTable
 from skyreels_jax.parity.activation_sites import (
@@ -137,7 +136,7 @@ def _entry(graph: nnx.GraphDef[WanModel]) -> Callable[..., tuple[Any, _Activatio
         pictured = None if inputs.clip_fea is None else model.img_emb(inputs.clip_fea)
         tokens, grid = model.embed_patches(inputs.x, inputs.y)
         activations["modulation"] = e0
-        return (e, e0, text, pictured, tokens, model.positions(grid, None)), activations
+        return (e, e0, text, pictured, tokens, model.positions(grid)), activations
 
     return jax.jit(entry)
 
@@ -157,7 +156,7 @@ def _block(
         activations = _attach(one, sites)
         prepared: CrossContext = one.cross_attn.prepare(text, pictured)
         out = one(tokens, e0, prepared, RopeTable(*rope), mask=mask, implementation=attention)
-        return out, activations
+        return out.tokens, activations
 
     return jax.jit(block)
 

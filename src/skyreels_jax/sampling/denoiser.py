@@ -1,45 +1,152 @@
 """From noise to latents: the one loop, around one compiled step.
 
 The step (:mod:`~skyreels_jax.sampling.step`) is compiled once for each shape, ahead of time, and
-its buffers are donated. The host only hands in the next row of the timetable; it stays a bounded
-number of steps ahead of the device and looks at nothing but one flag a step.
+its buffers are donated. The host only hands in the next line of the frame schedule; it stays a
+bounded number of iterations ahead of the device and looks at nothing but one flag an iteration.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from skyreels_jax.diffusion import unipc
-from skyreels_jax.diffusion.block_reuse import Passes, passes
-from skyreels_jax.diffusion.frame_schedule import Timetable, plan_blocks, timetable
+from skyreels_jax.diffusion.block_reuse import BlockRange, BlockReuse, plan_block_reuse
+from skyreels_jax.diffusion.frame_schedule import FrameSchedule, synchronous_schedule
 from skyreels_jax.diffusion.guidance import Guidance
 from skyreels_jax.diffusion.sigmas import FlowSchedule
-from skyreels_jax.diffusion.step_cache import NoCache
-from skyreels_jax.ops.attention import paths_after
-from skyreels_jax.sampling.kv_cache import Kept, jobs, keep, room
-from skyreels_jax.sampling.monitor import Watch
+from skyreels_jax.diffusion.step_cache import NoCache, StepCache
+from skyreels_jax.ops.attention import paths_with_past
+from skyreels_jax.sampling.kv_cache import allocate
+from skyreels_jax.sampling.monitor import StepMonitor, StepReport
 from skyreels_jax.sampling.progress import Clock
-from skyreels_jax.sampling.sampling import Denoised, Job, Sampling, Told
 from skyreels_jax.sampling.step import (
     Conditioning,
-    PrefixNoise,
-    Row,
-    Running,
-    copied,
-    passages,
-    prepare,
-    rows,
-    step,
+    ConditioningNoise,
+    DenoisingStep,
+    Iteration,
+    PreparedContext,
+    SamplerState,
+    iterations,
 )
 from skyreels_jax.shapes import Context, Latents
+
+# Of a :class:`DenoisingStep`: the next state, and a report if frames were moved.
+_Program = Callable[
+    [DenoisingStep, SamplerState, Iteration], tuple[SamplerState, StepReport | None]
+]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of a run: the same for all windows of a video.
+
+    Attributes:
+        schedule: the sigmas.
+        guidance: how the predictions of an iteration are combined.
+        attention: name of an attention path; ``None`` chooses by platform and shape.
+        cache: which model calls are left out.
+        latents: dtype they have between iterations; bfloat16 is the original's diffusion forcing.
+    """
+
+    schedule: FlowSchedule
+    guidance: Guidance
+    attention: str | None = None
+    cache: StepCache = NoCache()
+    latents: str = "float32"
+
+    @property
+    def coefficients(self) -> unipc.Coefficients:
+        """The solver's table, for latents of this dtype."""
+        return unipc.tabulate(self.schedule, rounded=self.latents != "float32")
+
+
+class AbstractInputs(NamedTuple):
+    """Shapes of what :meth:`Denoiser.condition` takes for one video, whatever the prompts."""
+
+    text: jax.ShapeDtypeStruct
+    clip_fea: jax.ShapeDtypeStruct | None
+    y: jax.ShapeDtypeStruct | None
+    fps: jax.ShapeDtypeStruct | None
+
+
+@dataclass(frozen=True, eq=False)
+class Denoised:
+    """Finished latents, float32.
+
+    Attributes:
+        latents: of all frames.
+        step_seconds: of each iteration; compilation is not in them.
+        computed: model calls that ran.
+        calls: model calls that a run without a cache makes.
+        reuse: which blocks of frames were computed, where not all were in every iteration.
+    """
+
+    latents: Latents
+    step_seconds: tuple[float, ...]
+    computed: int
+    calls: int
+    reuse: BlockReuse | None = None
+
+    @property
+    def block_counts(self) -> tuple[int, int]:
+        """Blocks computed, and how many all of them in every iteration would have been; or 0."""
+        return (0, 0) if self.reuse is None else (self.reuse.computed, self.reuse.total)
+
+
+class ProgramKey(NamedTuple):
+    """What decides a compiled program: columns of the iteration, and whether it fills the cache."""
+
+    columns: int
+    fills_cache: bool
+
+    @property
+    def function(self) -> _Program:
+        """What is compiled."""
+        return DenoisingStep.fill_cache if self.fills_cache else DenoisingStep.advance
+
+
+class _WorkItem(NamedTuple):
+    """An iteration, or part of one, to be carried out by the program of ``key``."""
+
+    iteration: Iteration
+    key: ProgramKey
+
+
+@dataclass(frozen=True, eq=False)
+class _RunPlan:
+    """A run before it is executed: the step, what it is given in turn, and the blocks reused."""
+
+    step: DenoisingStep
+    work: tuple[_WorkItem, ...]
+    reuse: BlockReuse | None
+    latents: str
+
+    @property
+    def programs(self) -> dict[ProgramKey, Iteration]:
+        """Each program that the run takes, with an iteration that it serves."""
+        return {item.key: item.iteration for item in reversed(self.work)}
+
+    def start(self, noise: Latents) -> SamplerState:
+        """The state before the first iteration."""
+        # A copy: programs donate the state, and the caller's noise must survive.
+        x = jnp.array(jnp.moveaxis(noise, 2, 0), dtype=self.latents, copy=True)
+        state = SamplerState(x, unipc.init(x), (), ())
+        if self.reuse is not None and self.reuse.cached:
+            block = next(item.iteration for item in self.work if item.key.fills_cache)
+            shapes = jax.eval_shape(DenoisingStep.key_values, self.step, state, block)
+            state = state._replace(kv_cache=allocate(shapes, self.reuse.cached))
+        first = self.work[0].iteration
+        shapes = jax.eval_shape(DenoisingStep.initial_caches, self.step, state, first)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return state._replace(caches=zeros)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,14 +156,14 @@ class Denoiser:
     Keep one for as long as the model: it is what saves a second video the compilation.
 
     Attributes:
-        model: has ``passage(x, t, context, *, y, fps, block_length, attention)`` and
-            ``prepare_context``, as :class:`~skyreels_jax.models.transformer.WanModel` does.
+        model: has ``staged``, ``prepare_context`` and ``tokens_per_frame``, as
+            :class:`~skyreels_jax.models.transformer.WanModel` does.
         block_length: latent frames a block of block-causal attention, ``None`` for full attention.
     """
 
     model: nnx.Module
     block_length: int | None = None
-    _executables: dict[Any, jax.stages.Compiled] = field(default_factory=dict, repr=False)
+    _executables: dict[Hashable, jax.stages.Compiled] = field(default_factory=dict, repr=False)
 
     def condition(
         self,
@@ -69,10 +176,10 @@ class Denoiser:
         fps: Int[Array, " B"] | None = None,
         clock: Clock | None = None,
     ) -> Conditioning:
-        """Prepare text and image states for every step of a run.
+        """Prepare text and image states for every iteration of a run.
 
         Args:
-            guidance: decides how many model calls a step has.
+            guidance: decides how many model calls an iteration has.
             positive: states of the prompt.
             negative: states of the negative prompt; not needed without guidance.
             clip_fea: image features (i2v).
@@ -81,13 +188,13 @@ class Denoiser:
             clock: where compilation is timed.
         """
         graph, parameters = nnx.split(self.model)
-        clip_fea, y, fps = copied(guidance, clip_fea, y, fps)
-        prepared = []
-        for context in guidance.contexts(positive, negative):
+        clock = clock or Clock()
+
+        def prepare(context: Context, clip_fea: Array | None) -> PreparedContext:
             arguments = (parameters, context, clip_fea)
-            compiled = self._compiled(partial(prepare, graph), arguments, clock or Clock())
-            prepared.append(compiled(*arguments))
-        return Conditioning(tuple(prepared), y, fps)
+            return self._compiled(partial(_prepare, graph), arguments, clock)(*arguments)
+
+        return _conditioning(guidance, prepare, (positive, negative), clip_fea, y, fps)
 
     def run(
         self,
@@ -95,67 +202,57 @@ class Denoiser:
         conditioning: Conditioning,
         sampling: Sampling,
         *,
-        frames: Timetable | None = None,
-        prefix_noise: PrefixNoise | None = None,
+        frame_schedule: FrameSchedule | None = None,
+        conditioning_noise: ConditioningNoise | None = None,
         clock: Clock | None = None,
         observe: Callable[[Float[Array, "F B C H W"]], None] | None = None,
     ) -> Denoised:
         """Take ``noise`` through the schedule.
 
         Args:
-            noise: latents to start from, float32; frames the timetable never updates stay.
+            noise: latents to start from, float32; frames the schedule never updates stay.
             conditioning: from :meth:`condition`, with the same guidance.
-            sampling: how.
-            frames: when each frame takes which step; ``None`` moves them all together.
-            prefix_noise: over given frames; takes a timetable with a column for every frame.
+            sampling: settings.
+            frame_schedule: when each frame takes which step; ``None`` moves them all together.
+            conditioning_noise: over known frames; takes a frame schedule with a column for each.
             clock: where stages are timed and reported.
-            observe: shown the latents after each step. It holds the run up, and must copy them.
+            observe: shown the latents after each iteration. It holds the run up, and must copy
+                them.
 
         Raises:
             NumericsError: a prediction was not finite; says in which step.
             Stopped: somebody asked the clock to.
         """
-        frames = together(sampling.schedule) if frames is None else frames
         clock = clock or Clock()
-        graph, parameters = nnx.split(self.model)
-        passes = self._passes(frames, noise.shape[2], sampling, prefix_noise)
-        work = list(self._work(frames, sampling, prefix_noise, passes))
-        fixed = (parameters, conditioning, sampling.guidance)
-        kept = self._room(noise, fixed, passes, work)
-        carry = self._start(noise, (*fixed, sampling.cache), kept, work[0][0], sampling)
-        programs: dict[Job, jax.stages.Compiled] = {}
-        for row, keeps in work:
-            if (job := Job(len(row.timestep), keeps)) in programs:
-                continue
-            arguments = (*fixed, row, carry.x, kept)
-            if not keeps:
-                arguments = (*fixed, sampling.cache, kept, row, carry)
-            function = self._bound(graph, sampling, keeps)
-            last = len(arguments) - 1
-            programs[job] = self._compiled(function, arguments, clock, donate=(last,))
-        with clock.stage("denoise", frames.rows):
-            watch = Watch(clock, frames)
-            for row, keeps in work:
-                program = programs[Job(len(row.timestep), keeps)]
-                if keeps:
-                    kept = program(*fixed, row, carry.x, kept)
-                else:
-                    carry, report = program(*fixed, sampling.cache, kept, row, carry)
-                    watch.started(report)
+        schedule = frame_schedule or synchronous_schedule(sampling.schedule.timesteps)
+        frames = noise.shape[2]
+        plan = self._plan(frames, conditioning, sampling, schedule, conditioning_noise)
+        state = plan.start(noise)
+        programs = {
+            key: self._compiled(key.function, (plan.step, state, iteration), clock, donate=1)
+            for key, iteration in plan.programs.items()
+        }
+        with clock.stage("denoise", schedule.iterations):
+            monitor = StepMonitor(clock, schedule)
+            for iteration, key in plan.work:
+                state, report = programs[key](plan.step, state, iteration)
+                if report is not None:
+                    monitor.submitted(report)
                     if observe is not None:
-                        observe(carry.x)
-            watch.finish()
-        latents = jnp.moveaxis(carry.x, 0, 2).astype(jnp.float32)
-        return Denoised(latents, tuple(watch.seconds), watch.computed, watch.calls, passes)
+                        observe(state.x)
+            monitor.finish()
+        latents = jnp.moveaxis(state.x, 0, 2).astype(jnp.float32)
+        seconds = tuple(monitor.seconds)
+        return Denoised(latents, seconds, monitor.computed, monitor.calls, plan.reuse)
 
     def programs(
         self,
         noise: jax.ShapeDtypeStruct,
-        told: Told,
+        inputs: AbstractInputs,
         sampling: Sampling,
         *,
-        frames: Timetable,
-        prefix_noise: PrefixNoise | None = None,
+        frame_schedule: FrameSchedule,
+        conditioning_noise: ConditioningNoise | None = None,
     ) -> list[tuple[jax.stages.Traced, int]]:
         """What :meth:`run` would compile, and how often each runs, the largest first.
 
@@ -163,118 +260,74 @@ class Denoiser:
         """
         graph, parameters = nnx.split(self.model)
 
-        def condition(parameters: nnx.State, told: Told) -> Conditioning:
-            guidance = sampling.guidance
-            clip_fea, y, fps = copied(guidance, *told[1:])
-            contexts = guidance.contexts(told.text, told.text)
-            prepared = (prepare(graph, parameters, context, clip_fea) for context in contexts)
-            return Conditioning(tuple(prepared), y, fps)
+        def condition(parameters: nnx.State, text: Context, *others: Array | None) -> Conditioning:
+            prepare = partial(_prepare, graph, parameters)
+            return _conditioning(sampling.guidance, prepare, (text, text), *others)
 
-        passes = self._passes(frames, noise.shape[2], sampling, prefix_noise)
-        work = list(self._work(frames, sampling, prefix_noise, passes))
-        conditioning = jax.eval_shape(condition, parameters, told)
-        fixed = (parameters, conditioning, sampling.guidance)
+        conditioning = jax.eval_shape(condition, parameters, *inputs)
+        frames = noise.shape[2]
+        plan = self._plan(frames, conditioning, sampling, frame_schedule, conditioning_noise)
+        state = jax.eval_shape(plan.start, noise)
+        times = Counter(item.key for item in plan.work)
+        largest_first = sorted(
+            plan.programs.items(), key=lambda item: (item[0].fills_cache, -item[0].columns)
+        )
+        return [
+            (jax.jit(key.function, donate_argnums=1).trace(plan.step, state, given), times[key])
+            for key, given in largest_first
+        ]
 
-        def start(x: Array, *fixed: Any) -> tuple[Any, Any]:
-            kept = self._room(x, fixed, passes, work)
-            return kept, self._start(x, (*fixed, sampling.cache), kept, work[0][0], sampling)
-
-        kept, carry = jax.eval_shape(start, noise, *fixed)
-        often = Counter(Job(len(row.timestep), keeps) for row, keeps in work)
-        rows = {Job(len(row.timestep), keeps): row for row, keeps in work}
-        traced = []
-        for job in sorted(often, key=lambda job: (job.keeps, -job.columns)):
-            arguments = (*fixed, rows[job], carry.x, kept)
-            if not job.keeps:
-                arguments = (*fixed, sampling.cache, kept, rows[job], carry)
-            function = jax.jit(
-                self._bound(graph, sampling, job.keeps), donate_argnums=len(arguments) - 1
-            )
-            traced.append((function.trace(*arguments), often[job]))
-        return traced
-
-    def _passes(
+    def _plan(
         self,
-        frames: Timetable,
-        count: int,
+        frames: int,
+        conditioning: Conditioning,
         sampling: Sampling,
-        prefix_noise: PrefixNoise | None,
-    ) -> Passes | None:
+        schedule: FrameSchedule,
+        noise: ConditioningNoise | None,
+    ) -> _RunPlan:
+        graph, parameters = nnx.split(self.model)
+        step = DenoisingStep(
+            graph,
+            parameters,
+            conditioning,
+            sampling.guidance,
+            sampling.cache,
+            self.block_length,
+            sampling.attention,
+        )
+        reuse = self._plan_reuse(schedule, frames, sampling, noise)
+        lines = iterations(schedule, sampling.coefficients, noise)
+        return _RunPlan(step, tuple(_work(lines, reuse)), reuse, sampling.latents)
+
+    def _plan_reuse(
+        self,
+        schedule: FrameSchedule,
+        frames: int,
+        sampling: Sampling,
+        noise: ConditioningNoise | None,
+    ) -> BlockReuse | None:
         """What must be computed, where that is less than everything."""
-        can_follow = sampling.attention is None or sampling.attention in paths_after()
-        if self.block_length is None or frames.update.shape[1] == 1 or not can_follow:
+        takes_past = sampling.attention is None or sampling.attention in paths_with_past()
+        if self.block_length is None or schedule.update.shape[1] == 1 or not takes_past:
             return None
         if not isinstance(sampling.cache, NoCache):
             return None  # It would have to decide for each block.
-        keeps = prefix_noise is None or prefix_noise.once
-        found = passes(frames, count, self.block_length, keeps=keeps)
-        return found if found.saves else None
-
-    def _work(
-        self,
-        frames: Timetable,
-        sampling: Sampling,
-        prefix_noise: PrefixNoise | None,
-        passes: Passes | None,
-    ) -> Iterator[tuple[Row, bool]]:
-        """Rows or parts of them in order, and whether each is a block to keep."""
-        table = rows(frames, sampling.coefficients, prefix_noise)
-        if passes is None:
-            return ((row, False) for row in table)
-        return jobs(table, passes)
-
-    def _bound(self, graph: nnx.GraphDef[Any], sampling: Sampling, keeps: bool) -> partial[Any]:
-        """The program of one kind of job, of arrays alone."""
-        if keeps:
-            return partial(keep, graph, sampling.attention)
-        return partial(step, graph, self.block_length, sampling.attention)
-
-    def _room(
-        self,
-        noise: Latents,
-        fixed: tuple[Any, ...],
-        passes: Passes | None,
-        work: Sequence[tuple[Row, bool]],
-    ) -> Kept:
-        """For what is kept, nothing yet in it."""
-        if passes is None or not passes.kept:
-            return ()
-        block = next(row for row, keeps in work if keeps)
-        graph = nnx.split(self.model)[0]
-
-        def states(noise: Latents, parameters: Any, conditioning: Any, guidance: Any) -> Kept:
-            x = jnp.moveaxis(noise, 2, 0)
-            return room(graph, parameters, conditioning, guidance, block, x, passes.kept)
-
-        return zeros_of(jax.eval_shape(states, noise, *fixed))
-
-    def _start(
-        self, noise: Latents, fixed: tuple[Any, ...], kept: Kept, row: Row, sampling: Sampling
-    ) -> Running:
-        """The carry before the first step."""
-        # A copy: the step donates its carry, and the caller's noise must survive.
-        x = jnp.array(jnp.moveaxis(noise, 2, 0), dtype=sampling.latents, copy=True)
-        graph = nnx.split(self.model)[0]
-
-        def caches(x: Array, parameters: Any, conditioning: Any, guidance: Any, cache: Any) -> Any:
-            call = partial(passages, graph, self.block_length, sampling.attention)
-            evaluations = call(parameters, conditioning, guidance, row, kept, x)
-            return tuple(cache.init(passage) for passage in evaluations)
-
-        return Running(x, unipc.init(x), zeros_of(jax.eval_shape(caches, x, *fixed)))
+        reusable = noise is None or noise.once
+        reuse = plan_block_reuse(schedule, frames, self.block_length, reusable=reusable)
+        return reuse if reuse.computed < reuse.total else None
 
     def _compiled(
         self,
-        function: partial[Any],
-        arguments: tuple[Any, ...],
+        function: Callable[..., Any],
+        arguments: tuple[PyTree, ...],
         clock: Clock,
-        donate: tuple[int, ...] = (),
+        donate: int | tuple[()] = (),
     ) -> jax.stages.Compiled:
         """``function`` for the shapes of ``arguments``, compiled now or kept from before."""
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple((np.shape(leaf), leaf.dtype) for leaf in leaves)
-        # Of what is bound, the graph comes first; it is this model's in every call.
-        key = (function.func, function.args[1:], structure, shapes)
+        # What is bound is the graph, this model's in every call.
+        key = (function.func if isinstance(function, partial) else function, structure, shapes)
         if key not in self._executables:
             with clock.stage("compile"):
                 lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
@@ -282,11 +335,40 @@ class Denoiser:
         return self._executables[key]
 
 
-def zeros_of(shapes: Any) -> Any:
-    """Arrays of zeros for a tree of shapes."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+def _work(lines: Iterator[Iteration], reuse: BlockReuse | None) -> Iterator[_WorkItem]:
+    """What is carried out, in order: iterations, or the parts of them that must be computed."""
+    if reuse is None:
+        for iteration in lines:
+            yield _WorkItem(iteration, ProgramKey(len(iteration.timestep), False))
+        return
+    cached = 0
+    for iteration, computed in zip(lines, reuse.iterations, strict=True):
+        blocks = [BlockRange(number, 1) for number in range(cached, computed.first)]
+        for part in (*blocks, computed):
+            columns = iteration.columns(reuse.frames_of(part))
+            yield _WorkItem(columns, ProgramKey(len(columns.timestep), part is not computed))
+        cached = max(cached, computed.first)
 
 
-def together(schedule: FlowSchedule) -> Timetable:
-    """All frames take every step at once: a timetable of one column."""
-    return timetable(plan_blocks(frames=1, block=1), schedule.timesteps, ar_step=0)
+def _prepare(
+    graph: nnx.GraphDef[Any],
+    parameters: nnx.State,
+    context: Context,
+    clip_fea: Float[Array, "B I image_dim"] | None,
+) -> PreparedContext:
+    """Keys and values of cross-attention, the same in every iteration."""
+    return nnx.merge(graph, parameters).prepare_context(context, clip_fea)
+
+
+def _conditioning(
+    guidance: Guidance,
+    prepare: Callable[[Context, Array | None], PreparedContext],
+    texts: tuple[Context, Context | None],
+    *inputs: Array | None,
+) -> Conditioning:
+    """Conditioning with each of ``inputs`` as often as a model call has every video."""
+    clip_fea, y, fps = (
+        None if value is None else jnp.concatenate([value] * guidance.copies) for value in inputs
+    )
+    contexts = guidance.contexts(*texts)
+    return Conditioning(tuple(prepare(context, clip_fea) for context in contexts), y, fps)

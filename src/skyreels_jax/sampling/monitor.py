@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool
 
-from skyreels_jax.diffusion.frame_schedule import Timetable
+from skyreels_jax.diffusion.frame_schedule import FrameSchedule
 from skyreels_jax.errors import NumericsError
 from skyreels_jax.sampling.progress import Clock
 
@@ -16,10 +16,10 @@ from skyreels_jax.sampling.progress import Clock
 IN_FLIGHT: Final = 2
 
 
-class Report(NamedTuple):
-    """What the host is told of a step: all predictions finite, and which calls the model ran for.
+class StepReport(NamedTuple):
+    """What an iteration says to the host: are all predictions finite, and which calls ran.
 
-    ``computed`` counts a call whose blocks ran; a cache may answer in their place.
+    A call is ``computed`` if its blocks ran; a cache may answer in their place.
     """
 
     finite: Bool[Array, ""]
@@ -27,29 +27,29 @@ class Report(NamedTuple):
 
 
 @dataclass
-class Watch:
+class StepMonitor:
     """Waits for old steps, checks and times them, reports progress, stops where it is asked to."""
 
     clock: Clock
-    frames: Timetable
-    pending: deque[Report] = field(default_factory=deque)
+    schedule: FrameSchedule
+    pending: deque[StepReport] = field(default_factory=deque)
     seconds: list[float] = field(default_factory=list)
     computed: int = 0
     calls: int = 0
     last: float = field(default_factory=time.perf_counter)
 
-    def started(self, report: Report) -> None:
+    def submitted(self, report: StepReport) -> None:
         """A step was handed to the device."""
         self.pending.append(report)
         if len(self.pending) > IN_FLIGHT:
-            self._settle()
+            self._wait_for_oldest()
 
     def finish(self) -> None:
         """Wait for all that is still under way."""
         while self.pending:
-            self._settle()
+            self._wait_for_oldest()
 
-    def _settle(self) -> None:
+    def _wait_for_oldest(self) -> None:
         report = self.pending.popleft()
         finite = bool(report.finite)
         now = time.perf_counter()
@@ -57,12 +57,12 @@ class Watch:
         self.last = now
         done = len(self.seconds)
         if not finite:
-            timestep = self.frames.timesteps[done - 1].max()
+            timestep = self.schedule.timesteps[done - 1].max()
             raise NumericsError(
-                f"the transformer's prediction in step {done} of {self.frames.rows} (timestep "
-                f"{timestep}) holds NaN or infinity: its weights, the conditioning or the given "
-                "noise do, or a value overflowed; check the weights (`skyreels-jax info`) and try "
-                "--dtype float32"
+                f"the transformer's prediction in step {done} of {self.schedule.iterations} "
+                f"(timestep {timestep}) holds NaN or infinity: its weights, the conditioning or "
+                "the starting noise do, or a value overflowed; check the weights "
+                "(`skyreels-jax info`) and try --dtype float32"
             )
         self.computed += int(np.sum(report.computed))
         self.calls += len(report.computed)

@@ -1,73 +1,78 @@
-"""One step of denoising, as it is compiled: what goes in, what is kept, what is computed.
+"""One iteration of denoising, as it is compiled: what goes in, what is carried, what is computed.
 
-A step is everything between two evaluations of the timetable: the model call or calls, guidance and
-the solver.
+An iteration is everything between two lines of the frame schedule: the model call or calls,
+guidance and the solver.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from skyreels_jax.diffusion import unipc
-from skyreels_jax.diffusion.frame_schedule import Timetable
+from skyreels_jax.diffusion.frame_schedule import FrameSchedule
 from skyreels_jax.diffusion.guidance import Guidance
-from skyreels_jax.diffusion.sigmas import TRAIN_LEVELS
-from skyreels_jax.diffusion.step_cache import Position, StepCache
-from skyreels_jax.models.layers import KeyValues
-from skyreels_jax.models.transformer import Before
-from skyreels_jax.sampling.monitor import Report
-from skyreels_jax.shapes import Context
+from skyreels_jax.diffusion.sigmas import NUM_TRAIN_TIMESTEPS
+from skyreels_jax.diffusion.step_cache import CacheState, Position, StagedForward, StepCache
+from skyreels_jax.models.transformer_layers import KeyValues
+from skyreels_jax.ops.attention import PastKeyValues
+from skyreels_jax.sampling.kv_cache import KVCache, append_block
+from skyreels_jax.sampling.monitor import StepReport
+
+_Tree = TypeVar("_Tree")
+# Keys and values of cross-attention, as the model made them of text and image states.
+PreparedContext = PyTree[Array]
 
 
 class Conditioning(NamedTuple):
-    """What the model is told besides latents and timesteps; the same in every step.
+    """Inputs of the model besides latents and timesteps; the same in every iteration.
 
-    ``contexts`` are prepared (keys and values of cross-attention), one for each model call of a
-    step; ``y`` and ``fps`` already have the batch of a call.
+    ``contexts`` are prepared (keys and values of cross-attention), one for each model call of an
+    iteration; ``y`` and ``fps`` already have the batch of a call.
     """
 
-    contexts: tuple[Any, ...]
+    contexts: tuple[PreparedContext, ...]
     y: Float[Array, "B Y F H W"] | None
     fps: Int[Array, " B"] | None
 
 
 @dataclass(frozen=True, eq=False)
-class PrefixNoise:
-    """Noise that the model is shown on given frames, so that it does not copy their faults.
+class ConditioningNoise:
+    """Noise that the model sees on known frames, so that it does not copy their faults.
 
     The latents themselves stay clean. Source: ``addnoise_condition`` of SkyReels-V2's diffusion
-    forcing; its noise is drawn from an unseeded generator, ours from ``key`` and the row.
+    forcing; its noise is drawn from an unseeded generator, ours from ``key`` and the iteration.
 
     Attributes:
-        level: timestep in 1 to 1000 that the frames are noised to, and that the model is told.
+        timestep: 1 to 1000, that the frames are noised to, and that the model is given for them.
         frames: how many, from the first.
         key: of the noise.
-        once: the same noise in every row. That is another run than the original's, equal in
-            distribution in each row; given frames are then the same in all rows, and need not be
-            computed anew.
+        once: the same noise in every iteration. That is another run than the original's, equal in
+            distribution in each iteration; known frames are then the same in all of them, and need
+            not be computed anew.
     """
 
-    level: int
+    timestep: int
     frames: int
     key: Array
     once: bool = False
 
 
-class Veil(NamedTuple):
-    """Noise over the model's input in one row: ``share`` of it in each frame."""
+class NoiseMix(NamedTuple):
+    """Noise in the model's input of one iteration: ``weight`` of it in each frame."""
 
-    share: Float[np.ndarray, " F"]
+    weight: Float[np.ndarray, " F"]
     key: Array
 
 
-class Row(NamedTuple):
-    """One row of the timetable on its way to the device; ``P`` is 1 or the number of frames.
+class Iteration(NamedTuple):
+    """One line of the frame schedule on its way to the device; ``P`` is 1 or the number of frames.
 
     ``first`` is the frame that the columns begin with, where they are not all.
     """
@@ -76,149 +81,186 @@ class Row(NamedTuple):
     update: Bool[Array | np.ndarray, " P"]
     coefficients: unipc.Coefficients
     position: Position
-    veil: Veil | None
+    noise: NoiseMix | None
     first: Int[Array | np.ndarray, ""] | None = None
 
+    def columns(self, frames: slice) -> "Iteration":
+        """The columns of ``frames`` alone, of an iteration that has one for every frame."""
+        noise = self.noise
+        return self._replace(
+            timestep=self.timestep[frames],
+            update=self.update[frames],
+            coefficients=unipc.Coefficients(*(column[frames] for column in self.coefficients)),
+            noise=None if noise is None else noise._replace(weight=noise.weight[frames]),
+            first=np.array(frames.start, np.int32),
+        )
 
-class Running(NamedTuple):
-    """The loop's carry: latents, frames first as the solver wants them, and what is remembered.
 
-    ``caches`` has an entry for each model call of a step.
+class SamplerState(NamedTuple):
+    """What goes from iteration to iteration: latents, frames first as the solver wants them.
+
+    ``caches`` has an entry for each model call of an iteration, as ``kv_cache`` has if it is used.
     """
 
     x: Float[Array, "F B C H W"]
-    solver: unipc.State
-    caches: tuple[Any, ...]
+    solver: unipc.SolverState
+    caches: tuple[CacheState, ...]
+    kv_cache: KVCache
 
 
-def rows(
-    frames: Timetable, table: unipc.Coefficients, prefix_noise: PrefixNoise | None
-) -> Iterator[Row]:
-    """What the compiled step is told, row by row of the timetable."""
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("parameters", "conditioning", "guidance", "cache"),
+    meta_fields=("graph", "block_length", "attention"),
+)
+@dataclass(frozen=True, eq=False)
+class DenoisingStep:
+    """An iteration as a function of state and schedule, with all that is constant over a run.
+
+    A pytree: other weights, conditioning, guidance scales and cache thresholds compile nothing
+    anew.
+
+    Attributes:
+        graph: structure of the model.
+        parameters: of the model.
+        conditioning: of all frames.
+        guidance: how the predictions of an iteration are combined.
+        cache: which model calls are left out.
+        block_length: latent frames a block of block-causal attention, ``None`` for full attention.
+        attention: name of an attention path; ``None`` chooses by platform and shape.
+    """
+
+    graph: nnx.GraphDef[Any]
+    parameters: nnx.State
+    conditioning: Conditioning
+    guidance: Guidance
+    cache: StepCache
+    block_length: int | None = None
+    attention: str | None = None
+
+    def advance(self, state: SamplerState, iteration: Iteration) -> tuple[SamplerState, StepReport]:
+        """Move the frames of ``iteration``; the report is for the host."""
+        predictions, caches, computed = [], [], []
+        calls = self.staged_calls(state, iteration)
+        for number, (cache_state, staged) in enumerate(zip(state.caches, calls, strict=True)):
+            position = iteration.position._replace(call=jnp.int32(number))
+            prediction, cache_state, runs = self.cache.call(cache_state, position, staged)
+            predictions.append(prediction)
+            caches.append(cache_state)
+            computed.append(runs)
+        velocity = jnp.moveaxis(self.guidance.combine(tuple(predictions)), 2, 0)
+        moving = (state.x, state.solver)
+        x, solver = read_frames(moving, iteration)
+        moved = unipc.step(iteration.coefficients, solver, x, velocity, iteration.update)
+        x, solver = write_frames(moving, moved, iteration)
+        report = StepReport(jnp.all(jnp.isfinite(velocity)), jnp.stack(computed))
+        return SamplerState(x, solver, tuple(caches), state.kv_cache), report
+
+    def fill_cache(self, state: SamplerState, iteration: Iteration) -> tuple[SamplerState, None]:
+        """Cache keys and values of the block in ``iteration``, which is finished; nothing moves."""
+        block = self.key_values(state, iteration)
+        tokens_per_frame = block[0].key.shape[2] // len(iteration.timestep)
+        slot = jnp.asarray(iteration.first) * tokens_per_frame
+        return state._replace(kv_cache=append_block(state.kv_cache, block, slot)), None
+
+    def key_values(self, state: SamplerState, iteration: Iteration) -> KVCache:
+        """Keys and values of the one block in ``iteration``, for each model call."""
+        calls = self.staged_calls(state, iteration, within_block=True)
+        return tuple(KeyValues(*staged.key_values()) for staged in calls)
+
+    def initial_caches(self, state: SamplerState, iteration: Iteration) -> tuple[CacheState, ...]:
+        """The step cache's states before the first iteration."""
+        return tuple(map(self.cache.init, self.staged_calls(state, iteration)))
+
+    def staged_calls(
+        self, state: SamplerState, iteration: Iteration, *, within_block: bool = False
+    ) -> Iterator[StagedForward]:
+        """The model calls of an iteration, each still to be carried out.
+
+        ``within_block``: the frames are one block of attention and need no mask.
+        """
+        model = nnx.merge(self.graph, self.parameters)
+        x, t = self.model_inputs(state.x, iteration)
+        y = read_frames(self.conditioning.y, iteration, axis=2)
+        for number, context in enumerate(self.conditioning.contexts):
+            past = None
+            if state.kv_cache:
+                length = jnp.asarray(iteration.first) * model.tokens_per_frame(*x.shape[3:])
+                past = PastKeyValues(*state.kv_cache[number], length)
+            yield model.staged(
+                x,
+                t,
+                context,
+                y=y,
+                fps=self.conditioning.fps,
+                block_length=None if within_block else self.block_length,
+                attention=self.attention,
+                past=past,
+            )
+
+    def model_inputs(
+        self, x: Float[Array, "F B C H W"], iteration: Iteration
+    ) -> tuple[Float[Array, "rows C columns H W"], Int[Array, "rows *columns"]]:
+        """Latents and timesteps of a model call, of the frames of ``iteration``."""
+        x = read_frames(x, iteration)
+        if iteration.noise is not None:
+            weight = jnp.asarray(iteration.noise.weight).reshape(-1, 1, 1, 1, 1)
+            x = x.astype(jnp.float32)
+            x = (1 - weight) * x + weight * _frame_noise(iteration.noise.key, iteration.first, x)
+        x = jnp.concatenate([jnp.moveaxis(x, 0, 2)] * self.guidance.copies)
+        # One timestep for all frames is given per video: the same result with less work.
+        batch, columns = x.shape[0], len(iteration.timestep)
+        shape = (batch,) if columns == 1 else (batch, columns)
+        return x, jnp.broadcast_to(iteration.timestep, shape)
+
+
+def iterations(
+    schedule: FrameSchedule, table: unipc.Coefficients, noise: ConditioningNoise | None
+) -> Iterator[Iteration]:
+    """What the compiled step is given, line by line of the frame schedule.
+
+    Args:
+        schedule: when each frame takes which step.
+        table: the solver's coefficients of all steps.
+        noise: over known frames; takes a schedule with a column for every frame.
+    """
     last = len(table.sigma) - 1
-    columns = zip(frames.index, frames.timesteps, frames.update, strict=True)
-    for number, (index, timestep, update) in enumerate(columns):
-        # The timetable counts steps from 1; frames that rest are given any row of the table.
+    lines = zip(schedule.index, schedule.timesteps, schedule.update, strict=True)
+    for number, (index, timestep, update) in enumerate(lines):
+        # The schedule counts steps from 1; frames that rest are given any entry of the table.
         coefficients = table.at(np.clip(index - 1, 0, last))
-        position = Position(*(np.array(n, np.int32) for n in (number, frames.rows, 0)))
-        timestep, veil = timestep.astype(np.int32), None
-        if prefix_noise is not None:
-            hidden = np.arange(len(timestep)) < prefix_noise.frames
-            timestep = np.where(hidden, np.int32(prefix_noise.level), timestep)
-            share = np.where(hidden, np.float32(prefix_noise.level / TRAIN_LEVELS), np.float32(0))
-            key = prefix_noise.key
-            veil = Veil(share, key if prefix_noise.once else jax.random.fold_in(key, number))
-        yield Row(timestep, update, coefficients, position, veil)
+        position = Position(*(np.array(n, np.int32) for n in (number, schedule.iterations, 0)))
+        timestep, mix = timestep.astype(np.int32), None
+        if noise is not None:
+            noised = np.arange(len(timestep)) < noise.frames
+            timestep = np.where(noised, np.int32(noise.timestep), timestep)
+            sigma = np.float32(noise.timestep / NUM_TRAIN_TIMESTEPS)
+            key = noise.key if noise.once else jax.random.fold_in(noise.key, number)
+            mix = NoiseMix(np.where(noised, sigma, np.float32(0)), key)
+        yield Iteration(timestep, update, coefficients, position, mix)
 
 
-def seen(tree: Any, row: Row, axis: int = 0) -> Any:
-    """The frames of every array that ``row`` is about."""
-    first, count = row.first, len(row.timestep)
+def read_frames(tree: _Tree, iteration: Iteration, axis: int = 0) -> _Tree:
+    """The frames of every array that ``iteration`` has a column for."""
+    first, count = iteration.first, len(iteration.timestep)
     if first is None:
         return tree
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, count, axis), tree)
 
 
-def laid(part: Any, whole: Any, first: Array | np.ndarray | None, axis: int = 0) -> Any:
-    """``whole`` with ``part`` in its place, from ``first`` on; ``None``: it is all."""
-    if first is None:
-        return part
+def write_frames(tree: _Tree, frames: _Tree, iteration: Iteration) -> _Tree:
+    """``tree`` with ``frames``, those of ``iteration``, in place of its own."""
+    if (first := iteration.first) is None:
+        return frames
     return jax.tree.map(
-        lambda new, old: jax.lax.dynamic_update_slice_in_dim(old, new, first, axis), part, whole
+        lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, first, 0), tree, frames
     )
 
 
-def copied(guidance: Guidance, *values: Array | None) -> tuple[Array | None, ...]:
-    """Each value as often as guidance has every video in the batch of a call."""
-    return tuple(
-        None if value is None else jnp.concatenate([value] * guidance.copies) for value in values
-    )
-
-
-def prepare(
-    graph: nnx.GraphDef[Any],
-    parameters: nnx.State,
-    context: Context,
-    clip_fea: Float[Array, "B I image_dim"] | None,
-) -> Any:
-    """Keys and values of cross-attention, the same in every step."""
-    return nnx.merge(graph, parameters).prepare_context(context, clip_fea)
-
-
-def told(
-    conditioning: Conditioning,
-    guidance: Guidance,
-    row: Row,
-    kept: tuple[KeyValues, ...],
-    x: Float[Array, "F B C H W"],
-) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What each model call of a step is given: latents, timesteps, context, and the rest."""
-    x = seen(x, row)
-    if row.veil is not None:
-        x, share = x.astype(jnp.float32), jnp.asarray(row.veil.share).reshape(-1, 1, 1, 1, 1)
-        x = (1 - share) * x + share * frame_noise(row.veil.key, row.first, x)
-    x = jnp.concatenate([jnp.moveaxis(x, 0, 2)] * guidance.copies)
-    # One timestep for all frames is told per video: the same result with less work.
-    batch, frames = x.shape[0], len(row.timestep)
-    t = jnp.broadcast_to(row.timestep, (batch,) if frames == 1 else (batch, frames))
-    given = {"y": seen(conditioning.y, row, axis=2), "fps": conditioning.fps}
-    for number, context in enumerate(conditioning.contexts):
-        if kept:
-            assert row.first is not None
-            given["before"] = Before(jnp.asarray(row.first), kept[number])
-        yield (x, t, context), given
-
-
-def frame_noise(
+def _frame_noise(
     key: Array, first: Int[Array | np.ndarray, ""] | None, x: Float[Array, "F B C H W"]
 ) -> Float[Array, "F B C H W"]:
-    """Normal; each frame of the video has its own, whichever of them ``x`` holds."""
+    """Normal noise; each frame of the video has its own, whichever of them ``x`` holds."""
     numbers = jnp.arange(x.shape[0]) + (0 if first is None else first)
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
-
-
-def passages(
-    graph: nnx.GraphDef[Any],
-    block_length: int | None,
-    attention: str | None,
-    parameters: nnx.State,
-    conditioning: Conditioning,
-    guidance: Guidance,
-    row: Row,
-    kept: tuple[KeyValues, ...],
-    x: Float[Array, "F B C H W"],
-) -> Iterator[Any]:
-    """The model calls of a step, each still to be carried out."""
-    model = nnx.merge(graph, parameters)
-    for arguments, given in told(conditioning, guidance, row, kept, x):
-        yield model.passage(*arguments, **given, block_length=block_length, attention=attention)
-
-
-def step(
-    graph: nnx.GraphDef[Any],
-    block_length: int | None,
-    attention: str | None,
-    parameters: nnx.State,
-    conditioning: Conditioning,
-    guidance: Guidance,
-    cache: StepCache,
-    kept: tuple[KeyValues, ...],
-    row: Row,
-    carry: Running,
-) -> tuple[Running, Report]:
-    """The carry after one row, and what the host is told of it."""
-    calls = passages(
-        graph, block_length, attention, parameters, conditioning, guidance, row, kept, carry.x
-    )
-    answers = [
-        cache.call(state, row.position._replace(call=jnp.int32(number)), passage)
-        for number, (state, passage) in enumerate(zip(carry.caches, calls, strict=True))
-    ]
-    predictions, caches, computed = zip(*answers, strict=True)
-    velocity = jnp.moveaxis(guidance.combine(predictions), 2, 0)
-    x, solver = seen((carry.x, carry.solver), row)
-    following = unipc.step(row.coefficients, solver, x, velocity, row.update)
-    following = laid(following, (carry.x, carry.solver), row.first)
-    report = Report(jnp.all(jnp.isfinite(velocity)), jnp.stack(computed))
-    return Running(following[0], following[1], caches), report

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from skyreels_jax.diffusion.sigmas import TRAIN_LEVELS
-from skyreels_jax.models.layers import CrossContext
+from skyreels_jax.diffusion.sigmas import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.models.transformer import WanModel
+from skyreels_jax.models.transformer_layers import CrossContext
 from skyreels_jax.shapes import Context, Latents
 from skyreels_jax.training.sigma_distributions import Sigmas
 
@@ -66,7 +66,7 @@ def velocity_loss(
         block_length: frames a block of block-causal attention; ``None`` attends to all.
         attention: name of an attention path.
     """
-    told = sigma * TRAIN_LEVELS
+    told = sigma * NUM_TRAIN_TIMESTEPS
     prediction = model(
         noised(batch.latents, noise, sigma),
         told[:, 0] if told.shape[1] == 1 else told,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from skyreels_jax.diffusion.sigmas import TRAIN_LEVELS
+from skyreels_jax.diffusion.sigmas import NUM_TRAIN_TIMESTEPS
 
 Sigmas = Float[Array, "B steps"]
 # Of frames that are given: that of the original's `addnoise_condition`, 20 of 1000.
@@ -114,7 +114,7 @@ class NonDecreasing:
         shift: towards noise, afterwards.
     """
 
-    count: int = TRAIN_LEVELS
+    count: int = NUM_TRAIN_TIMESTEPS
     shift: float = 1.0
 
     def __post_init__(self):

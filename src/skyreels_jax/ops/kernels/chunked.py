@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from skyreels_jax.ops.kernels.contract import Earlier
+from skyreels_jax.ops.kernels.contract import PastKeyValues
 from skyreels_jax.ops.linear import exact_precision
 from skyreels_jax.ops.masks import Mask
 
 
 @dataclass(frozen=True)
-class Tiling:
+class ScoreTiling:
     """How large a tile of scores may be, and whether all heads share one.
 
     A CPU works through the heads in turn, so that a tile (here 4 MiB) stays in its cache; an
@@ -28,11 +28,11 @@ class Tiling:
     heads_together: bool = False
 
 
-CACHED: Final = Tiling()
-PARALLEL: Final = Tiling(heads_together=True)
+_CACHED: Final = ScoreTiling()
+_PARALLEL: Final = ScoreTiling(heads_together=True)
 
 
-class Running(NamedTuple):
+class _RunningSoftmax(NamedTuple):
     """A softmax-weighted sum over the keys seen so far, with its largest score taken out."""
 
     peak: Float[Array, " l"]
@@ -47,66 +47,37 @@ def chunked_attention(
     *,
     mask: Mask | None,
     scale: float,
-    tiling: Tiling | None = None,
+    past: PastKeyValues | None = None,
+    tiling: ScoreTiling | None = None,
 ) -> Float[Array, "B L N K"]:
     """The reference's result, one tile of scores at a time.
 
     Its gradient recomputes the tiles, so it is linear in memory too. Tiles that ``mask`` hides
-    entirely are skipped.
+    entirely are skipped. With ``past`` its filled tiles are visited first, and there is no
+    gradient: how many they are is known only when the program runs.
     """
-    return _tiled(query, key, value, None, mask, scale, tiling)
-
-
-def chunked_attention_after(
-    query: Float[Array, "B L N K"],
-    key: Float[Array, "B L N K"],
-    value: Float[Array, "B L N K"],
-    *,
-    earlier: Earlier,
-    mask: Mask | None,
-    scale: float,
-    tiling: Tiling | None = None,
-) -> Float[Array, "B L N K"]:
-    """The same over the filled tiles of ``earlier`` first; the others are not visited.
-
-    Has no gradient: how many tiles are visited is known only when the program runs.
-    """
-    return _tiled(query, key, value, earlier, mask, scale, tiling)
-
-
-def _tiled(
-    query: Float[Array, "B L N K"],
-    key: Float[Array, "B S N K"],
-    value: Float[Array, "B S N K"],
-    earlier: Earlier | None,
-    mask: Mask | None,
-    scale: float,
-    tiling: Tiling | None,
-) -> Float[Array, "B L N K"]:
     if tiling is None:
-        tiling = CACHED if jax.default_backend() == "cpu" else PARALLEL
+        tiling = _CACHED if jax.default_backend() == "cpu" else _PARALLEL
     q_size, k_size = even_tile(query.shape[1], tiling.queries), even_tile(key.shape[1], tiling.keys)
     key_len = key.shape[1]
 
     def one_head(tiled):
-        queries, keys, values, before = tiled
+        queries, keys, values, past_tiles = tiled
         q_starts, k_starts = (jnp.arange(len(x)) * x.shape[1] for x in (queries, keys))
 
         @jax.checkpoint
         def one_query_tile(tile):
             q_start, q = tile
-            state = (
-                _nothing_seen(q) if earlier is None else _filled(q, before, earlier.count, scale)
-            )
+            state = _nothing_seen(q) if past is None else _filled(q, past_tiles, past.length, scale)
             return _attend(state, q, q_start, (k_starts, keys, values), key_len, mask, scale)
 
         return jax.lax.map(one_query_tile, (q_starts, queries))
 
-    before = None
-    if earlier is not None:
-        size = even_tile(earlier.key.shape[1], tiling.keys)
-        before = (_tiles(earlier.key, size), _tiles(earlier.value, size))
-    tiled = (_tiles(query, q_size), _tiles(key, k_size), _tiles(value, k_size), before)
+    past_tiles = None
+    if past is not None:
+        size = even_tile(past.key.shape[1], tiling.keys)
+        past_tiles = (_tiles(past.key, size), _tiles(past.value, size))
+    tiled = (_tiles(query, q_size), _tiles(key, k_size), _tiles(value, k_size), past_tiles)
     out = jax.vmap(one_head)(tiled) if tiling.heads_together else jax.lax.map(one_head, tiled)
     return _untile(out, query.shape)
 
@@ -117,10 +88,10 @@ def even_tile(length: int, largest: int) -> int:
     return -(-length // count)
 
 
-def _nothing_seen(q: Float[Array, "l K"]) -> Running:
+def _nothing_seen(q: Float[Array, "l K"]) -> _RunningSoftmax:
     """Before the first key."""
     # A finite floor rather than -inf: a difference of two floors is 0, not NaN.
-    return Running(
+    return _RunningSoftmax(
         jnp.full(q.shape[:1], jnp.finfo(jnp.float32).min, jnp.float32),
         jnp.zeros(q.shape[:1], jnp.float32),
         jnp.zeros(q.shape, jnp.float32),
@@ -128,23 +99,23 @@ def _nothing_seen(q: Float[Array, "l K"]) -> Running:
 
 
 def _filled(
-    q: Float[Array, "l K"], tiles: tuple[Array, Array], count: Int[Array, ""], scale: float
-) -> Running:
-    """One tile of queries against the first ``count`` keys of ``tiles``, all of them seen."""
+    q: Float[Array, "l K"], tiles: tuple[Array, Array], length: Int[Array, ""], scale: float
+) -> _RunningSoftmax:
+    """One tile of queries against the first ``length`` keys of ``tiles``, all of them seen."""
     keys, values = tiles
     size = keys.shape[1]
 
-    def take_in(tile: Array, state: Running) -> Running:
+    def take_in(tile: Array, state: _RunningSoftmax) -> _RunningSoftmax:
         scores = _product(q, keys[tile], axis=1)
-        is_filled = tile * size + jnp.arange(size) < count
+        is_filled = tile * size + jnp.arange(size) < length
         scores = jnp.where(is_filled[None, :], scores, -jnp.inf)
         return _accumulate(state, scores, values[tile], scale)
 
-    return jax.lax.fori_loop(0, (count + size - 1) // size, take_in, _nothing_seen(q))
+    return jax.lax.fori_loop(0, (length + size - 1) // size, take_in, _nothing_seen(q))
 
 
 def _attend(
-    state: Running,
+    state: _RunningSoftmax,
     q: Float[Array, "l K"],
     q_start: Array,
     key_tiles: tuple[Array, Array, Array],
@@ -158,7 +129,7 @@ def _attend(
     q_index = q_start + jnp.arange(q.shape[0])
 
     @jax.checkpoint
-    def take_in(state: Running, tile) -> Running:
+    def take_in(state: _RunningSoftmax, tile) -> _RunningSoftmax:
         k_start, k, v = tile
         scores = _product(q, k, axis=1)
         k_index = k_start + jnp.arange(k.shape[0])
@@ -168,7 +139,7 @@ def _attend(
             scores = jnp.where(mask.allowed(q_index, k_index), scores, -jnp.inf)
         return _accumulate(state, scores, v, scale)
 
-    def step(state: Running, tile):
+    def step(state: _RunningSoftmax, tile):
         if mask is None:
             return take_in(state, tile), None
         is_seen = mask.allowed(q_index[-1:], tile[0][None])[0, 0]
@@ -179,8 +150,8 @@ def _attend(
 
 
 def _accumulate(
-    state: Running, scores: Float[Array, "l s"], values: Float[Array, "s K"], scale: float
-) -> Running:
+    state: _RunningSoftmax, scores: Float[Array, "l s"], values: Float[Array, "s K"], scale: float
+) -> _RunningSoftmax:
     """Take in one more tile of keys.
 
     ``scores`` and the peak are scaled only inside the exponential: one pass less over the tile.
@@ -188,7 +159,7 @@ def _accumulate(
     peak = jnp.maximum(state.peak, scores.max(axis=-1))
     weights = jnp.exp(scale * (scores - peak[:, None]))
     shrink = jnp.exp(scale * (state.peak - peak))
-    return Running(
+    return _RunningSoftmax(
         peak,
         state.total * shrink + weights.sum(axis=-1),
         state.weighted * shrink[:, None] + _product(weights.astype(values.dtype), values),

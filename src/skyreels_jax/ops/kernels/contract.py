@@ -31,7 +31,7 @@ def this_device() -> Device:
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """Everything a choice may depend on: ``query`` is ``[B, L, N, K]``, the keys have ``key_len``.
 
     ``dtype`` is the name of the operands' dtype.
@@ -49,93 +49,83 @@ class Call:
         return 4 * batch * heads * q_len * self.key_len
 
 
-class Earlier(NamedTuple):
+class PastKeyValues(NamedTuple):
     """Keys and values of tokens before those of a call, all of which its queries see.
 
-    Of the ``S`` places the first ``count`` are filled; how many is known when the program runs.
+    The first ``length`` of the ``S`` slots are filled; how many is known when the program runs.
+    A model's are stacked over its layers, along a leading axis.
     """
 
-    key: Float[Array, "B S N K"]
-    value: Float[Array, "B S N K"]
-    count: Int[Array, ""]
+    key: Float[Array, "*layers B S N K"]
+    value: Float[Array, "*layers B S N K"]
+    length: Int[Array, ""]
 
 
 @dataclass(frozen=True)
-class Path:
+class AttentionPath:
     """One way to compute attention.
 
     ``compute(query, key, value, *, mask, scale)`` has the shapes of
     :func:`skyreels_jax.ops.attention.attention`; ``refusal`` says why a call cannot be served, or
-    ``None``. ``after`` takes ``earlier`` besides, an :class:`Earlier`; not every path can.
+    ``None``. Where ``takes_past``, ``compute`` has a keyword ``past`` for :class:`PastKeyValues`.
     """
 
     compute: Callable[..., Array]
-    refusal: Callable[[Call], str | None]
-    after: Callable[..., Array] | None = None
+    refusal: Callable[[AttentionCall], str | None]
+    takes_past: bool = False
 
 
-def serves_all(call: Call) -> str | None:
+def serves_all(call: AttentionCall) -> str | None:
     """The refusal of a path that never refuses."""
     del call
     return None
 
 
-def describe(query: Array, key: Array, earlier: Earlier | None = None) -> Call:
+def describe(query: Array, key: Array, past: PastKeyValues | None = None) -> AttentionCall:
     """The call with these operands on this machine."""
     batch, length, heads, width = query.shape
-    key_len = key.shape[1] + (0 if earlier is None else earlier.key.shape[1])
-    return Call(this_device(), jnp.dtype(query.dtype).name, (batch, length, heads, width), key_len)
+    key_len = key.shape[1] + (0 if past is None else past.key.shape[1])
+    return AttentionCall(
+        this_device(), jnp.dtype(query.dtype).name, (batch, length, heads, width), key_len
+    )
 
 
-def by_prefix(
+def by_query_block(
     unmasked: Callable[..., Float[Array, "B l N K"]],
     query: Float[Array, "B L N K"],
     key: Float[Array, "B S N K"],
     value: Float[Array, "B S N K"],
     *,
     mask: Mask | None,
+    past: PastKeyValues | None = None,
 ) -> Float[Array, "B L N K"]:
     """Serve a mask with a kernel that has none: one call per query block, on the keys it sees.
 
     What a block sees is a prefix, so this is exact, and it computes no score that is masked away.
+    With ``past`` the call's own keys are written behind the filled slots, and ``unmasked`` is given
+    how many keys count as ``key_value_seq_lengths``, as in :func:`jax.nn.dot_product_attention`.
     """
-    if mask is None:
-        return unmasked(query, key, value)
-    blocks = []
-    for start in range(0, query.shape[1], mask.tokens_per_block):
-        seen = mask.visible_keys(start, key.shape[1])
-        rows = query[:, start : start + mask.tokens_per_block]
-        blocks.append(unmasked(rows, key[:, :seen], value[:, :seen]))
-    return jnp.concatenate(blocks, axis=1)
-
-
-def by_length(
-    unmasked: Callable[..., Float[Array, "B l N K"]],
-    query: Float[Array, "B L N K"],
-    key: Float[Array, "B L N K"],
-    value: Float[Array, "B L N K"],
-    *,
-    earlier: Earlier,
-    mask: Mask | None,
-) -> Float[Array, "B L N K"]:
-    """Serve ``earlier`` with a kernel that can be told how many of its keys count.
-
-    The call's own keys are laid behind the filled ones; then as :func:`by_prefix`.
-    ``key_value_seq_lengths`` of ``unmasked`` is that of :func:`jax.nn.dot_product_attention`.
-    """
-    batch, places = query.shape[0], earlier.key.shape[1]
-
-    def laid_behind(filled: Array, own: Array) -> Array:
-        room = jnp.concatenate([filled, own], axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(room, own, earlier.count, axis=1)
-
-    keys, values = laid_behind(earlier.key, key), laid_behind(earlier.value, value)
+    slots = 0
+    if past is not None:
+        slots = past.key.shape[1]
+        key, value = _append(past.key, key, past.length), _append(past.value, value, past.length)
+    own_len = key.shape[1] - slots
     size = query.shape[1] if mask is None else mask.tokens_per_block
     blocks = []
     for start in range(0, query.shape[1], size):
-        own = min(start + size, key.shape[1])
-        lengths = jnp.broadcast_to(earlier.count + own, batch)
-        seen = slice(0, places + own)
+        own = own_len if mask is None else mask.visible_keys(start, own_len)
+        seen = slice(0, slots + own)
+        lengths = {}
+        if past is not None:
+            lengths["key_value_seq_lengths"] = jnp.broadcast_to(past.length + own, query.shape[0])
         rows = query[:, start : start + size]
-        blocks.append(unmasked(rows, keys[:, seen], values[:, seen], key_value_seq_lengths=lengths))
-    return jnp.concatenate(blocks, axis=1)
+        blocks.append(unmasked(rows, key[:, seen], value[:, seen], **lengths))
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+def _append(
+    filled: Float[Array, "B S N K"], own: Float[Array, "B L N K"], length: Int[Array, ""]
+) -> Float[Array, "B slots N K"]:
+    """``own`` written behind the first ``length`` of ``filled``, in ``S + L`` slots."""
+    both = jnp.concatenate([filled, own], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(both, own, length, axis=1)

@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from skyreels_jax.ops.kernels.contract import Earlier
+from skyreels_jax.ops.kernels.contract import PastKeyValues
 from skyreels_jax.ops.linear import exact_precision
 from skyreels_jax.ops.masks import Mask
 
@@ -16,37 +16,18 @@ def reference_attention(
     *,
     mask: Mask | None,
     scale: float,
+    past: PastKeyValues | None = None,
 ) -> Float[Array, "B L N V"]:
     """Scores, softmax and average as written in the textbook; scores and softmax in float32."""
-    allowed = None if mask is None else jnp.asarray(mask.as_array(query.shape[1], key.shape[1]))
-    return _textbook(query, key, value, allowed, scale)
-
-
-def reference_attention_after(
-    query: Float[Array, "B L N K"],
-    key: Float[Array, "B L N K"],
-    value: Float[Array, "B L N K"],
-    *,
-    earlier: Earlier,
-    mask: Mask | None,
-    scale: float,
-) -> Float[Array, "B L N K"]:
-    """The same over the filled places of ``earlier`` and the call's own keys."""
-    places, own = earlier.key.shape[1], (query.shape[1], key.shape[1])
-    filled = jnp.broadcast_to(jnp.arange(places) < earlier.count, (own[0], places))
-    seen = jnp.ones(own, bool) if mask is None else jnp.asarray(mask.as_array(*own))
-    keys = jnp.concatenate([earlier.key, key], axis=1)
-    values = jnp.concatenate([earlier.value, value], axis=1)
-    return _textbook(query, keys, values, jnp.concatenate([filled, seen], axis=1), scale)
-
-
-def _textbook(
-    query: Float[Array, "B L N K"],
-    key: Float[Array, "B S N K"],
-    value: Float[Array, "B S N V"],
-    allowed: Bool[Array, "L S"] | None,
-    scale: float,
-) -> Float[Array, "B L N V"]:
+    own = (query.shape[1], key.shape[1])
+    allowed = None if mask is None else jnp.asarray(mask.as_array(*own))
+    if past is not None:
+        filled = jnp.arange(past.key.shape[1]) < past.length
+        filled = jnp.broadcast_to(filled, (own[0], len(filled)))
+        seen = jnp.ones(own, bool) if allowed is None else allowed
+        allowed = jnp.concatenate([filled, seen], axis=1)
+        key = jnp.concatenate([past.key, key], axis=1)
+        value = jnp.concatenate([past.value, value], axis=1)
     precision = exact_precision(query.dtype)
     scores = jnp.einsum(
         "BLNK,BSNK->BNLS", query, key, precision=precision, preferred_element_type=jnp.float32

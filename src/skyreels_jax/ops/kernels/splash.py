@@ -6,24 +6,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from skyreels_jax.ops.kernels.contract import Call, by_prefix
+from skyreels_jax.ops.kernels.contract import AttentionCall, by_query_block
 from skyreels_jax.ops.masks import Mask
 
-LANES: Final = 128
-LARGEST_TILE: Final = 1024
+_LANES: Final = 128
+_LARGEST_TILE: Final = 1024
 
 
-def refusal(call: Call) -> str | None:
+def splash_refusal(call: AttentionCall) -> str | None:
     """A TPU, and heads that fill its lanes."""
     width = call.query[-1]
     if call.device.platform != "tpu":
         return f"it needs a TPU, and this is {call.device.platform}"
-    if width % LANES:
-        return f"heads must have a multiple of {LANES} features; these have {width}"
+    if width % _LANES:
+        return f"heads must have a multiple of {_LANES} features; these have {width}"
     return None
 
 
-def splash_attention_path(
+def splash_attention(
     query: Float[Array, "B L N K"],
     key: Float[Array, "B S N K"],
     value: Float[Array, "B S N K"],
@@ -37,7 +37,7 @@ def splash_attention_path(
     def fused(query: Array, key: Array, value: Array) -> Array:
         return _unmasked(query, key, value, scale=scale, interpret=interpret)
 
-    return by_prefix(fused, query, key, value, mask=mask)
+    return by_query_block(fused, query, key, value, mask=mask)
 
 
 def _unmasked(query: Array, key: Array, value: Array, *, scale: float, interpret: bool) -> Array:
@@ -46,7 +46,7 @@ def _unmasked(query: Array, key: Array, value: Array, *, scale: float, interpret
     from jax.experimental.pallas.ops.tpu import splash_attention as tpu
 
     q_len, key_len = query.shape[1], key.shape[1]
-    q_tile, key_tile = (min(LARGEST_TILE, _round_up(n, LANES)) for n in (q_len, key_len))
+    q_tile, key_tile = (min(_LARGEST_TILE, _round_up(n, _LANES)) for n in (q_len, key_len))
     # The kernel does not scale. Scaled queries are rounded once more than in the other paths.
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)
     query = _fill_up(query, q_tile)

@@ -6,11 +6,11 @@ from importlib.util import find_spec
 
 from jaxtyping import Array, Float
 
-from skyreels_jax.ops.kernels.contract import Call, by_prefix
+from skyreels_jax.ops.kernels.contract import AttentionCall, by_query_block
 from skyreels_jax.ops.masks import Mask
 
 
-def refusal(call: Call) -> str | None:
+def tokamax_refusal(call: AttentionCall) -> str | None:
     """It must be installed; what it can do on a device it decides itself."""
     del call
     if find_spec("tokamax") is None:
@@ -28,4 +28,4 @@ def tokamax_attention(
 ) -> Float[Array, "B L N K"]:
     """Asked for by name only: nothing here has been measured with it."""
     fused = partial(import_module("tokamax").dot_product_attention, scale=scale)
-    return by_prefix(fused, query, key, value, mask=mask)
+    return by_query_block(fused, query, key, value, mask=mask)
