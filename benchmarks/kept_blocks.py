@@ -32,7 +32,7 @@ RUNS = ((5, 5), (5, 30), (1, 5))
 class Everything(Denoiser):
     """Computes all blocks in every row."""
 
-    def _passes(self, *_: object) -> None:
+    def _plan_reuse(self, *_: object) -> None:
         """Never fewer."""
 
 

@@ -15,7 +15,12 @@ from skyreels_jax.generation.api import Gathered, generate
 from skyreels_jax.generation.long_video import frames_in_turn
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
-from skyreels_jax.generation.rollout import movement, prefix_noise, roll_out, starting_noise
+from skyreels_jax.generation.rollout import (
+    conditioning_noise,
+    frame_schedule_for,
+    roll_out,
+    starting_noise,
+)
 from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.sampling.progress import Clock
 
@@ -135,7 +140,9 @@ def test_an_image_with_blocks_longer_than_it_is_kept(transformer):
 def test_frames_past_the_last_whole_block_are_made(transformer):
     """The original leaves them noise."""
     asked = request(num_frames=21, causal_block_size=4, ar_step=1)
-    table = movement(asked, roll_out(COMPONENTS, lambda: transformer, asked, Clock()).schedule)
+    table = frame_schedule_for(
+        asked, roll_out(COMPONENTS, lambda: transformer, asked, Clock()).schedule
+    )
     assert (table.update.sum(axis=0) == asked.steps).all()
     assert table.update.shape[1] == 6
 
@@ -170,7 +177,8 @@ def test_noise_over_given_frames_is_the_seeds_and_leaves_them_clean(transformer)
     clean = generate(COMPONENTS, transformer, request(num_frames=17, image=picture()))
     assert not np.array_equal(video.latents[:, 1:], clean.latents[:, 1:])
     keys = [
-        prefix_noise(request(**LONG, addnoise_condition=20), w) for w in request(**LONG).windows
+        conditioning_noise(request(**LONG, addnoise_condition=20), w)
+        for w in request(**LONG).windows
     ]
     assert keys[0] is None
     later = {tuple(jax.random.key_data(noise.key).tolist()) for noise in keys if noise is not None}

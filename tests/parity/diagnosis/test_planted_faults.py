@@ -21,7 +21,7 @@ from tests.fabricate import Checkpoints
 from skyreels_jax.components import conditioning
 from skyreels_jax.diffusion import guidance, unipc
 from skyreels_jax.generation import rollout
-from skyreels_jax.models import block, layers, transformer
+from skyreels_jax.models import layers, transformer, transformer_layers
 from skyreels_jax.ops.positions import rope_table
 from skyreels_jax.parity import capture, sides
 from skyreels_jax.parity.plan import ParityPlan, plan_comparison
@@ -292,20 +292,20 @@ def rope_axes(patch, case):
 
 
 def rope_offset(patch, case):
-    true, calls = layers.rope_apply, []
+    true, calls = transformer_layers.rope_apply, []
 
     def off(x, table):
         calls.append(1)
-        if len(calls) % 2 == 0:  # keys come second
+        if len(calls) % 2 == 1:  # keys come first
             table = rope_table(GRID, HEAD, first=jnp.int32(1), latest=1)
         return true(x, table)
 
-    patch.setattr(layers, "rope_apply", off)
+    patch.setattr(transformer_layers, "rope_apply", off)
     return anew(case)
 
 
 def no_rope(patch, case):
-    patch.setattr(layers, "rope_apply", lambda x, _: x.astype(jnp.float32))
+    patch.setattr(transformer_layers, "rope_apply", lambda x, _: x.astype(jnp.float32))
     return anew(case)
 
 
@@ -315,7 +315,7 @@ def rope_halves(patch, case):
         cos, sin = (part[None, :, None, :] for part in table)
         return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
-    patch.setattr(layers, "rope_apply", halves)
+    patch.setattr(transformer_layers, "rope_apply", halves)
     return anew(case)
 
 
@@ -331,28 +331,30 @@ def other_epsilon(patch, case):
 
 
 def layer_epsilon(patch, case):
-    true = block.layer_norm
-    patch.setattr(block, "layer_norm", lambda x, eps: true(x, eps=1e-5))
+    true = transformer_layers.layer_norm
+    patch.setattr(transformer_layers, "layer_norm", lambda x, eps: true(x, eps=1e-5))
     return anew(case)
 
 
 def shift_and_scale(patch, case):
-    patch.setattr(block, "mul_add_add", lambda x, scale, shift: x * (1 + shift) + scale)
+    patch.setattr(
+        transformer_layers, "mul_add_add", lambda x, scale, shift: x * (1 + shift) + scale
+    )
     return anew(case)
 
 
 def scale_without_one(patch, case):
-    patch.setattr(block, "mul_add_add", lambda x, scale, shift: x * scale + shift)
+    patch.setattr(transformer_layers, "mul_add_add", lambda x, scale, shift: x * scale + shift)
     return anew(case)
 
 
 def no_gate(patch, case):
-    patch.setattr(block, "mul_add", lambda x, y, gate: x.astype(jnp.float32) + y)
+    patch.setattr(transformer_layers, "mul_add", lambda x, y, gate: x.astype(jnp.float32) + y)
     return anew(case)
 
 
 def no_residual(patch, case):
-    patch.setattr(block, "mul_add", lambda x, y, gate: y.astype(jnp.float32) * gate)
+    patch.setattr(transformer_layers, "mul_add", lambda x, y, gate: y.astype(jnp.float32) * gate)
     return anew(case)
 
 
@@ -366,7 +368,7 @@ def other_activation(activation):
 
 
 def text_mask(patch, case):
-    true = layers.attention
+    true = transformer_layers.attention
     words = case.side.pipeline.components.text_encoder.encode([case.plan.prompts[0]])[0]
     length = int(np.any(words != 0, axis=-1).sum())
 
@@ -375,18 +377,18 @@ def text_mask(patch, case):
             key, value = key[:, :length], value[:, :length]
         return true(query, key, value, **more)
 
-    patch.setattr(layers, "attention", masked)
+    patch.setattr(transformer_layers, "attention", masked)
     return anew(case)
 
 
 def no_image_term(patch, case):
-    true = layers.attention
+    true = transformer_layers.attention
 
     def without(query, key, value, **more):
         out = true(query, key, value, **more)
         return 0 * out if key.shape[1] == 257 else out
 
-    patch.setattr(layers, "attention", without)
+    patch.setattr(transformer_layers, "attention", without)
     return anew(case)
 
 
