@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from skyreels_jax.backends import BACKENDS
 from skyreels_jax.components.autoencoder import VAE_TILINGS
-from skyreels_jax.diffusion.cache_settings import CACHES
+from skyreels_jax.generation.caching import CACHES
 from skyreels_jax.generation.request import HAND_OVERS
 from skyreels_jax.generation.resolve import DTYPES
 from skyreels_jax.geometry import RESOLUTIONS
