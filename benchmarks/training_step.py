@@ -41,8 +41,8 @@ def jax_side(layers: int, batch: int, remat: bool) -> Calls:
     from skyreels_jax.models.transformer_config import TransformerConfig
     from skyreels_jax.training.objective import Batch, velocity_loss
     from skyreels_jax.training.optimizer import OptimizerConfig, make_optimizer
-    from skyreels_jax.training.parameters import Template
     from skyreels_jax.training.step import init_state, make_step
+    from skyreels_jax.training.task import Template
 
     config = TransformerConfig(
         model_type="t2v",
@@ -55,8 +55,8 @@ def jax_side(layers: int, batch: int, remat: bool) -> Calls:
     exact = {"dtype": jnp.float32, "param_dtype": jnp.float32}
     template, params = Template.of(WanModel(config, rngs=nnx.Rngs(0), remat=remat, **exact))
 
-    def loss(params: Any, arrays: dict[str, jax.Array], key: jax.Array) -> Any:
-        del key
+    def loss(params: Any, arrays: dict[str, jax.Array], noise: jax.Array) -> Any:
+        del noise
         given = Batch(arrays["latents"], arrays["context"])
         model = template.model(params)
         return velocity_loss(model, given, arrays["noise"], arrays["sigma"]), {}
@@ -69,7 +69,7 @@ def jax_side(layers: int, batch: int, remat: bool) -> Calls:
 
     def call() -> float:
         held["state"], report = step(held["state"], arrays, jax.random.key(0))
-        return float(report.figures["loss"])
+        return float(report.metrics["loss"])
 
     return {"step": call}
 

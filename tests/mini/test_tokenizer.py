@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
-from skyreels_jax.mini.tasks import CHARACTERS, write_mini_tokenizer
+from skyreels_jax.mini.tasks import TOKENIZER_CHARACTERS, write_mini_tokenizer
 from skyreels_jax.moving_shapes.captions import caption, plain_caption, words
 from skyreels_jax.moving_shapes.scene import draw_scene
 from skyreels_jax.prompts import Tokenizer
@@ -80,7 +80,7 @@ def test_other_text_is_read_by_characters(folder: Path, prompt: str):
 def test_what_has_no_character_is_unknown(folder: Path):
     assert UNKNOWN in ids(folder, "a red 圆")
     assert ids(folder, "a red 圆")[:2] == ids(folder, "a red")[:2]
-    assert len({tuple(ids(folder, c)) for c in CHARACTERS}) == len(CHARACTERS)
+    assert len({tuple(ids(folder, c)) for c in TOKENIZER_CHARACTERS}) == len(TOKENIZER_CHARACTERS)
 
 
 @pytest.mark.parametrize("text", [*PROMPTS, "", "a red 圆", *written(0), *written(1)])
@@ -96,7 +96,7 @@ def test_the_folder_has_the_form_of_umt5s(folder: Path):
     tokenizer = Tokenizer.from_folder(folder)
     assert (tokenizer.pad, tokenizer.eos) == (0, 1)
     assert ids(folder, "")[-1] == ids(folder, "a circle")[-1] == tokenizer.eos
-    assert tokenizer.vocab_size == len(words()) * 2 + len(CHARACTERS) + 6
+    assert tokenizer.vocab_size == len(words()) * 2 + len(TOKENIZER_CHARACTERS) + 6
 
 
 def test_the_same_files_every_time(folder: Path, tmp_path: Path):

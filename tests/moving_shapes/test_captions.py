@@ -10,8 +10,8 @@ import pytest
 
 from skyreels_jax.moving_shapes import captions
 from skyreels_jax.moving_shapes.captions import (
-    WITHOUT_BACKGROUND,
-    WITHOUT_SPEED,
+    _WITHOUT_BACKGROUND,
+    _WITHOUT_SPEED,
     caption,
     plain_caption,
     words,
@@ -21,7 +21,7 @@ from skyreels_jax.moving_shapes.scene import (
     COLOURS,
     DIRECTIONS,
     HELD_OUT,
-    KINDS,
+    SHAPE_KINDS,
     SPEEDS,
     Scene,
     Thing,
@@ -42,7 +42,7 @@ class Said(NamedTuple):
     speed: str | None
 
 
-NOUNS = {"disc": "circle", "ball": "circle", "box": "square"} | {kind: kind for kind in KINDS}
+NOUNS = {"disc": "circle", "ball": "circle", "box": "square"} | {kind: kind for kind in SHAPE_KINDS}
 MOTION_WORDS = {
     "bounc": "bounce",
     "grow|larger|bigger": "grow",
@@ -148,7 +148,7 @@ def others(scene: Scene) -> list[Scene]:
     free = next(c for c in COLOURS if c not in [thing.colour for thing in scene.things])
     changed: list[Any] = [
         replace(first, colour=free),
-        replace(first, kind=KINDS[KINDS.index(first.kind) - 1]),
+        replace(first, kind=SHAPE_KINDS[SHAPE_KINDS.index(first.kind) - 1]),
     ]
     if first.direction is None:
         changed.append(replace(first, motion={"still": "grow"}.get(first.motion, "still")))
@@ -169,12 +169,12 @@ def test_no_caption_fits_another_scene(written):
 @pytest.mark.parametrize(
     ("table", "key", "wrong"),
     [
-        ("KIND", "circle", ("square",)),
-        ("DIRECTION", "up left", ("to the left",)),
-        ("DIRECTION", "down", ("somewhere",)),
-        ("VERB", "grow", ("shrinks",)),
-        ("SPEED", "slow", ("fast",)),
-        ("BACKGROUND", "white", ("a black background",)),
+        ("_KIND", "circle", ("square",)),
+        ("_DIRECTION", "up left", ("to the left",)),
+        ("_DIRECTION", "down", ("somewhere",)),
+        ("_VERB", "grow", ("shrinks",)),
+        ("_SPEED", "slow", ("fast",)),
+        ("_BACKGROUND", "white", ("a black background",)),
     ],
 )
 def test_a_wrong_wording_would_be_noticed(monkeypatch, table, key, wrong):
@@ -188,7 +188,9 @@ def test_the_plain_caption_says_everything_and_no_two_scenes_share_it():
     still = [(m, None, None) for m in ("still", "grow", "shrink")]
     moving = list(product(("move", "bounce"), DIRECTIONS, SPEEDS))
     texts = set()
-    for colour, kind, motion, background in product(COLOURS, KINDS, [*still, *moving], BACKGROUNDS):
+    for colour, kind, motion, background in product(
+        COLOURS, SHAPE_KINDS, [*still, *moving], BACKGROUNDS
+    ):
         scene = Scene((Thing(kind, colour, *motion, 0.5, 0.5, 0.2),), background)
         texts.add(plain_caption(scene))
         assert agrees(plain_caption(scene), scene, all_said=True)
@@ -208,8 +210,8 @@ def test_how_often_wordings_vary(written):
     pairs = [(text, scene) for text, scene in written if len(scene.things) == 2]
     swapped = [read(text)[0][0].colour != scene.things[0].colour for text, scene in pairs]
     # Within 4 standard deviations. Measured: 0.248, 0.153, 0.282, 0.305, 0.474.
-    assert abs(share([s.speed is None for s in moving]) - WITHOUT_SPEED) < 0.04
-    assert abs(share([read(t)[1] is None for t, _ in written]) - WITHOUT_BACKGROUND) < 0.032
+    assert abs(share([s.speed is None for s in moving]) - _WITHOUT_SPEED) < 0.04
+    assert abs(share([read(t)[1] is None for t, _ in written]) - _WITHOUT_BACKGROUND) < 0.032
     assert abs(share([t[0].isupper() for t, _ in written]) - 0.3) < 0.041
     assert abs(share([t.endswith(".") for t, _ in written]) - 0.3) < 0.041
     assert abs(share(swapped) - 0.5) < 0.098

@@ -8,13 +8,13 @@ import pytest
 from skyreels_jax.errors import RequestError
 from skyreels_jax.moving_shapes import clips
 from skyreels_jax.moving_shapes.clips import (
-    CROSSING,
-    LENGTHS,
-    RATES,
+    _CROSSING_SECONDS,
+    CLIP_LENGTHS,
+    FRAME_RATES,
     Clip,
     check_clip,
     clip,
-    longest,
+    max_frames,
 )
 from skyreels_jax.moving_shapes.render import render
 from skyreels_jax.moving_shapes.scene import HELD_OUT, is_held_out
@@ -52,7 +52,7 @@ def test_held_out_clips_take_every_combination_in_turn():
     assert not any(is_held_out(thing) for pair in drawn for thing in pair)
 
 
-@pytest.mark.parametrize("fps", RATES)
+@pytest.mark.parametrize("fps", FRAME_RATES)
 @pytest.mark.parametrize("held_out", [False, True])
 def test_the_longest_clips_do_not_take_forever(fps, held_out):
     """Above this length no fast thing can stay inside, and the draw would never end."""
@@ -64,18 +64,18 @@ def test_the_longest_clips_do_not_take_forever(fps, held_out):
     signal.alarm(10)
     try:
         for index in range(24):
-            clip(0, index, longest(fps), fps, 32, held_out=held_out)
+            clip(0, index, max_frames(fps), fps, 32, held_out=held_out)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
 
 
 def test_the_longest_clip_is_shorter_than_the_fastest_path():
-    assert {fps: longest(fps) for fps in RATES} == {16: 21, 24: 33}
-    for fps in RATES:
-        longer = [count for count in LENGTHS if count > longest(fps)]
-        assert longest(fps) / fps < CROSSING
-        assert all(count / fps >= CROSSING for count in longer)
+    assert {fps: max_frames(fps) for fps in FRAME_RATES} == {16: 21, 24: 33}
+    for fps in FRAME_RATES:
+        longer = [count for count in CLIP_LENGTHS if count > max_frames(fps)]
+        assert max_frames(fps) / fps < _CROSSING_SECONDS
+        assert all(count / fps >= _CROSSING_SECONDS for count in longer)
 
 
 @pytest.mark.parametrize(

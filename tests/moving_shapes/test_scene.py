@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from skyreels_jax.moving_shapes.scene import (
+    _MAX_SECONDS,
+    _MOTION_SHARES,
+    _PAIR_SHARE,
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
     HELD_OUT,
-    KINDS,
-    LARGEST,
-    LONGEST,
-    MOTION_SHARES,
+    MAX_RADIUS,
+    MIN_RADIUS,
     MOTIONS,
-    PAIRS,
-    SMALLEST,
-    SPEED,
+    SHAPE_KINDS,
+    SPEED_PER_SECOND,
     SPEEDS,
     Combination,
     Scene,
@@ -30,7 +30,6 @@ from skyreels_jax.moving_shapes.scene import (
     draw_scene,
     held_out,
     is_held_out,
-    unit,
 )
 
 SECONDS = 17 / 16
@@ -61,12 +60,12 @@ def outside(thing: Thing) -> float:
 def test_every_colour_and_kind_holds_one_direction_out_and_every_direction_is_held_out():
     assert len(held_out()) == len(HELD_OUT) == 24
     pairs = Counter((c.colour, c.kind) for c in HELD_OUT)
-    assert pairs == Counter(product(COLOURS, KINDS))
+    assert pairs == Counter(product(COLOURS, SHAPE_KINDS))
     assert {c.direction for c in HELD_OUT} == set(DIRECTIONS)
 
 
 def test_what_is_held_out_is_never_drawn_and_all_else_is(drawn: list[Scene]):
-    everything = {Combination(*names) for names in product(COLOURS, KINDS, DIRECTIONS)}
+    everything = {Combination(*names) for names in product(COLOURS, SHAPE_KINDS, DIRECTIONS)}
     assert combinations(drawn) == everything - HELD_OUT
     # The negative twin: one such scene among them is seen.
     rng = np.random.default_rng(0)
@@ -106,12 +105,12 @@ def test_each_word_is_drawn_as_often_as_it_should_be(drawn: list[Scene]):
     moving = [thing for thing in things if thing.direction is not None]
     # Measured: at most 2.5 standard deviations.
     assert off([s.background for s in drawn], even(BACKGROUNDS)) < 4
-    assert off([t.kind for t in things], even(KINDS)) < 4
+    assert off([t.kind for t in things], even(SHAPE_KINDS)) < 4
     assert off([t.colour for t in things], even(COLOURS)) < 4
     assert off([t.direction or "" for t in moving], even(DIRECTIONS)) < 4
     assert off([t.speed or "" for t in moving], even(SPEEDS)) < 4
     assert off([t.motion for t in things], motions()) < 4
-    two = {"one": 1 - PAIRS, "two": PAIRS}
+    two = {"one": 1 - _PAIR_SHARE, "two": _PAIR_SHARE}
     assert off(["two" if len(s.things) == 2 else "one" for s in drawn], two) < 4
     # The negative twin: a share that is wrong by a tenth. Measured: 7.4.
     wrong = motions() | {"move": motions()["move"] * 0.9}
@@ -129,7 +128,7 @@ def motions() -> dict[str, float]:
     """An eighth of what moves would be held out; it is drawn anew, and may then do otherwise."""
     weights = {
         m: p * (7 / 8 if m in ("move", "bounce") else 1)
-        for m, p in zip(MOTIONS, MOTION_SHARES, strict=True)
+        for m, p in zip(MOTIONS, _MOTION_SHARES, strict=True)
     }
     return {m: w / sum(weights.values()) for m, w in weights.items()}
 
@@ -138,7 +137,7 @@ def test_things_stay_inside_and_two_are_apart_and_of_two_colours(drawn: list[Sce
     for scene in drawn:
         for thing in scene.things:
             assert outside(thing) <= 0, thing
-            assert SMALLEST <= thing.at(SECONDS)[2] <= LARGEST
+            assert MIN_RADIUS <= thing.at(SECONDS)[2] <= MAX_RADIUS
         if len(scene.things) == 2:
             a, b = scene.things
             assert a.colour != b.colour
@@ -152,7 +151,7 @@ def test_a_thing_moves_at_its_speed_in_its_direction(direction, speed):
     thing = replace(RIGHT, direction=direction, speed=speed)
     moved = np.subtract(thing.at(0.5)[:2], thing.at(0.0)[:2]) / 0.5
     angle = math.radians(45 * DIRECTIONS.index(direction))
-    expected = SPEED[speed] * np.array([math.cos(angle), math.sin(angle)])
+    expected = SPEED_PER_SECOND[speed] * np.array([math.cos(angle), math.sin(angle)])
     # Measured: 1e-16.
     assert np.max(np.abs(moved - expected)) < 1e-12
     other = replace(thing, direction=DIRECTIONS[DIRECTIONS.index(direction) - 1])
@@ -163,7 +162,7 @@ def test_the_words_of_a_direction_say_where_it_points():
     signs = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
     for direction in DIRECTIONS:
         said = np.sum([signs[word] for word in direction.split()], axis=0)
-        assert np.array_equal(np.sign(np.round(unit(direction), 9)), said), direction
+        assert np.array_equal(np.sign(np.round(_unit(direction), 9)), said), direction
 
 
 def test_a_bouncing_thing_turns_at_the_edges():
@@ -209,7 +208,7 @@ def test_things_that_contradict_themselves_are_refused(change):
         replace(RIGHT, **change)
 
 
-@pytest.mark.parametrize("seconds", [0.0, -1.0, LONGEST * 1.001])
+@pytest.mark.parametrize("seconds", [0.0, -1.0, _MAX_SECONDS * 1.001])
 def test_times_for_which_nothing_can_be_planned_are_refused(seconds):
     with pytest.raises(ValueError, match="seconds"):
         draw_scene(np.random.default_rng(0), seconds)
@@ -223,7 +222,7 @@ def test_the_longest_scenes_do_not_take_forever():
     signal.setitimer(signal.ITIMER_REAL, 1)
     try:
         for number in range(50):
-            draw_scene(np.random.default_rng(number), LONGEST)
+            draw_scene(np.random.default_rng(number), _MAX_SECONDS)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

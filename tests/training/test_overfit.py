@@ -11,15 +11,15 @@ from flax import nnx
 
 from skyreels_jax.diffusion.guidance import NoGuidance
 from skyreels_jax.diffusion.sigmas import flow_sigmas
+from skyreels_jax.mini.recipe import read_recipe
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.sampling.denoiser import Denoiser, Sampling
-from skyreels_jax.training.objective import Batch, noised, velocity_loss
+from skyreels_jax.training.objective import Batch, add_noise, velocity_loss
 from skyreels_jax.training.optimizer import make_optimizer
-from skyreels_jax.training.parameters import Template
-from skyreels_jax.training.recipe import read_recipe
 from skyreels_jax.training.step import init_state, make_step
-from skyreels_jax.training.transformer_task import Objective
+from skyreels_jax.training.task import Template
+from skyreels_jax.training.transformer_recipe import Objective
 
 # The shipped recipe's optimiser; its rate rises over more steps than a test has. The levels are the
 # trainer's defaults: the recipe's are shifted to where there is little but noise, and what is left
@@ -63,18 +63,19 @@ def trained(
         sigma = levels.sample(level_key, 8, SHAPE[2])
         model = template.model(params)
         if backwards:
-            x = noised(clips, noise, sigma)
+            x = add_noise(clips, noise, sigma)
             told = jnp.broadcast_to(1000 * sigma, (8, SHAPE[2]))
             return jnp.mean(jnp.square(model(x, told, context) + (noise - clips))), {}
         return velocity_loss(model, batch, noise, sigma), {}
 
     shorter = replace(RECIPE.optimizer, learning_rate=1e-2, warmup=10)
     optimizer = make_optimizer(shorter, steps, params)
-    step, state = make_step(loss, optimizer), init_state(params, optimizer, 0.0)
+    step = make_step(loss, optimizer, draw=lambda batch, key: key)
+    state = init_state(params, optimizer, 0.0)
     losses = []
     for number in range(steps):
         state, report = step(state, Batch(clips, context), jax.random.key(number))
-        losses.append(float(report.figures["loss"]))
+        losses.append(float(report.metrics["loss"]))
     return template.model(state.params), losses
 
 

@@ -13,9 +13,9 @@ import pytest
 
 from skyreels_jax.training.objective import cosmap
 from skyreels_jax.training.sigma_distributions import (
-    KNOWN,
+    KNOWN_FRAME_SIGMA,
     Continuation,
-    EachFrame,
+    IndependentFrames,
     LogitNormal,
     Mixed,
     NonDecreasing,
@@ -108,7 +108,7 @@ def test_shifted_levels_have_the_shifted_median(shift: float):
 
 
 def test_frames_by_themselves_are_independent():
-    sigma = np.asarray(EachFrame(ShiftedUniform()).sample(jax.random.key(3), 5000, 4))
+    sigma = np.asarray(IndependentFrames(ShiftedUniform()).sample(jax.random.key(3), 5000, 4))
     assert sigma.shape == (5000, 4)
     correlation = np.corrcoef(sigma.T) - np.eye(4)
     assert np.max(np.abs(correlation)) < 0.06
@@ -124,7 +124,7 @@ def test_a_mixture_is_of_both_kinds():
 
 def test_a_continuation_knows_its_first_frames():
     sigma = np.asarray(Continuation(LogitNormal(shift=4.0)).sample(jax.random.key(5), 4000, 5))
-    known = sigma == np.float32(KNOWN)
+    known = sigma == np.float32(KNOWN_FRAME_SIGMA)
     given = known.sum(axis=1)
     # In front, at least one, never all, each number alike.
     assert np.all(known == (np.arange(5) < given[:, None]))

@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from skyreels_jax.mini.vae_task import holding_still
 from skyreels_jax.models.vae import WanVae, decode, encode
 from skyreels_jax.models.vae_config import VaeConfig
-from skyreels_jax.training.parameters import Template
-from skyreels_jax.training.vae import Moments, VaeLoss, divergence, frames, moments, vae_loss
-from skyreels_jax.training.vae_task import holding_still
+from skyreels_jax.training.task import Template
+from skyreels_jax.training.vae_objective import (
+    Moments,
+    VaeLoss,
+    divergence,
+    frames,
+    moments,
+    vae_loss,
+)
 
 CONFIG = VaeConfig(
     # A norm over fewer channels amplifies rounding: with 4, errors are ten times as large.

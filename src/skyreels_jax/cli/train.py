@@ -5,12 +5,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
+
+from skyreels_jax.errors import RequestError
 
 if TYPE_CHECKING:
-    from skyreels_jax.training.loop import Watch
-
-STOPPED: Final = 143
+    from skyreels_jax.training.dataset import OnEncoded
+    from skyreels_jax.training.log import OnLog
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,7 +20,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "train",
         help="train a model from a TOML file, or go on with it",
         description="Train what a TOML file says, or go on where a run in its output folder was "
-        "stopped. Ctrl-C and SIGTERM save first.",
+        "stopped. Ctrl-C, SIGTERM and SIGHUP save first.",
     )
     parser.add_argument("config", type=Path, help="what to train on what; see docs/training.md")
     parser.add_argument("--output", type=Path, metavar="DIR", help="instead of the file's `output`")
@@ -29,31 +30,83 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Train."""
-    from skyreels_jax.cache_dirs import enable_compilation_cache
-    from skyreels_jax.cli.training_samples import sampler
-    from skyreels_jax.training.loop import train
-    from skyreels_jax.training.recipe import read_recipe
-    from skyreels_jax.training.transformer_task import VideoTask
-
-    enable_compilation_cache()
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, str | int] = {}
     if args.output is not None:
         overrides["output"] = str(args.output)
     if args.steps is not None:
         overrides["steps"] = args.steps
+    from skyreels_jax.mini.recipe import read_recipe
+
     recipe = read_recipe(args.config, overrides)
-    task = recipe.task()
+
+    from skyreels_jax.cache_dirs import enable_compilation_cache
+    from skyreels_jax.cli.training_samples import write_samples_of
+    from skyreels_jax.training.loop import train
+    from skyreels_jax.training.transformer_task import VideoTask
+
+    enable_compilation_cache()
+    try:
+        recipe.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"output {recipe.output} cannot be made: {error.strerror}") from error
+    with _encoding_progress() as on_encoded:
+        task = recipe.task(on_encoded)
     if isinstance(task, VideoTask):
-        task.sampler = sampler(task.training.data)
-    with progress(recipe.run.steps) as watch:
-        result = train(task, recipe.run, recipe.optimizer, recipe.output, watch=watch)
+        task.sample_writer = write_samples_of(task.training.data, task.config.model_type)
+    with _progress(recipe.run.steps) as on_log:
+        result = train(
+            task,
+            recipe.run,
+            recipe.optimizer,
+            recipe.output,
+            settings=recipe.settings(),
+            on_log=on_log,
+        )
     state = "done" if result.finished else "stopped; the same command goes on"
+    if result.started == result.step and result.finished:
+        state = "done before; more steps would go on"
     print(f"step {result.step} of {recipe.run.steps}: {state}", file=sys.stderr)
-    return 0 if result.finished else STOPPED
+    if result.finished:
+        print(recipe.output / "model")
+    return 0 if result.finished else result.stop.exit_code
 
 
 @contextmanager
-def progress(steps: int) -> "Iterator[Watch]":
+def _encoding_progress() -> "Iterator[OnEncoded]":
+    """A bar for clips that are encoded on a terminal, else a line now and then."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    bars = Progress(
+        *(TextColumn("encoding {task.description}"), BarColumn(), MofNCompleteColumn()),
+        *(TimeElapsedColumn(), TimeRemainingColumn()),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    shown: dict[tuple[str, int], TaskID] = {}
+
+    def on_encoded(what: str, done: int, total: int) -> None:
+        if (what, total) not in shown:
+            shown[what, total] = bars.add_task(what, total=total)
+        bars.update(shown[what, total], completed=done)
+        if bars.disable and (done == total or not done % 512):
+            print(f"encoding {what}: {done} of {total}", file=sys.stderr, flush=True)
+
+    with bars:
+        yield on_encoded
+
+
+@contextmanager
+def _progress(steps: int) -> "Iterator[OnLog]":
     """A bar with loss and time left on a terminal, else a line for each line of the log."""
     from rich.console import Console
     from rich.progress import (
@@ -67,25 +120,24 @@ def progress(steps: int) -> "Iterator[Watch]":
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield say
+        yield _print
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[metrics]}"))
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, *times, console=console) as bars:
-        bar = bars.add_task("train", total=steps, figures="")
+        bar = bars.add_task("train", total=steps, metrics="")
 
-        def watch(step: int, figures: Mapping[str, float]) -> None:
-            shown = {name: figures[name] for name in ("loss", "psnr", "held") if name in figures}
-            bars.update(bar, completed=step, figures=in_words(shown))
+        def on_log(step: int, metrics: Mapping[str, float]) -> None:
+            names = ("loss", "psnr", "held", "steps_per_second")
+            shown = {name: metrics[name] for name in names if name in metrics}
+            bars.update(bar, completed=step, metrics=_in_words(shown))
 
-        yield watch
-
-
-def say(step: int, figures: Mapping[str, float]) -> None:
-    """One line."""
-    print(f"step {step}  {in_words(figures)}", file=sys.stderr, flush=True)
+        yield on_log
 
 
-def in_words(figures: Mapping[str, float]) -> str:
-    """Names and values."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+def _print(step: int, metrics: Mapping[str, float]) -> None:
+    print(f"step {step}  {_in_words(metrics)}", file=sys.stderr, flush=True)
+
+
+def _in_words(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -97,7 +97,7 @@ def _long_video(pipeline: Pipeline, count: int, mode: str, log: Callable[[str], 
         "num_frames": LONG,
         "base_num_frames": FRAMES,
         "overlap_history": LONG_OVERLAP,
-        # That of known frames in training (skyreels_jax.training.sigma_distributions.KNOWN).
+        # That of given frames in training: sigma_distributions.KNOWN_FRAME_SIGMA.
         "addnoise_condition": 20,
     }
 

@@ -16,32 +16,37 @@ from typing import Any, Final
 
 from skyreels_jax.checkpoints import PIPELINE_OF
 from skyreels_jax.hub import ASSETS
+from skyreels_jax.mini.recipe import read_recipe
 from skyreels_jax.presets import PRESETS
-from skyreels_jax.training.loop import LOG, train
-from skyreels_jax.training.recipe import read_recipe
+from skyreels_jax.training.log import LOG_FILE
+from skyreels_jax.training.loop import train
 from skyreels_jax.weights.diffusers_json import model_index, scheduler_json
 from skyreels_jax.weights.layout import MODEL_INDEX, Part, parts_of
 from skyreels_jax.weights.parts import stored_image_encoder
 from skyreels_jax.weights.writer import new_folder, write_json
 
 # In the order in which they need each other, by the names of their files and output folders.
-RUNS: Final = ("text", "image", "vae-frames", "vae", "df-first", "df", "df-last", "i2v")
+_RUNS: Final = ("text", "image", "vae-frames", "vae", "df-first", "df", "df-last", "i2v")
 # Which run each part of a folder comes from.
-SHARED: Final[Mapping[Part, str]] = {"tokenizer": "text", "text_encoder": "text", "vae": "vae"}
-IMAGE: Final[Mapping[Part, str]] = {"image_encoder": "image", "image_processor": "image"}
-FOLDERS: Final[Mapping[str, tuple[str, Mapping[Part, str]]]] = {
-    "mini": ("df-last", SHARED),
-    "mini-i2v": ("i2v", {**SHARED, **IMAGE}),
+_SHARED_PARTS: Final[Mapping[Part, str]] = {
+    "tokenizer": "text",
+    "text_encoder": "text",
+    "vae": "vae",
+}
+_IMAGE_PARTS: Final[Mapping[Part, str]] = {"image_encoder": "image", "image_processor": "image"}
+_FOLDERS: Final[Mapping[str, tuple[str, Mapping[Part, str]]]] = {
+    "mini": ("df-last", _SHARED_PARTS),
+    "mini-i2v": ("i2v", {**_SHARED_PARTS, **_IMAGE_PARTS}),
 }
 # Runs that begin with another's parameters.
-BEGUN_BY: Final[Mapping[str, str]] = {
+_BEGUN_BY: Final[Mapping[str, str]] = {
     "vae": "vae-frames",
     "df": "df-first",
     "df-last": "df",
     "i2v": "df-last",
 }
 # Written by people, from an evaluation.
-CARD: Final = ("README.md", "wrong.png")
+_CARD_FILES: Final = ("README.md", "wrong.png")
 
 
 def make(configs: Path, outputs: Path, *, only: str | None = None) -> bool:
@@ -50,16 +55,17 @@ def make(configs: Path, outputs: Path, *, only: str | None = None) -> bool:
     Args:
         configs: folder of the recipes.
         outputs: folder of the runs; the recipes name those of each other in it.
-        only: one of :data:`RUNS`.
+        only: one of :data:`_RUNS`.
     """
-    for name in RUNS if only is None else (only,):
+    for name in _RUNS if only is None else (only,):
         output = outputs / name
         if (output / "model").is_dir():
             print(f"{name}: done before", file=sys.stderr)
             continue
         recipe = read_recipe(configs / f"{name}.toml", {"output": str(output)})
         print(f"{name}: {recipe.run.steps} steps", file=sys.stderr)
-        result = train(recipe.task(), recipe.run, recipe.optimizer, output, watch=_say)
+        named = {"settings": recipe.settings(), "on_log": _print}
+        result = train(recipe.task(), recipe.run, recipe.optimizer, output, **named)
         if not result.finished:
             return False
     return True
@@ -71,11 +77,11 @@ def assemble(outputs: Path, assets: Path, name: str) -> Path:
     Args:
         outputs: folder of the runs.
         assets: folder of the models; ``name`` in it is replaced, but for its card.
-        name: one of :data:`FOLDERS`.
+        name: one of :data:`_FOLDERS`.
     """
-    cards = [assets / name / file for file in CARD if (assets / name / file).is_file()]
+    cards = [assets / name / file for file in _CARD_FILES if (assets / name / file).is_file()]
     kept = {card.name: card.read_bytes() for card in cards}
-    run, parts = FOLDERS[name]
+    run, parts = _FOLDERS[name]
     preset = PRESETS[name]
     with new_folder(assets / name, overwrite=True) as folder:
         shutil.copytree(outputs / run / "model" / "transformer", folder / "transformer")
@@ -84,23 +90,25 @@ def assemble(outputs: Path, assets: Path, name: str) -> Path:
         (folder / "scheduler").mkdir()
         scheduler = scheduler_json(flow_shift=preset.shift)
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-        tower = stored_image_encoder(parts_of(folder)).config if "image_encoder" in parts else None
+        encoder = (
+            stored_image_encoder(parts_of(folder)).config if "image_encoder" in parts else None
+        )
         named: list[Part] = [*parts, "scheduler"]
-        write_json(folder / MODEL_INDEX, model_index(PIPELINE_OF[preset.task], named, tower))
+        write_json(folder / MODEL_INDEX, model_index(PIPELINE_OF[preset.task], named, encoder))
         runs = {run, *parts.values()}
-        while more := {BEGUN_BY[later] for later in runs & BEGUN_BY.keys()} - runs:
+        while more := {_BEGUN_BY[later] for later in runs & _BEGUN_BY.keys()} - runs:
             runs |= more
-        write_json(folder / "training.json", made_by(outputs, sorted(runs, key=RUNS.index)))
+        write_json(folder / "training.json", made_by(outputs, sorted(runs, key=_RUNS.index)))
         for file, content in kept.items():
             (folder / file).write_bytes(content)
     return assets / name
 
 
 def made_by(outputs: Path, runs: list[str]) -> dict[str, Any]:
-    """How the parts were made: steps, hours and last figures of each run, and versions."""
+    """How the parts were made: steps, hours and last metrics of each run, and versions."""
     found: dict[str, Any] = {}
     for name in runs:
-        lines = [json.loads(line) for line in (outputs / name / LOG).read_text().splitlines()]
+        lines = [json.loads(line) for line in (outputs / name / LOG_FILE).read_text().splitlines()]
         last = {key: value for line in lines for key, value in line.items()}
         found[name] = {**last, "hours": round(last["seconds"] / 3600, 2)}
     packages = ("jax", "flax", "optax", "numpy", "skyreels-jax")
@@ -112,8 +120,8 @@ def made_by(outputs: Path, runs: list[str]) -> dict[str, Any]:
     }
 
 
-def _say(step: int, figures: Mapping[str, float]) -> None:
-    line = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+def _print(step: int, metrics: Mapping[str, float]) -> None:
+    line = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     print(f"  step {step}  {line}", file=sys.stderr, flush=True)
 
 
@@ -123,8 +131,8 @@ def main() -> int:
     parser.add_argument("--configs", type=Path, default=Path("configs/mini"))
     parser.add_argument("--outputs", type=Path, default=Path("out/mini"))
     parser.add_argument("--assets", type=Path, default=ASSETS)
-    parser.add_argument("--only", choices=RUNS)
-    parser.add_argument("--assemble", choices=FOLDERS, help="put one together, train nothing")
+    parser.add_argument("--only", choices=_RUNS)
+    parser.add_argument("--assemble", choices=_FOLDERS, help="put one together, train nothing")
     args = parser.parse_args()
     if args.assemble is not None:
         print(assemble(args.outputs, args.assets, args.assemble))
@@ -133,7 +141,7 @@ def main() -> int:
         print("stopped; run again to go on", file=sys.stderr)
         return 143
     if args.only is None:
-        for name in FOLDERS:
+        for name in _FOLDERS:
             print(assemble(args.outputs, args.assets, name))
     return 0
 

@@ -1,7 +1,7 @@
-"""Training the small model's text and image towers: to tell what a scene is.
+"""Training the small model's text and image encoders: to tell what a scene is.
 
-From the mean of a tower's states, linear heads name the things of the scene. The heads are thrown
-away; what the states must hold so that a mean of them tells all this stays.
+From the mean of an encoder's states, linear heads name the things of the scene. The heads are
+thrown away; what the states must hold so that a mean of them tells all this stays.
 """
 
 import math
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from skyreels_jax.models.clip_vision import ClipVision, ClipVisionConfig
 from skyreels_jax.models.umt5 import Umt5Config, Umt5Encoder
@@ -28,8 +28,8 @@ from skyreels_jax.moving_shapes.scene import (
     COLOURS,
     DIRECTIONS,
     HELD_OUT,
-    KINDS,
     MOTIONS,
+    SHAPE_KINDS,
     SPEEDS,
     Scene,
     Thing,
@@ -37,8 +37,11 @@ from skyreels_jax.moving_shapes.scene import (
     draw_scene,
 )
 from skyreels_jax.prompts import Tokenizer
-from skyreels_jax.training.conditions import clip_pixels
-from skyreels_jax.training.parameters import Params, Template
+from skyreels_jax.training.config import check_at_least, check_heads
+from skyreels_jax.training.dataset import clip_pixels
+from skyreels_jax.training.step import no_draw
+from skyreels_jax.training.task import LossAndMetrics, Params, Template
+from skyreels_jax.training.transformer_recipe import MAX_CAPTION_TOKENS
 from skyreels_jax.weights.clip_rules import clip_rules
 from skyreels_jax.weights.convert import export, exported
 from skyreels_jax.weights.diffusers_json import (
@@ -54,18 +57,20 @@ from skyreels_jax.weights.umt5_rules import UMT5_RULES
 from skyreels_jax.weights.unigram import write_unigram
 from skyreels_jax.weights.writer import write_json, write_tensors
 
-ModelT = TypeVar("ModelT", bound=nnx.Module)
+_ModelT = TypeVar("_ModelT", bound=nnx.Module)
 # Streams of random numbers that no two uses share.
-TRAINING: Final = 1
-EVALUATION: Final = 2
-EVALUATED: Final = 512
+_TRAINING: Final = 1
+_EVALUATION: Final = 2
+_EVALUATED: Final = 512
 # Things that a scene may have.
-PLACES: Final = 2
-CHARACTERS: Final = string.ascii_letters + string.digits + string.punctuation
+_SLOTS: Final = 2
+# Begins the names of the encoder's parameters; the heads' have none of it.
+_PREFIX: Final = "encoder."
+TOKENIZER_CHARACTERS: Final = string.ascii_letters + string.digits + string.punctuation
 
 
 @dataclass(frozen=True)
-class TowerData:
+class EncoderData:
     """Scenes; ``seconds`` is how long things must stay inside the frame."""
 
     batch: int = 64
@@ -73,10 +78,17 @@ class TowerData:
     text_length: int = 48
     seconds: float = 1.0
 
+    def __post_init__(self):
+        check_at_least(self, 1, "batch", most=10**6)
+        check_at_least(self, 16, "size", most=512)
+        check_at_least(self, MAX_CAPTION_TOKENS, "text_length", most=512)
+        if not 0 < self.seconds <= 1:
+            raise ValueError(f"seconds = {self.seconds} should be above 0 and at most 1")
+
 
 @dataclass(frozen=True)
-class TowerShape:
-    """The free numbers of a tower's config."""
+class EncoderShape:
+    """The free numbers of an encoder's config."""
 
     dim: int = 128
     ffn_dim: int = 256
@@ -85,26 +97,37 @@ class TowerShape:
     image_size: int = 64
     patch_size: int = 4
 
+    def __post_init__(self):
+        check_at_least(self, 1, "dim", "ffn_dim", "num_heads", "num_layers", "patch_size")
+        check_at_least(self, self.patch_size, "image_size", most=1024)
+        check_heads(self, 1, 1)
+        if self.image_size % self.patch_size:
+            near = self.image_size - self.image_size % self.patch_size
+            raise ValueError(
+                f"image_size = {self.image_size} should be a multiple of patch_size = "
+                f"{self.patch_size}; nearest: {near}"
+            )
+
 
 @dataclass(frozen=True)
-class TowerTraining:
+class EncoderTraining:
     """A run's tables ``model`` and ``data``."""
 
-    model: TowerShape = field(default_factory=TowerShape)
-    data: TowerData = field(default_factory=TowerData)
+    model: EncoderShape = field(default_factory=EncoderShape)
+    data: EncoderData = field(default_factory=EncoderData)
 
 
 # Classes of a question, and the answer about a thing.
-Questions = Mapping[str, int]
-# Of every thing; one class more where there is none.
-THING: Final[Questions] = {"kind": len(KINDS) + 1, "colour": len(COLOURS) + 1}
-MOVING: Final[Questions] = {
+_Questions = Mapping[str, int]
+# What is asked of every thing; one class more where there is none.
+_THING: Final[_Questions] = {"kind": len(SHAPE_KINDS) + 1, "colour": len(COLOURS) + 1}
+_MOVING: Final[_Questions] = {
     "motion": len(MOTIONS) + 1,
     "direction": len(DIRECTIONS) + 1,
     "speed": len(SPEEDS) + 1,
 }
 _LEGAL: Final[Mapping[str, Sequence[str]]] = {
-    "kind": KINDS,
+    "kind": SHAPE_KINDS,
     "colour": COLOURS,
     "motion": MOTIONS,
     "direction": DIRECTIONS,
@@ -115,55 +138,57 @@ _LEGAL: Final[Mapping[str, Sequence[str]]] = {
 def answers(things: Sequence[Thing], background: str, asked: Sequence[str]) -> list[int]:
     """Classes of each question about the first and the second thing, then of the background."""
     found = []
-    for place in range(PLACES):
+    for slot in range(_SLOTS):
         for name in asked:
             legal = _LEGAL[name]
-            value = getattr(things[place], name) if place < len(things) else None
+            value = getattr(things[slot], name) if slot < len(things) else None
             found.append(len(legal) if value is None else legal.index(value))
     return [*found, BACKGROUNDS.index(background)]
 
 
-class TowerTask(Generic[ModelT]):
-    """A :class:`~skyreels_jax.training.task.Task`; what differs are inputs and questions."""
+class EncoderTask(Generic[_ModelT]):
+    """A :class:`~skyreels_jax.training.task.TrainingTask`; subclasses give inputs and questions."""
 
-    asked: Questions
+    asked: _Questions
 
-    def __init__(self, training: TowerTraining, seed: int):
+    def __init__(self, training: EncoderTraining, seed: int):
         """``seed`` decides initial values and data."""
         self.training, self.seed = training, seed
-        self.template, tower = Template.of(self._fresh())
-        self.classes = (*list(self.asked.values()) * PLACES, len(BACKGROUNDS))
+        self.template, encoder = Template.of(self._fresh())
+        self.classes = (*list(self.asked.values()) * _SLOTS, len(BACKGROUNDS))
         shape = (self._width(), sum(self.classes))
         kernel = jax.random.normal(jax.random.key(seed), shape) / math.sqrt(shape[0])
         heads = {"head.kernel": kernel, "head.bias": jnp.zeros(shape[1:])}
-        self.first = {**{f"tower.{name}": value for name, value in tower.items()}, **heads}
+        self.first = {**{f"{_PREFIX}{name}": value for name, value in encoder.items()}, **heads}
         self._right = jax.jit(self._answered)
 
     @abstractmethod
-    def _fresh(self) -> ModelT: ...
+    def _fresh(self) -> _ModelT: ...
 
     @abstractmethod
     def _width(self) -> int: ...
 
     @abstractmethod
-    def _pooled(self, model: ModelT, batch: Any) -> Float[Array, "B D"]: ...
+    def _pooled(self, model: _ModelT, batch: PyTree) -> Float[Array, "B D"]: ...
 
     @abstractmethod
-    def _example(self, scene: Scene, rng: np.random.Generator) -> tuple[Any, list[int]]: ...
+    def _example(self, scene: Scene, rng: np.random.Generator) -> tuple[PyTree, list[int]]: ...
 
     @abstractmethod
-    def _together(self, inputs: list[Any]) -> Any: ...
+    def _together(self, inputs: list) -> PyTree: ...
 
     def init(self) -> Params:
         """Tower and heads."""
         return self.first
 
-    def batch(self, index: int) -> tuple[Any, np.ndarray]:
+    def batch(self, index: int) -> tuple[PyTree, np.ndarray]:
         """Inputs, and classes ``[B, questions]``."""
-        rng = np.random.default_rng([self.seed, TRAINING, index])
+        rng = np.random.default_rng([self.seed, _TRAINING, index])
         return self._batch(rng, self.training.data.batch, held=False)
 
-    def _batch(self, rng: np.random.Generator, count: int, *, held: bool) -> tuple[Any, np.ndarray]:
+    def _batch(
+        self, rng: np.random.Generator, count: int, *, held: bool
+    ) -> tuple[PyTree, np.ndarray]:
         seconds, combinations = self.training.data.seconds, sorted(HELD_OUT, key=str)
         examples = []
         for number in range(count):
@@ -173,18 +198,20 @@ class TowerTask(Generic[ModelT]):
         inputs, classes = zip(*examples, strict=True)
         return self._together(list(inputs)), np.array(classes, np.int32)
 
-    def _logits(self, params: Params, batch: Any) -> list[Float[Array, "B classes"]]:
-        prefix = "tower."
-        tower = {n.removeprefix(prefix): v for n, v in params.items() if n.startswith(prefix)}
-        pooled = self._pooled(self.template.model(tower), batch)
+    def _logits(self, params: Params, batch: PyTree) -> list[Float[Array, "B classes"]]:
+        pooled = self._pooled(self.encoder(params), batch)
         logits = pooled @ params["head.kernel"] + params["head.bias"][None]
         return jnp.split(logits, np.cumsum(self.classes)[:-1].tolist(), axis=1)
 
-    def loss(
-        self, params: Params, batch: tuple[Any, Array], key: Array
-    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+    draw = staticmethod(no_draw)
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """Nothing: all data follows from the recipe."""
+        return {}
+
+    def loss(self, params: Params, batch: tuple[PyTree, Array], noise: PyTree) -> LossAndMetrics:
         """Mean cross-entropy of all questions, in nats."""
-        del key
+        del noise
         inputs, classes = batch
         losses = [
             -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), classes[:, i, None], axis=1))
@@ -192,7 +219,7 @@ class TowerTask(Generic[ModelT]):
         ]
         return jnp.mean(jnp.stack(losses)), {}
 
-    def _answered(self, params: Params, batch: tuple[Any, Array]) -> Float[Array, " questions"]:
+    def _answered(self, params: Params, batch: tuple[PyTree, Array]) -> Float[Array, " questions"]:
         inputs, classes = batch
         logits = self._logits(params, inputs)
         right = [jnp.argmax(x, axis=1) == classes[:, i] for i, x in enumerate(logits)]
@@ -202,8 +229,8 @@ class TowerTask(Generic[ModelT]):
         """Share of right answers, of scenes like those of training and of combinations held out."""
         found: dict[str, float] = {}
         for held in (False, True):
-            rng = np.random.default_rng([self.seed, EVALUATION, int(held)])
-            parts = [self._batch(rng, 64, held=held) for _ in range(EVALUATED // 64)]
+            rng = np.random.default_rng([self.seed, _EVALUATION, int(held)])
+            parts = [self._batch(rng, 64, held=held) for _ in range(_EVALUATED // 64)]
             shares = np.mean([np.asarray(self._right(params, part)) for part in parts], axis=0)
             for i, name in enumerate(self.asked):
                 label = f"held_{name}" if held else name
@@ -214,17 +241,16 @@ class TowerTask(Generic[ModelT]):
     def sample(self, params: Params, folder: Path) -> None:
         """There is nothing to look at."""
 
-    def tower(self, params: Params) -> ModelT:
+    def encoder(self, params: Params) -> _ModelT:
         """Without the heads."""
-        prefix = "tower."
-        values = {n.removeprefix(prefix): v for n, v in params.items() if n.startswith(prefix)}
+        values = {n.removeprefix(_PREFIX): v for n, v in params.items() if n.startswith(_PREFIX)}
         return self.template.model(values)
 
 
-class TextTask(TowerTask[Umt5Encoder]):
+class TextTask(EncoderTask[Umt5Encoder]):
     """Captions; things in the order in which they are said."""
 
-    asked = {**THING, **MOVING}
+    asked = {**_THING, **_MOVING}
 
     def _fresh(self) -> Umt5Encoder:
         shape = self.training.model
@@ -254,8 +280,6 @@ class TextTask(TowerTask[Umt5Encoder]):
     def _together(self, inputs: list[str]) -> tuple[np.ndarray, np.ndarray]:
         tokens = self._tokenizer.encode(inputs)
         length = self.training.data.text_length
-        if max(tokens.lengths) > length:
-            raise ValueError(f"a caption has {max(tokens.lengths)} tokens; text_length = {length}")
         return tokens.ids[:, :length], tokens.mask[:, :length]
 
     def _pooled(self, model: Umt5Encoder, batch: tuple[Array, Array]) -> Float[Array, "B D"]:
@@ -268,13 +292,13 @@ class TextTask(TowerTask[Umt5Encoder]):
         """``tokenizer`` and ``text_encoder`` in diffusers' layout, bfloat16."""
         write_mini_tokenizer(folder / "tokenizer")
         json = text_encoder_json(self.config)
-        _write(folder / "text_encoder", json, self.tower(params), UMT5_RULES, jnp.bfloat16)
+        _write(folder / "text_encoder", json, self.encoder(params), UMT5_RULES, jnp.bfloat16)
 
 
-class ImageTask(TowerTask[ClipVision]):
+class ImageTask(EncoderTask[ClipVision]):
     """First frames; things from left to right."""
 
-    asked = THING
+    asked = _THING
 
     def _fresh(self) -> ClipVision:
         shape = self.training.model
@@ -307,7 +331,7 @@ class ImageTask(TowerTask[ClipVision]):
 
     def export(self, params: Params, folder: Path) -> None:
         """``image_encoder`` and ``image_processor`` in diffusers' layout, float16."""
-        json, model = image_encoder_json(self.config), self.tower(params)
+        json, model = image_encoder_json(self.config), self.encoder(params)
         _write(folder / "image_encoder", json, model, clip_rules(self.config), np.float16)
         (folder / "image_processor").mkdir()
         json = image_processor_json(self.config)
@@ -318,7 +342,7 @@ def write_mini_tokenizer(folder: Path) -> int:
     """A tokenizer that knows the words of captions, with and without a capital; returns its ids."""
     plain = words()
     capital = tuple(word.capitalize() for word in plain)
-    return write_unigram(folder, (*plain, *capital), CHARACTERS)
+    return write_unigram(folder, (*plain, *capital), TOKENIZER_CHARACTERS)
 
 
 def _write(
@@ -327,5 +351,5 @@ def _write(
     folder.mkdir()
     write_json(folder / CONFIG, json)
     specs = with_dtype(exported(model, rules, "diffusers"), dtype)
-    values = all_rounded(export(model, rules, "diffusers"), dtype, "the tower")
+    values = all_rounded(export(model, rules, "diffusers"), dtype, "the encoder")
     write_tensors(folder, "model", specs, values)

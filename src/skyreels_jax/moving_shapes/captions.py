@@ -1,6 +1,6 @@
 """What is said about a scene: one plain wording, and many others of the same meaning.
 
-Kind, colour, motion and direction of every thing are always said; speed and background often.
+ShapeKind, colour, motion and direction of every thing are always said; speed and background often.
 """
 
 from collections.abc import Sequence
@@ -11,24 +11,24 @@ import numpy as np
 from skyreels_jax.moving_shapes.scene import (
     COLOURS,
     Background,
-    Direction,
-    Kind,
     Motion,
+    MoveDirection,
     Scene,
+    ShapeKind,
     Speed,
     Thing,
 )
 
-Value = TypeVar("Value")
+_Value = TypeVar("_Value")
 
 # The first wording of each is the plain one.
-KIND: Final[dict[Kind, tuple[str, ...]]] = {
+_KIND: Final[dict[ShapeKind, tuple[str, ...]]] = {
     "circle": ("circle", "disc", "ball"),
     "square": ("square", "box"),
     "triangle": ("triangle",),
     "star": ("star",),
 }
-DIRECTION: Final[dict[Direction, tuple[str, ...]]] = {
+_DIRECTION: Final[dict[MoveDirection, tuple[str, ...]]] = {
     "right": ("to the right", "rightwards", "from left to right"),
     "down right": ("down and to the right", "to the lower right", "towards the bottom right"),
     "down": ("down", "downwards", "from top to bottom"),
@@ -38,12 +38,12 @@ DIRECTION: Final[dict[Direction, tuple[str, ...]]] = {
     "up": ("up", "upwards", "from bottom to top"),
     "up right": ("up and to the right", "to the upper right", "towards the top right"),
 }
-SPEED: Final[dict[Speed, tuple[str, ...]]] = {
+_SPEED: Final[dict[Speed, tuple[str, ...]]] = {
     "slow": ("slowly", "gently", "without haste"),
     "fast": ("quickly", "fast", "at high speed"),
 }
 # With and without an "is" before them, to follow "a red circle".
-VERB: Final[dict[Motion, tuple[str, ...]]] = {
+_VERB: Final[dict[Motion, tuple[str, ...]]] = {
     "move": (
         "moves",
         "is moving",
@@ -60,8 +60,8 @@ VERB: Final[dict[Motion, tuple[str, ...]]] = {
     "shrink": ("shrinks", "is shrinking", "gets smaller", "shrinking", "getting smaller"),
 }
 # A bouncing thing sets out in its direction.
-FIRST: Final = ("first", "setting out", "at first")
-BACKGROUND: Final[dict[Background, tuple[str, ...]]] = {
+_FIRST: Final = ("first", "setting out", "at first")
+_BACKGROUND: Final[dict[Background, tuple[str, ...]]] = {
     "black": ("a black background", "black"),
     "white": ("a white background", "white"),
     "light grey": ("a light grey background", "light grey", "a light gray background"),
@@ -72,24 +72,24 @@ BACKGROUND: Final[dict[Background, tuple[str, ...]]] = {
         "a background that is light above and dark below",
     ),
 }
-JOINTS: Final = (" and ", ", while ", "; ")
+_JOINTS: Final = (" and ", ", while ", "; ")
 # Shares of the wordings that leave out the speed, or the background.
-WITHOUT_SPEED: Final = 0.25
-WITHOUT_BACKGROUND: Final = 0.15
+_WITHOUT_SPEED: Final = 0.25
+_WITHOUT_BACKGROUND: Final = 0.15
 
 
 def plain_caption(scene: Scene) -> str:
     """The one canonical wording, in which everything is said."""
     things = " and ".join(_plain(thing) for thing in scene.things)
-    return f"{things} on {BACKGROUND[scene.background][0]}"
+    return f"{things} on {_BACKGROUND[scene.background][0]}"
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """One of the many wordings."""
     things = [_worded(scene.things[i], rng) for i in rng.permutation(len(scene.things))]
-    text = _pick(rng, JOINTS).join(things)
-    if rng.random() >= WITHOUT_BACKGROUND:
-        background = _pick(rng, BACKGROUND[scene.background])
+    text = _pick(rng, _JOINTS).join(things)
+    if rng.random() >= _WITHOUT_BACKGROUND:
+        background = _pick(rng, _BACKGROUND[scene.background])
         form = rng.integers(3)
         if form == 0 and background.startswith("a "):
             text = f"on {background}, {text}"
@@ -104,32 +104,32 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 def words() -> tuple[str, ...]:
     """Every word that a caption can hold, in lower case, sorted."""
-    pieces = [*JOINTS, *FIRST, "a", "an", "the", "on", "background"]
-    for table in (KIND, DIRECTION, SPEED, VERB, BACKGROUND):
+    pieces = [*_JOINTS, *_FIRST, "a", "an", "the", "on", "background"]
+    for table in (_KIND, _DIRECTION, _SPEED, _VERB, _BACKGROUND):
         pieces += [wording for wordings in table.values() for wording in wordings]
     text = " ".join([*pieces, *COLOURS]).replace(",", " ").replace(";", " ")
     return tuple(sorted(set(text.split())))
 
 
 def _plain(thing: Thing) -> str:
-    text = f"{_a(thing.colour)} {KIND[thing.kind][0]} {VERB[thing.motion][0]}"
+    text = f"{_a(thing.colour)} {_KIND[thing.kind][0]} {_VERB[thing.motion][0]}"
     if thing.direction is None or thing.speed is None:
         return text
-    first = f"{FIRST[0]} " if thing.motion == "bounce" else ""
-    return f"{text} {SPEED[thing.speed][0]} {first}{DIRECTION[thing.direction][0]}"
+    first = f"{_FIRST[0]} " if thing.motion == "bounce" else ""
+    return f"{text} {_SPEED[thing.speed][0]} {first}{_DIRECTION[thing.direction][0]}"
 
 
 def _worded(thing: Thing, rng: np.random.Generator) -> str:
-    kind, verb = _pick(rng, KIND[thing.kind]), _pick(rng, VERB[thing.motion])
+    kind, verb = _pick(rng, _KIND[thing.kind]), _pick(rng, _VERB[thing.motion])
     text = f"{_a(thing.colour)} {kind} {verb}"
     if thing.direction is None or thing.speed is None:
         return text
-    where = _pick(rng, DIRECTION[thing.direction])
+    where = _pick(rng, _DIRECTION[thing.direction])
     if thing.motion == "bounce":
-        where = f"{_pick(rng, FIRST)} {where}"
-    if rng.random() < WITHOUT_SPEED:
+        where = f"{_pick(rng, _FIRST)} {where}"
+    if rng.random() < _WITHOUT_SPEED:
         return f"{text} {where}"
-    speed = _pick(rng, SPEED[thing.speed])
+    speed = _pick(rng, _SPEED[thing.speed])
     return f"{text} {speed} {where}" if rng.random() < 0.5 else f"{text} {where} {speed}"
 
 
@@ -137,5 +137,5 @@ def _a(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def _pick(rng: np.random.Generator, values: Sequence[Value]) -> Value:
+def _pick(rng: np.random.Generator, values: Sequence[_Value]) -> _Value:
     return values[int(rng.integers(len(values)))]

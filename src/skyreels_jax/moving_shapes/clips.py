@@ -10,22 +10,22 @@ from skyreels_jax.moving_shapes.captions import caption
 from skyreels_jax.moving_shapes.render import render
 from skyreels_jax.moving_shapes.scene import (
     HELD_OUT,
-    SMALLEST,
-    SPEED,
+    MIN_RADIUS,
+    SPEED_PER_SECOND,
     Scene,
     draw_held_out,
     draw_scene,
 )
 from skyreels_jax.shapes import Frames
 
-RATES: Final = (16, 24)
+FRAME_RATES: Final = (16, 24)
 # Lengths that a VAE takes: after the first frame, 4 share a latent.
-LENGTHS: Final = tuple(range(5, 34, 4))
+CLIP_LENGTHS: Final = tuple(range(5, 34, 4))
 # Sides of the frame in pixels; a multiple of what a VAE and a patch of latents make of one.
-SIDE_STEP: Final = 16
-SIDES: Final = tuple(range(32, 513, SIDE_STEP))
+_SIDE_STEP: Final = 16
+CLIP_SIZES: Final = tuple(range(32, 513, _SIDE_STEP))
 # Seconds in which the smallest of the fast shapes crosses the whole frame: no path is longer.
-CROSSING: Final = (1 - 2 * SMALLEST) / max(SPEED.values())
+_CROSSING_SECONDS: Final = (1 - 2 * MIN_RADIUS) / max(SPEED_PER_SECOND.values())
 _COMBINATIONS: Final = tuple(sorted(HELD_OUT, key=str))
 
 
@@ -60,9 +60,9 @@ def clip(
     Args:
         seed: of the series, not negative.
         index: from 0.
-        frames: one of :data:`LENGTHS`.
-        fps: one of :data:`RATES`.
-        size: one of :data:`SIDES`: pixels of a side of the square frame.
+        frames: one of :data:`CLIP_LENGTHS`.
+        fps: one of :data:`FRAME_RATES`.
+        size: one of :data:`CLIP_SIZES`: pixels of a side of the square frame.
         held_out: one thing that moves as a combination that training never sees, each of them in
             turn; else a scene of the training distribution.
 
@@ -81,9 +81,9 @@ def clip(
     return Clip(scene, text, render(scene, frames=frames, fps=float(fps), size=(size, size)))
 
 
-def longest(fps: int) -> int:
+def max_frames(fps: int) -> int:
     """The most frames at a rate: a fast thing can move straight on for all of them."""
-    return max(count for count in LENGTHS if count / fps < CROSSING)
+    return max(count for count in CLIP_LENGTHS if count / fps < _CROSSING_SECONDS)
 
 
 def check_clip(frames: int, fps: int, size: int) -> None:
@@ -92,20 +92,23 @@ def check_clip(frames: int, fps: int, size: int) -> None:
     Raises:
         RequestError: what was given, the rule, and the nearest legal values.
     """
-    if fps not in RATES:
-        raise RequestError(f"fps {fps}: it must be {' or '.join(map(str, RATES))}")
-    if frames not in LENGTHS:
-        rule = f"it must be 4 k + 1, from {LENGTHS[0]} to {LENGTHS[-1]}"
-        raise RequestError(f"frames {frames}: {rule}; nearest: {_nearest(frames, LENGTHS)}")
-    if frames > longest(fps):
+    if fps not in FRAME_RATES:
+        raise RequestError(f"fps {fps}: it must be {' or '.join(map(str, FRAME_RATES))}")
+    if frames not in CLIP_LENGTHS:
+        rule = f"it must be 4 k + 1, from {CLIP_LENGTHS[0]} to {CLIP_LENGTHS[-1]}"
+        raise RequestError(f"frames {frames}: {rule}; nearest: {_nearest(frames, CLIP_LENGTHS)}")
+    if frames > max_frames(fps):
         raise RequestError(
-            f"frames {frames} at {fps} fps: no clip is as long as the {CROSSING:.2f} s in which a "
-            f"fast shape crosses the frame; at most {longest(fps)} frames at {fps} fps"
-            + "".join(f", or {frames} at {rate}" for rate in RATES if frames <= longest(rate))
+            f"frames {frames} at {fps} fps: no clip is as long as the "
+            f"{_CROSSING_SECONDS:.2f} s in which a fast shape crosses the frame; at most "
+            f"{max_frames(fps)} frames at {fps} fps"
+            + "".join(
+                f", or {frames} at {rate}" for rate in FRAME_RATES if frames <= max_frames(rate)
+            )
         )
-    if size not in SIDES:
-        rule = f"it must be a multiple of {SIDE_STEP}, from {SIDES[0]} to {SIDES[-1]}"
-        raise RequestError(f"size {size}: {rule}; nearest: {_nearest(size, SIDES)}")
+    if size not in CLIP_SIZES:
+        rule = f"it must be a multiple of {_SIDE_STEP}, from {CLIP_SIZES[0]} to {CLIP_SIZES[-1]}"
+        raise RequestError(f"size {size}: {rule}; nearest: {_nearest(size, CLIP_SIZES)}")
 
 
 def _nearest(value: int, legal: tuple[int, ...]) -> str:

@@ -16,12 +16,12 @@ from jaxtyping import Float
 from skyreels_jax.moving_shapes.scene import (
     COLOURS,
     DIRECTIONS,
-    SPEED,
+    SPEED_PER_SECOND,
     Colour,
-    Direction,
-    Kind,
     Motion,
+    MoveDirection,
     Scene,
+    ShapeKind,
     Speed,
     Thing,
 )
@@ -50,9 +50,15 @@ _STEADY: Final = 0.8
 _COMPACT: Final = 0.3
 # Rays to the outline, and waves around it below which it is round: 0.25 of a triangle's outline are
 # of wave 3, 0.1 of a square's of wave 4, 0.3 of a star's of wave 5.
+<<<<<<< HEAD
 _RAYS: Final = 60
 _ROUND: Final = 0.045
 _WAVES: Final[dict[int, Kind]] = {3: "triangle", 4: "square", 5: "star"}
+=======
+RAYS: Final = 60
+ROUND: Final = 0.045
+WAVES: Final[dict[int, ShapeKind]] = {3: "triangle", 4: "square", 5: "star"}
+>>>>>>> 3a2c1b8 (Training reads recipes by msgspec, keeps what a run was made of beside each checkpoint, and saves before it looks)
 # Sides of the frame a second: slower stands still. And e-foldings of the radius a second.
 _MOVES: Final = 0.1
 _GROWS: Final = 0.14
@@ -76,9 +82,9 @@ class DetectedThing:
     """
 
     colour: Colour
-    kind: Kind | None
+    kind: ShapeKind | None
     motion: Motion
-    direction: Direction | None
+    direction: MoveDirection | None
     speed: Speed | None
     steady: bool
     track: Float[np.ndarray, "T 3"]
@@ -187,11 +193,16 @@ def _describe(
     number = np.flatnonzero(clear)
     compact = np.median(_spread(share[number], path[number])) < _COMPACT
     half = max(2, len(number) // 2)
+<<<<<<< HEAD
     kinds: list[Kind] = [
         _kind(share, path, frames) for frames in (number[:half], number[-half:], number)
+=======
+    kinds: list[ShapeKind] = [
+        _kind(share, path, part) for part in (number[:half], number[-half:], number)
+>>>>>>> 3a2c1b8 (Training reads recipes by msgspec, keeps what a run was made of beside each checkpoint, and saves before it looks)
     ]
     # One that another covers is judged by all it shows; one alone must stay what it is.
-    kind: Kind | None = kinds[2] if kinds[0] == kinds[1] or others else None
+    kind: ShapeKind | None = kinds[2] if kinds[0] == kinds[1] or others else None
     motion, direction, speed = _motion(path[number], number / fps)
     steady = bool(compact and (there.mean() >= _STEADY or bool(others)))
     return DetectedThing(colour, kind, motion, direction, speed, steady, path)
@@ -212,7 +223,7 @@ def _kind(
     share: Float[np.ndarray, "T height width"],
     path: Float[np.ndarray, "T 3"],
     number: Sequence[int] | np.ndarray,
-) -> Kind:
+) -> ShapeKind:
     waves = np.median([_waves(share[t], path[t]) for t in number], axis=0)
     strongest = int(np.argmax(waves))
     return "circle" if waves[strongest] < _ROUND else list(_WAVES.values())[strongest]
@@ -250,7 +261,7 @@ def _bilinear(image: Float[np.ndarray, "height width"], x: np.ndarray, y: np.nda
 
 def _motion(
     path: Float[np.ndarray, "T 3"], seconds: Float[np.ndarray, " T"]
-) -> tuple[Motion, Direction | None, Speed | None]:
+) -> tuple[Motion, MoveDirection | None, Speed | None]:
     steps = np.diff(path[:, :2], axis=0)
     gaps = np.diff(seconds)
     velocity = np.array([np.polyfit(seconds, path[:, axis], 1)[0] for axis in (0, 1)])
@@ -259,10 +270,15 @@ def _motion(
     duration = seconds[-1] - seconds[0]
     chord = float(np.hypot(*(path[-1, :2] - path[0, :2])))
     length = float(np.hypot(*steps.T).sum())
+<<<<<<< HEAD
     turned = (
         pace > _MOVES and length > _TURNS * max(chord, 0.02) and length > 0.5 * _MOVES * duration
     )
     middle = 0.5 * (SPEED["slow"] + SPEED["fast"])
+=======
+    turned = pace > MOVES and length > TURNS * max(chord, 0.02) and length > 0.5 * MOVES * duration
+    middle = 0.5 * (SPEED_PER_SECOND["slow"] + SPEED_PER_SECOND["fast"])
+>>>>>>> 3a2c1b8 (Training reads recipes by msgspec, keeps what a run was made of beside each checkpoint, and saves before it looks)
     if turned and pace > 1.2 * np.hypot(*velocity):
         first = path[max(2, len(path) // 4), :2] - path[0, :2]
         return "bounce", _direction(first), "fast" if pace > middle else "slow"
@@ -274,7 +290,7 @@ def _motion(
     return "still", None, None
 
 
-def _direction(velocity: Float[np.ndarray, "2"]) -> Direction:
+def _direction(velocity: Float[np.ndarray, "2"]) -> MoveDirection:
     angle = np.arctan2(velocity[1], velocity[0])
     return DIRECTIONS[round(float(angle / (np.pi / 4))) % len(DIRECTIONS)]
 

@@ -6,10 +6,10 @@ from typing import Final
 import numpy as np
 from jaxtyping import Float
 
-from skyreels_jax.moving_shapes.scene import Background, Colour, Kind, Scene
+from skyreels_jax.moving_shapes.scene import Background, Colour, Scene, ShapeKind
 from skyreels_jax.shapes import Frames
 
-RGB: Final[dict[Colour, tuple[int, int, int]]] = {
+_RGB: Final[dict[Colour, tuple[int, int, int]]] = {
     "red": (215, 30, 35),
     "green": (35, 160, 60),
     "blue": (45, 75, 215),
@@ -18,7 +18,7 @@ RGB: Final[dict[Colour, tuple[int, int, int]]] = {
     "orange": (240, 130, 25),
 }
 # From the top of the frame to its bottom.
-GREYS: Final[dict[Background, tuple[int, int]]] = {
+_GREYS: Final[dict[Background, tuple[int, int]]] = {
     "black": (12, 12),
     "white": (243, 243),
     "light grey": (180, 180),
@@ -26,14 +26,14 @@ GREYS: Final[dict[Background, tuple[int, int]]] = {
     "gradient": (200, 40),
 }
 # Corners of a regular outline, and how far inside the corners the points between them lie.
-CORNERS: Final[dict[Kind, int]] = {"square": 4, "triangle": 3, "star": 5}
+_CORNERS: Final[dict[ShapeKind, int]] = {"square": 4, "triangle": 3, "star": 5}
 # Angle of the first corner, from the right towards the bottom.
-TURN: Final[dict[Kind, float]] = {
+_FIRST_ANGLE: Final[dict[ShapeKind, float]] = {
     "square": math.pi / 4,
     "triangle": -math.pi / 2,
     "star": -math.pi / 2,
 }
-STAR_WAIST: Final = 0.45
+_STAR_WAIST: Final = 0.45
 
 
 def render(
@@ -57,20 +57,20 @@ def render(
         for thing in scene.things:
             x, y, radius = (value * unit for value in thing.at(number / fps))
             share = _coverage(thing.kind, columns - x, rows - y, radius)[:, :, None]
-            image = image + share * (np.array(RGB[thing.colour], np.float32) - image)
+            image = image + share * (np.array(_RGB[thing.colour], np.float32) - image)
         video[number] = np.rint(image)
     return video
 
 
 def _background(name: Background, size: tuple[int, int]) -> Float[np.ndarray, "height width 3"]:
     height, width = size
-    top, bottom = GREYS[name]
+    top, bottom = _GREYS[name]
     column = np.linspace(top, bottom, height, dtype=np.float32)
     return np.broadcast_to(column[:, None, None], (height, width, 3))
 
 
 def _coverage(
-    kind: Kind,
+    kind: ShapeKind,
     dx: Float[np.ndarray, "height width"],
     dy: Float[np.ndarray, "height width"],
     radius: float,
@@ -79,13 +79,13 @@ def _coverage(
     distance = np.hypot(dx, dy)
     if kind == "circle":
         return np.clip(radius - distance + 0.5, 0, 1)
-    corners = CORNERS[kind]
+    corners = _CORNERS[kind]
     # Every wedge from a corner to the middle of the side beside it looks like the first.
     wedge = 2 * math.pi / corners
-    angle = (np.arctan2(dy, dx) - TURN[kind]) % wedge
+    angle = (np.arctan2(dy, dx) - _FIRST_ANGLE[kind]) % wedge
     angle = np.minimum(angle, wedge - angle)
     x, y = distance * np.cos(angle), distance * np.sin(angle)
-    inner = radius * (STAR_WAIST if kind == "star" else math.cos(wedge / 2))
+    inner = radius * (_STAR_WAIST if kind == "star" else math.cos(wedge / 2))
     end_x, end_y = inner * math.cos(wedge / 2), inner * math.sin(wedge / 2)
     length = math.hypot(end_x - radius, end_y)
     beyond = ((x - radius) * end_y - y * (end_x - radius)) / length

@@ -8,38 +8,41 @@ from typing import Final, Literal, TypeVar, get_args
 
 import numpy as np
 
-Value = TypeVar("Value")
-Kind = Literal["circle", "square", "triangle", "star"]
+_Value = TypeVar("_Value")
+ShapeKind = Literal["circle", "square", "triangle", "star"]
 Colour = Literal["red", "green", "blue", "yellow", "purple", "orange"]
 Background = Literal["black", "white", "light grey", "dark grey", "gradient"]
-Direction = Literal["right", "down right", "down", "down left", "left", "up left", "up", "up right"]
+MoveDirection = Literal[
+    "right", "down right", "down", "down left", "left", "up left", "up", "up right"
+]
 Motion = Literal["move", "bounce", "still", "grow", "shrink"]
 Speed = Literal["slow", "fast"]
 
-KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+SHAPE_KINDS: Final[tuple[ShapeKind, ...]] = get_args(ShapeKind)
 COLOURS: Final[tuple[Colour, ...]] = get_args(Colour)
 BACKGROUNDS: Final[tuple[Background, ...]] = get_args(Background)
 # Clockwise on the screen; entry `i` points to `45 * i` degrees.
-DIRECTIONS: Final[tuple[Direction, ...]] = get_args(Direction)
+DIRECTIONS: Final[tuple[MoveDirection, ...]] = get_args(MoveDirection)
 MOTIONS: Final[tuple[Motion, ...]] = get_args(Motion)
 SPEEDS: Final[tuple[Speed, ...]] = get_args(Speed)
 
 # Of the shapes moved, in sides of the frame a second. A clip lasts about one second.
-SPEED: Final[dict[Speed, float]] = {"slow": 0.2, "fast": 0.45}
+SPEED_PER_SECOND: Final[dict[Speed, float]] = {"slow": 0.2, "fast": 0.45}
 # How many times as large a growing shape is after a second, and a shrinking one was before.
-GROWTH: Final = 1.35
+GROWTH_PER_SECOND: Final = 1.35
 # Radius of a shape in sides of the frame; what grows or shrinks stays between these too.
-SMALLEST: Final = 0.15
-LARGEST: Final = 0.3
+MIN_RADIUS: Final = 0.15
+MAX_RADIUS: Final = 0.3
 # Seconds for which a path is planned, at most: past them nothing could grow without end.
-LONGEST: Final = 0.9 * min(
-    math.log(LARGEST / SMALLEST) / math.log(GROWTH), (1 - 2 * SMALLEST) / max(SPEED.values())
+_MAX_SECONDS: Final = 0.9 * min(
+    math.log(MAX_RADIUS / MIN_RADIUS) / math.log(GROWTH_PER_SECOND),
+    (1 - 2 * MIN_RADIUS) / max(SPEED_PER_SECOND.values()),
 )
 # How often each motion is drawn, in the order of MOTIONS, and how often there are two shapes.
-MOTION_SHARES: Final = (0.56, 0.16, 0.12, 0.08, 0.08)
-PAIRS: Final = 0.25
+_MOTION_SHARES: Final = (0.56, 0.16, 0.12, 0.08, 0.08)
+_PAIR_SHARE: Final = 0.25
 # Places tried for what is said about a thing.
-TRIES: Final = 2000
+_MAX_TRIES: Final = 2000
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,10 @@ class Thing:
         radius: at the start, in sides of the frame: of the circle around its corners.
     """
 
-    kind: Kind
+    kind: ShapeKind
     colour: Colour
     motion: Motion
-    direction: Direction | None
+    direction: MoveDirection | None
     speed: Speed | None
     x: float
     y: float
@@ -76,12 +79,14 @@ class Thing:
     def at(self, seconds: float) -> tuple[float, float, float]:
         """Centre ``x``, ``y`` and radius after some time."""
         if self.motion == "grow":
-            return self.x, self.y, self.radius * GROWTH**seconds
+            return self.x, self.y, self.radius * GROWTH_PER_SECOND**seconds
         if self.motion == "shrink":
-            return self.x, self.y, self.radius / GROWTH**seconds
+            return self.x, self.y, self.radius / GROWTH_PER_SECOND**seconds
         if self.direction is None or self.speed is None:
             return self.x, self.y, self.radius
-        dx, dy = (SPEED[self.speed] * part * seconds for part in unit(self.direction))
+        dx, dy = (
+            SPEED_PER_SECOND[self.speed] * part * seconds for part in unit_vector(self.direction)
+        )
         x, y = self.x + dx, self.y + dy
         if self.motion == "bounce":
             x, y = (_reflected(value, self.radius) for value in (x, y))
@@ -101,11 +106,11 @@ class Combination:
     """What is held out: a colour, a kind and a direction of one thing."""
 
     colour: Colour
-    kind: Kind
-    direction: Direction
+    kind: ShapeKind
+    direction: MoveDirection
 
 
-def unit(direction: Direction) -> tuple[float, float]:
+def unit_vector(direction: MoveDirection) -> tuple[float, float]:
     """``(x, y)`` of length 1; ``y`` grows downwards."""
     angle = DIRECTIONS.index(direction) * math.pi / 4
     return math.cos(angle), math.sin(angle)
@@ -120,7 +125,7 @@ def held_out() -> tuple[Combination, ...]:
     return tuple(
         Combination(colour, kind, direction)
         for (i, colour), (j, kind), (k, direction) in product(
-            enumerate(COLOURS), enumerate(KINDS), enumerate(DIRECTIONS)
+            enumerate(COLOURS), enumerate(SHAPE_KINDS), enumerate(DIRECTIONS)
         )
         if (i + 2 * j + k) % len(DIRECTIONS) == 0
     )
@@ -144,13 +149,13 @@ def draw_scene(rng: np.random.Generator, seconds: float) -> Scene:
     Raises:
         ValueError: more seconds than any shape could grow for.
     """
-    if not 0 < seconds <= LONGEST:
-        raise ValueError(f"{seconds=} should be above 0 and at most {LONGEST:.2f}")
+    if not 0 < seconds <= _MAX_SECONDS:
+        raise ValueError(f"{seconds=} should be above 0 and at most {_MAX_SECONDS:.2f}")
     background = _choice(rng, BACKGROUNDS)
     first = None
     while first is None:
         first = _draw_thing(rng, COLOURS, seconds)
-    if rng.random() >= PAIRS:
+    if rng.random() >= _PAIR_SHARE:
         return Scene((first,), background)
     others: list[Colour] = [colour for colour in COLOURS if colour != first.colour]
     second = _draw_thing(rng, others, seconds, beside=first)
@@ -161,7 +166,7 @@ def draw_scene(rng: np.random.Generator, seconds: float) -> Scene:
 def draw_held_out(rng: np.random.Generator, combination: Combination, seconds: float) -> Scene:
     """One thing that moves as ``combination`` says."""
     while True:
-        radius = rng.uniform(SMALLEST, LARGEST)
+        radius = rng.uniform(MIN_RADIUS, MAX_RADIUS)
         x, y = rng.uniform(radius, 1 - radius, 2)
         thing = Thing(
             combination.kind,
@@ -180,15 +185,15 @@ def draw_held_out(rng: np.random.Generator, combination: Combination, seconds: f
 def _draw_thing(
     rng: np.random.Generator, colours: Sequence[Colour], seconds: float, beside: Thing | None = None
 ) -> Thing | None:
-    motion = MOTIONS[rng.choice(len(MOTIONS), p=MOTION_SHARES)]
-    kind, colour = _choice(rng, KINDS), _choice(rng, colours)
+    motion = MOTIONS[rng.choice(len(MOTIONS), p=_MOTION_SHARES)]
+    kind, colour = _choice(rng, SHAPE_KINDS), _choice(rng, colours)
     moves = motion in ("move", "bounce")
     # A path that leads out of the frame, or begins on another thing, is drawn again from here, so
     # that what is said about a thing is as frequent as if none did.
     direction = _choice(rng, DIRECTIONS) if moves else None
     speed = _choice(rng, SPEEDS) if moves else None
-    for _ in range(TRIES):
-        radius = rng.uniform(SMALLEST, LARGEST)
+    for _ in range(_MAX_TRIES):
+        radius = rng.uniform(MIN_RADIUS, MAX_RADIUS)
         x, y = rng.uniform(radius, 1 - radius, 2)
         thing = Thing(kind, colour, motion, direction, speed, x, y, radius)
         if is_held_out(thing):
@@ -204,7 +209,7 @@ def _apart(one: Thing, other: Thing) -> bool:
 
 def _stays_inside(thing: Thing, seconds: float) -> bool:
     x, y, radius = thing.at(seconds)
-    return SMALLEST <= radius <= LARGEST and all(radius <= v <= 1 - radius for v in (x, y))
+    return MIN_RADIUS <= radius <= MAX_RADIUS and all(radius <= v <= 1 - radius for v in (x, y))
 
 
 def _reflected(value: float, radius: float) -> float:
@@ -214,5 +219,5 @@ def _reflected(value: float, radius: float) -> float:
     return radius + min(folded, 2 * span - folded)
 
 
-def _choice(rng: np.random.Generator, values: Sequence[Value]) -> Value:
+def _choice(rng: np.random.Generator, values: Sequence[_Value]) -> _Value:
     return values[int(rng.integers(len(values)))]

@@ -1,32 +1,57 @@
-"""Checkpoints of a training run: Orbax, behind three functions."""
+"""Checkpoints of a training run: Orbax, behind four functions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.training.step import TrainState
 
+if TYPE_CHECKING:
+    from orbax.checkpoint import CheckpointManager
+
+# What a run was made of, by dotted name: what may be written as JSON.
+RunSettings = Mapping[str, str | int | float | bool | list | None]
+
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Of one run; the newest few are kept. Written beside the computation, each whole or not."""
+    """The newest few checkpoints of a run, written beside the computation, each whole or not."""
 
-    manager: Any
+    manager: "CheckpointManager"
 
-    def save(self, state: TrainState) -> None:
-        """Begin to write; returns once the values are out of the device's way."""
+    def save(self, state: TrainState, settings: RunSettings, *, wait: bool = False) -> None:
+        """Begin to write; returns once the values are out of the device's way.
+
+        Args:
+            state: to write.
+            settings: kept beside it.
+            wait: return only when it is written.
+        """
         import orbax.checkpoint as ocp
 
-        self.manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()))
+        values = ocp.args.StandardSave(state._asdict())
+        self.manager.save(int(state.step), args=values, custom_metadata=dict(settings))
+        if wait:
+            self.manager.wait_until_finished()
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint."""
         return self.manager.latest_step()
+
+    def _newest(self) -> int:
+        newest = self.latest()
+        if newest is None:
+            raise WeightsError(f"{self.manager.directory} holds no checkpoint")
+        return newest
+
+    def settings(self) -> RunSettings:
+        """What the newest checkpoint was saved with; empty for one that says nothing."""
+        return self.manager.metadata(self._newest()).custom_metadata or {}
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest, with the shapes of ``like``.
@@ -37,18 +62,33 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        self._check_params(like)
         try:
-            found = self.manager.restore(self.latest(), args=ocp.args.StandardRestore(shapes))
+            found = self.manager.restore(self._newest(), args=ocp.args.StandardRestore(shapes))
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            reason = str(error).strip().partition("\n")[0]
             raise WeightsError(
                 f"{self.manager.directory}: the checkpoint does not fit this run's model and "
-                f"optimiser: {error}"
+                f"optimiser: {reason}"
             ) from error
         return TrainState(**found)
 
+    def _check_params(self, like: TrainState) -> None:
+        """Compare shapes before values are read: Orbax says in pages what differs."""
+        stored = self.manager.item_metadata(self._newest())
+        saved = {} if stored is None else {n: tuple(v.shape) for n, v in stored["params"].items()}
+        wanted = {name: value.shape for name, value in like.params.items()}
+        if differing := sorted(n for n in saved | wanted if saved.get(n) != wanted.get(n)):
+            name = differing[0]
+            raise WeightsError(
+                f"{self.manager.directory}: the checkpoint is of another model: {name} is "
+                f"{saved.get(name, 'not in it')} there and {wanted.get(name, 'missing')} in this "
+                f"recipe, {len(differing)} such in all; name another output folder"
+            )
+
 
 @contextmanager
-def checkpoints(folder: Path, *, keep: int) -> Iterator[Checkpoints]:
+def open_checkpoints(folder: Path, *, keep: int) -> Iterator[Checkpoints]:
     """The checkpoints in ``folder``, the newest ``keep`` of them; waits for the last write."""
     import orbax.checkpoint as ocp
 

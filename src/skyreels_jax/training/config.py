@@ -1,33 +1,43 @@
-"""A training run as a TOML file: tables to frozen dataclasses, every key and value checked."""
+"""TOML tables to frozen dataclasses: every key and value is checked, in one line each."""
 
 import dataclasses
 import difflib
+import math
+import re
 import tomllib
-import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from skyreels_jax.errors import RequestError
+from skyreels_jax.errors import RequestError, UnsupportedError
+from skyreels_jax.files import read_text
 
-T = TypeVar("T")
+_T = TypeVar("_T")
+# A TOML value: what tomllib gives.
+Toml = Any
+_NAMES: Final = {"array": "list", "object": "table"}
+# What msgspec says is wrong, and where: "Expected `int`, got `str` - at `$.run.steps`".
+_EXPECTED: Final = re.compile(r"Expected `(\w+)[^`]*`( of length \d+)?")
+_WHERE: Final = re.compile(r" - at `\$\.?(.*)`$")
 
 
-def read_toml(file: Path) -> Mapping[str, Any]:
+def read_toml(file: Path) -> Mapping[str, Toml]:
     """The tables of a file.
 
     Raises:
         RequestError: it is missing or is no TOML.
     """
     try:
-        with file.open("rb") as stream:
-            return tomllib.load(stream)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file} cannot be read as TOML: {error}") from error
+        return tomllib.loads(read_text(file, "recipe"))
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise RequestError(f"{file} cannot be read as TOML: {reason}") from error
 
 
-def from_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
+def from_table(kind: type[_T], table: Toml, where: str) -> _T:
     """A dataclass with the values of a table; what is absent keeps its default.
+
+    A field may have an older name, in ``metadata["alias"]``, by which it may stand too.
 
     Args:
         kind: a dataclass of numbers, strings, Literals, tuples of them, and other dataclasses.
@@ -37,64 +47,115 @@ def from_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
     Raises:
         RequestError: a key is unknown or missing, or a value has another type or breaks a rule of
             the dataclass.
+        UnsupportedError: the extra ``train`` is not installed.
     """
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
-    hints = get_type_hints(kind)
-    for key in table:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}"
-            raise RequestError(f"{where}: {key} is unknown; {hint}")
-    required = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    if missing := [name for name in required if name not in table]:
-        raise RequestError(f"{where}: {', '.join(missing)} must be given")
-    values = {key: _value(hints[key], value, f"{where}.{key}") for key, value in table.items()}
     try:
-        return kind(**values)
-    except ValueError as error:
-        raise RequestError(f"{where}: {error}") from error
+        from msgspec import ValidationError, convert
+    except ModuleNotFoundError as error:
+        raise UnsupportedError("training takes pip install 'skyreels-jax[train]'") from error
+    table = _checked_keys(kind, table, where)
+    try:
+        return convert(table, kind)
+    except ValidationError as error:
+        raise RequestError(_explained(kind, table, where, error)) from error
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return _value(next(h for h in get_args(hint) if h is not type(None)), value, where)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, Mapping):
-            raise RequestError(f"{where} = {value!r} should be a table")
-        return from_table(hint, value, where)
-    if origin is Literal:
-        legal = get_args(hint)
-        if value not in legal:
-            raise RequestError(f"{where} = {value!r} should be one of {', '.join(map(str, legal))}")
-        return value
-    if origin is tuple:
-        return _tuple(hint, value, where)
-    if hint is float and type(value) is int:
-        return float(value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if type(value) is not hint:
-        raise RequestError(
-            f"{where} = {value!r} should be of type {getattr(hint, '__name__', hint)}"
+def _checked_keys(kind: Any, table: Toml, where: str) -> dict[str, Toml]:
+    """``table`` with today's names of keys, all of which exist; numbers are finite."""
+    if not isinstance(table, Mapping):
+        raise RequestError(f"{where} = {_shown(table)} should be a table")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    aliases = {f.metadata["alias"]: name for name, f in fields.items() if "alias" in f.metadata}
+    found: dict[str, Toml] = {}
+    for key, value in table.items():
+        name = aliases.get(key, key)
+        if name not in fields:
+            near = difflib.get_close_matches(key, [*fields, *aliases], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}"
+            raise RequestError(f"{where}: {key:.40} is unknown; {hint}")
+        if name in found:
+            raise RequestError(f"{where}: {name} is given twice, once as {key}")
+        inner = get_type_hints(kind)[name]
+        if dataclasses.is_dataclass(inner):
+            value = _checked_keys(inner, value, f"{where}.{key}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RequestError(f"{where}.{key} = {value} should be a finite number")
+        found[name] = value
+    return found
+
+
+def _explained(kind: Any, table: Toml, where: str, error: Exception) -> str:
+    """What is wrong in this package's words: the value, and what it should be."""
+    at = _WHERE.search(str(error))
+    message = _WHERE.sub("", str(error))
+    if missing := re.search(r"missing required field `(\w+)`", message):
+        path = f".{at[1]}" if at else ""
+        return f"{where}{path}: {missing[1]} must be given"
+    if at is None:
+        return f"{where}: {message}"
+    value, hint = table, kind
+    for step in re.findall(r"\w+", at[1]):
+        if isinstance(value, list):
+            value, hint = value[int(step)], get_args(hint)[0]
+        else:
+            value, hint = value[step], get_type_hints(hint)[step]
+    name = f"{where}.{at[1]}"
+    legal = get_args(hint) if get_origin(hint) is Literal else ()
+    if legal:
+        return f"{name} = {_shown(value)} should be one of {', '.join(map(str, legal))}"
+    if wanted := _EXPECTED.match(message):
+        if wanted[1] in _NAMES:
+            return f"{name} = {_shown(value)} should be a {_NAMES[wanted[1]]}{wanted[2] or ''}"
+        return f"{name} = {_shown(value)} should be of type {wanted[1]}"
+    return f"{name}: {message}"
+
+
+def _shown(value: Toml) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def check_at_least(table: object, least: int, *names: str, most: int = 2**31 - 1) -> None:
+    """Rule of a dataclass: these whole numbers are ``least`` to ``most``; raises ValueError."""
+    for name in names:
+        value = getattr(table, name)
+        if not least <= value <= most:
+            near = least if value < least else most
+            raise ValueError(
+                f"{name} = {value} should be at least {least}"
+                + (f" and at most {most}" if value > most else "")
+                + f"; nearest: {near}"
+            )
+
+
+def check_choice(table: object, name: str, legal: Sequence[int], rule: str) -> None:
+    """Rule of a dataclass: this number is one of those in rising order; raises ValueError."""
+    value = getattr(table, name)
+    if value in legal:
+        return
+    below, above = [x for x in legal if x < value][-1:], [x for x in legal if x > value][:1]
+    near = " or ".join(map(str, below + above))
+    raise ValueError(f"{name} = {value} should be {rule}; nearest: {near}")
+
+
+def check_heads(table: object, multiple: int, least: int) -> None:
+    """Rule of a dataclass: ``dim`` over ``num_heads`` is whole, a multiple and not below ``least``.
+
+    Raises:
+        ValueError: with the nearest numbers of heads.
+    """
+    dim, heads = getattr(table, "dim"), getattr(table, "num_heads")  # noqa: B009
+    legal = [n for n in range(1, dim + 1) if not dim % n and not dim // n % multiple]
+    legal = [n for n in legal if dim // n >= least]
+    if not legal:
+        step = max(multiple, least + least % multiple)
+        raise ValueError(
+            f"dim = {dim} should be a multiple of {multiple} and at least {step}; nearest: "
+            f"{max(step, dim - dim % multiple)}"
         )
-    return value
-
-
-def _tuple(hint: Any, value: Any, where: str) -> tuple[Any, ...]:
-    parts = get_args(hint)
-    endless = parts[-1] is Ellipsis
-    if not isinstance(value, list) or not (endless or len(value) == len(parts)):
-        raise RequestError(f"{where} = {value!r} should be a list" + _of(parts, endless))
-    hints = [parts[0]] * len(value) if endless else parts
-    return tuple(
-        _value(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True))
-    )
-
-
-def _of(parts: tuple[Any, ...], endless: bool) -> str:
-    return "" if endless else f" of {len(parts)} values"
+    if heads not in legal:
+        near = sorted(sorted(legal, key=lambda n: abs(n - heads))[:2])
+        raise ValueError(
+            f"num_heads = {heads} should divide dim = {dim} into heads of at least {least} "
+            f"features, a multiple of {multiple}; nearest: {' or '.join(map(str, near))}"
+        )

@@ -1,32 +1,45 @@
 """The training loop: batches, steps, logs, checkpoints, and an orderly end."""
 
-import json
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import jax
+import numpy as np
+from jaxtyping import PyTree
 
-from skyreels_jax.errors import SkyReelsError, UnsupportedError
-from skyreels_jax.interrupt import stop_requested
-from skyreels_jax.training.checkpointing import Checkpoints, checkpoints
-from skyreels_jax.training.optimizer import OptimizerConfig, make_optimizer
-from skyreels_jax.training.parameters import Params
-from skyreels_jax.training.step import StepReport, TrainState, init_state, make_step
-from skyreels_jax.training.task import Task
+from skyreels_jax.errors import RequestError, SkyReelsError
+from skyreels_jax.interrupt import StopRequest, stop_requested
+from skyreels_jax.training.checkpointing import Checkpoints, RunSettings, open_checkpoints
+from skyreels_jax.training.log import OnLog, TrainingLog
+from skyreels_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from skyreels_jax.training.step import StepReport, TrainState, TrainStep, init_state, make_step
+from skyreels_jax.training.task import Params, TrainingTask
 from skyreels_jax.weights.writer import new_folder
 
-LOG: Final = "log.jsonl"
-# Batches made before they are asked for.
-AHEAD: Final = 2
+if TYPE_CHECKING:
+    import optax
 
-logger = logging.getLogger(__name__)
+# Batches made before they are asked for.
+_PREFETCHED: Final = 2
+# Settings that may change when a run goes on: they decide how it is watched, not what it learns.
+_FREE: Final = frozenset(
+    f"run.{name}"
+    for name in (
+        *("log_every", "evaluate_every", "sample_every", "checkpoint_every"),
+        *("keep", "tensorboard", "export_raw"),
+    )
+) | {"model.export_dtype", "model.remat"}
+# Folders may move: what is in them is compared by its digest.
+_FOLDERS: Final = frozenset(f"data.{name}" for name in ("vae", "text", "image", "encoded"))
+
+_logger = logging.getLogger(__name__)
 
 
 class DivergedError(SkyReelsError):
@@ -47,7 +60,8 @@ class RunConfig:
         sample_every: steps between two samples; 0 for none but the last.
         checkpoint_every: steps between two checkpoints.
         keep: checkpoints that stay.
-        tensorboard: write the log's figures for TensorBoard too (takes the extra ``train``).
+        tensorboard: write the log's metrics for TensorBoard too (takes the extra ``train``).
+        export_raw: write ``model-raw`` too: the parameters themselves, not their average.
     """
 
     steps: int
@@ -60,161 +74,219 @@ class RunConfig:
     checkpoint_every: int = 500
     keep: int = 2
     tensorboard: bool = False
+    export_raw: bool = False
 
     def __post_init__(self):
-        counts = (self.steps, self.accumulate, self.log_every, self.checkpoint_every, self.keep)
-        if min(counts) < 1:
-            raise ValueError("steps, accumulate, log_every, checkpoint_every, keep: at least 1")
-        if min(self.evaluate_every, self.sample_every, self.seed) < 0:
-            raise ValueError("evaluate_every, sample_every and seed should not be negative")
+        for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} should be at least 1; nearest: 1")
+        for name in ("evaluate_every", "sample_every", "seed"):
+            if getattr(self, name) < 0:
+                value = getattr(self, name)
+                raise ValueError(f"{name} = {value} should not be negative; nearest: 0")
         if not 0 <= self.ema < 1:
-            raise ValueError(f"{self.ema=} should be at least 0 and below 1")
+            raise ValueError(f"ema = {self.ema} should be at least 0 and below 1, such as 0.99")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run stands: its last step, whether that is the end, and the last evaluation."""
+    """Where a run stands.
 
+    Attributes:
+        started: the step from which it went on.
+        step: its last one.
+        finished: whether that is the end.
+        metrics: the last value of each.
+        stop: who asked it to stop, where it is not the end.
+    """
+
+    started: int
     step: int
     finished: bool
-    figures: dict[str, float]
-
-
-# Called after each logged step with its number and figures.
-Watch = Callable[[int, dict[str, float]], None]
+    metrics: Mapping[str, float]
+    stop: StopRequest
 
 
 def train(
-    task: Task,
+    task: TrainingTask,
     run: RunConfig,
     optimizer: OptimizerConfig,
     output: Path,
     *,
-    watch: Watch = lambda step, figures: None,
+    settings: RunSettings | None = None,
+    on_log: OnLog = lambda step, metrics: None,
 ) -> Outcome:
     """Train to the end, going on from the newest checkpoint in ``output`` if there is one.
 
     A run that was interrupted and goes on gives bit for bit what it would have given: a step's
-    batch and noise follow from the seed and the step's number alone. SIGTERM and SIGINT finish the
-    step, save, and return.
+    batch and noise follow from the seed and the step's number alone. SIGTERM, SIGHUP and SIGINT
+    finish the step, save, and return.
 
     Args:
         task: what is trained.
         run: its course.
         optimizer: its updates.
         output: folder of checkpoints, log and samples; the exported model is in ``model``.
-        watch: told of progress.
+        settings: what the run is made of, by dotted name; kept with each checkpoint.
+        on_log: called with each line of the log.
 
     Raises:
         DivergedError: with the step, its batch and the last good checkpoint.
+        RequestError: a checkpoint in ``output`` was made with other settings.
         WeightsError: a checkpoint in ``output`` is of another model.
     """
     output.mkdir(parents=True, exist_ok=True)
-    first = task.init()
+    settings, first = {**(settings or {}), **task.fingerprint()}, task.init()
     chain = make_optimizer(optimizer, run.steps, first)
-    step = make_step(task.loss, chain, accumulate=run.accumulate, ema=run.ema)
     state = init_state(first, chain, run.ema)
-    with checkpoints(output / "checkpoints", keep=run.keep) as saved, stop_requested() as stop:
+    with (
+        open_checkpoints(output / "checkpoints", keep=run.keep) as saved,
+        stop_requested() as stop,
+    ):
         if saved.latest() is not None:
+            _check_settings(saved, settings, output, run.steps)
             state = saved.restore(state)
-        log = _Log(output, int(state.step), watch, board=run.tensorboard)
-        key = jax.random.key(run.seed)
-        done, last = int(state.step), None
-        with _ahead(task.batch, done, run.steps) as batches:
+        started = int(state.step)
+        log = TrainingLog(output, started, on_log, tensorboard=run.tensorboard)
+        loop = _Loop(task, run, output, saved, settings, log, learning_rate(optimizer, run.steps))
+        step = make_step(task.loss, chain, draw=task.draw, accumulate=run.accumulate, ema=run.ema)
+        state = loop.run_steps(state, step, stop)
+        done = int(state.step)
+        finished = done >= run.steps
+        if finished:
+            loop.finish(state)
+        return Outcome(started, done, finished, log.latest, stop)
+
+
+@dataclass
+class _Loop:
+    """One call of :func:`train`: what its parts share."""
+
+    task: TrainingTask
+    run: RunConfig
+    output: Path
+    saved: Checkpoints
+    settings: RunSettings
+    log: TrainingLog
+    rate: "optax.Schedule"
+
+    def run_steps(self, state: TrainState, step: TrainStep, stop: StopRequest) -> TrainState:
+        """Up to the end or until asked to stop; the state is saved then."""
+        run, key = self.run, jax.random.key(self.run.seed)
+        done, last, logged, since = int(state.step), None, int(state.step), time.monotonic()
+        self._show(state, done)
+        with _prefetched(self.task.batch, done, run.steps) as batches:
             while done < run.steps and not stop.is_set():
                 state, report = step(state, next(batches), jax.random.fold_in(key, done))
                 # Read one step late: the device never waits for the host.
                 if last is not None:
-                    _check(last, done - 1, saved, output)
+                    self._check(last, done - 1)
                 done, last = done + 1, report
                 if done % run.log_every == 0 or done == run.steps:
-                    _check(report, done - 1, saved, output)
-                    log.write(done, {n: float(v) for n, v in report.figures.items()})
-                if done % run.checkpoint_every == 0 and done < run.steps:
-                    _check(report, done - 1, saved, output)
-                    saved.save(state)
-                if _is_due(done, run.evaluate_every, run.steps):
-                    log.write(done, task.evaluate(_best(state)))
-                if _is_due(done, run.sample_every, run.steps):
-                    _write_new(output / "samples" / f"{done:07d}", task.sample, _best(state))
+                    self._check(report, done - 1)
+                    metrics = {name: float(value) for name, value in report.metrics.items()}
+                    metrics["learning_rate"] = float(np.asarray(self.rate(done - 1)))
+                    metrics["steps_per_second"] = (done - logged) / (time.monotonic() - since)
+                    self.log.write(done, metrics)
+                    logged, since = done, time.monotonic()
+                due = done % run.checkpoint_every == 0 or self._is_due(done)
+                if due and done < run.steps:
+                    paused = time.monotonic()
+                    self._check(report, done - 1)
+                    # What is looked at is safe before anything is done with it that may fail.
+                    self.saved.save(state, self.settings, wait=self._is_due(done))
+                    self._show(state, done)
+                    since += time.monotonic() - paused
         if last is not None:
-            _check(last, done - 1, saved, output)
-            if saved.latest() != done:
-                saved.save(state)
-        if done == run.steps:
-            _write_new(output / "model", task.export, _best(state))
-        return Outcome(done, done == run.steps, log.latest)
+            self._check(last, done - 1)
+            if self.saved.latest() != done:
+                self.saved.save(state, self.settings, wait=True)
+        return state
+
+    def finish(self, state: TrainState) -> None:
+        """Write the model, then evaluate and sample: what is not there yet of it."""
+        done = int(state.step)
+        for name, params in (("model", _best(state)), ("model-raw", state.params)):
+            if name == "model-raw" and not self.run.export_raw:
+                continue
+            with new_folder(self.output / name, overwrite=True) as partial:
+                self.task.export(params, partial)
+        self._show(state, done, last=True)
+
+    def _is_due(self, done: int) -> bool:
+        every = (self.run.evaluate_every, self.run.sample_every)
+        return any(number > 0 and done % number == 0 for number in every)
+
+    def _show(self, state: TrainState, done: int, *, last: bool = False) -> None:
+        """Evaluate and sample where that is due; a run that goes on makes up for what it owes."""
+        run = self.run
+        if done == 0 or (done == run.steps and not last):
+            return
+        params = _best(state)
+        if last or (run.evaluate_every and done % run.evaluate_every == 0):
+            self._evaluate(params, done)
+        folder = self.output / "samples" / f"{done:07d}"
+        if (last or (run.sample_every and done % run.sample_every == 0)) and not folder.exists():
+            self._sample(params, folder)
+
+    def _evaluate(self, params: Params, done: int) -> None:
+        if not self.log.is_evaluated(done):
+            self.log.write(done, self.task.evaluate(params))
+
+    def _sample(self, params: Params, folder: Path) -> None:
+        try:
+            with new_folder(folder) as partial:
+                self.task.sample(params, partial)
+        except Exception as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            _logger.warning("no sample was made (%s); the run is saved and goes on", reason)
+
+    def _check(self, report: StepReport, step: int) -> None:
+        if bool(report.is_finite):
+            return
+        metrics = ", ".join(f"{name} {float(v):g}" for name, v in report.metrics.items())
+        last = self.saved.latest()
+        where = f"step {last} in {self.output / 'checkpoints'}"
+        raise DivergedError(
+            f"step {step + 1} is not finite ({metrics}), from batch {step}; last good checkpoint: "
+            f"{'none was saved' if last is None else where}; lower learning_rate or clip"
+        )
+
+
+def _check_settings(saved: Checkpoints, settings: RunSettings, output: Path, steps: int) -> None:
+    """Name every setting that differs from those of the newest checkpoint.
+
+    Only ``run.steps`` and what decides nothing may; settings that only one of both knows may too.
+    """
+    before = saved.settings()
+    changed = [
+        n
+        for n in settings
+        if n in before and before[n] != settings[n] and n not in _FREE | _FOLDERS
+    ]
+    said = ", ".join(f"{name} {before[name]!r} -> {settings[name]!r}" for name in changed)
+    if changed == ["run.steps"]:
+        if steps <= (saved.latest() or 0):
+            return
+        _logger.warning("%s goes on with %s; the rate's course follows the new one", output, said)
+    elif changed:
+        raise RequestError(
+            f"{output} holds a run that was begun with other settings: {said}; set them back, or "
+            "name another output folder"
+        )
 
 
 def _best(state: TrainState) -> Params:
     return state.average or state.params
 
 
-def _is_due(done: int, every: int, steps: int) -> bool:
-    return done == steps or (every > 0 and done % every == 0)
-
-
-def _write_new(folder: Path, write: Callable[[Params, Path], None], params: Params) -> None:
-    with new_folder(folder, overwrite=True) as partial:
-        write(params, partial)
-
-
-def _check(report: StepReport, step: int, saved: Checkpoints, output: Path) -> None:
-    if bool(report.is_finite):
-        return
-    figures = ", ".join(f"{name} {float(value):g}" for name, value in report.figures.items())
-    last = saved.latest()
-    where = "none was saved" if last is None else f"step {last} in {output / 'checkpoints'}"
-    raise DivergedError(
-        f"step {step + 1} is not finite ({figures}), from batch {step}; last good checkpoint: "
-        f"{where}; lower learning_rate or clip"
-    )
-
-
-class _Log:
-    """Lines of JSON; what an interrupted run wrote past its last checkpoint is dropped."""
-
-    def __init__(self, output: Path, done: int, watch: Watch, *, board: bool):
-        file = output / LOG
-        self.board = _board(output / "tensorboard", done) if board else None
-        lines = file.read_text().splitlines() if file.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= done]
-        file.write_text("".join(f"{line}\n" for line in kept))
-        earlier = json.loads(kept[-1])["seconds"] if kept else 0.0
-        self.file, self.watch = file, watch
-        self.started = time.monotonic() - earlier
-        self.latest: dict[str, float] = {}
-
-    def write(self, step: int, figures: dict[str, float]) -> None:
-        seconds = round(time.monotonic() - self.started, 2)
-        self.latest |= figures
-        with self.file.open("a") as stream:
-            stream.write(json.dumps({"step": step, "seconds": seconds, **figures}) + "\n")
-        if self.board is not None:
-            for name, value in figures.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
-        self.watch(step, figures)
-
-
-def _board(folder: Path, done: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            "run.tensorboard = true takes tensorboardX: pip install 'skyreels-jax[train]'"
-        ) from error
-    # What an interrupted run wrote past its last checkpoint is hidden.
-    return SummaryWriter(str(folder), purge_step=done + 1 if done else None)
-
-
 @contextmanager
-def _ahead(batch: Callable[[int], Any], start: int, end: int) -> Iterator[Iterator[Any]]:
+def _prefetched(batch: Callable[[int], PyTree], start: int, end: int) -> Iterator[Iterator[PyTree]]:
     """Batches ``start`` to ``end``, made in a thread while the device computes."""
-    ready: queue.Queue[Any] = queue.Queue(AHEAD)
+    ready: queue.Queue[PyTree] = queue.Queue(_PREFETCHED)
     ended = threading.Event()
 
-    def put(item: Any) -> None:
+    def put(item: PyTree) -> None:
         while not ended.is_set():
             with suppress(queue.Full):
                 ready.put(item, timeout=0.1)
@@ -230,7 +302,7 @@ def _ahead(batch: Callable[[int], Any], start: int, end: int) -> Iterator[Iterat
             if ended.is_set():
                 break
 
-    def take() -> Iterator[Any]:
+    def take() -> Iterator[PyTree]:
         for _ in range(start, end):
             item = ready.get()
             if isinstance(item, Exception):

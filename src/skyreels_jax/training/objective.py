@@ -1,15 +1,15 @@
-"""What training minimises: the error of the velocity ``noise - data`` at a noise level.
+"""What training minimises: the error of the velocity ``noise - data`` at a share of noise, sigma.
 
 Signs and times are those of inference: ``x = (1 - sigma) * data + sigma * noise``, and the model is
-told ``1000 * sigma``. With one level a video this is flow matching, with one a frame diffusion
-forcing; image-to-video differs in what the model is given besides.
+given the timestep ``1000 * sigma``. With one sigma a video this is flow matching, with one a frame
+diffusion forcing; image-to-video differs in what the model is given besides.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from skyreels_jax.diffusion.sigmas import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.models.transformer import WanModel
@@ -17,8 +17,8 @@ from skyreels_jax.models.transformer_layers import CrossContext
 from skyreels_jax.shapes import Context, Latents
 from skyreels_jax.training.sigma_distributions import Sigmas
 
-# Of a level's error.
-Weight = Callable[[Sigmas], Sigmas]
+# The weight of an error by its sigma.
+SigmaWeight = Callable[[Sigmas], Sigmas]
 
 
 class Batch(NamedTuple):
@@ -39,9 +39,9 @@ class Batch(NamedTuple):
     fps: Int[Array, " B"] | None = None
 
 
-def noised(latents: Latents, noise: Latents, sigma: Sigmas) -> Latents:
+def add_noise(latents: Latents, noise: Latents, sigma: Sigmas) -> Latents:
     """``(1 - sigma) * latents + sigma * noise``, by video or by frame."""
-    share = by_frame(sigma)
+    share = _beside_latents(sigma)
     return (1 - share) * latents + share * noise
 
 
@@ -51,7 +51,8 @@ def velocity_loss(
     noise: Latents,
     sigma: Sigmas,
     *,
-    weight: Weight | None = None,
+    known: Bool[Array, "B F"] | None = None,
+    weight: SigmaWeight | None = None,
     block_length: int | None = None,
     attention: str | None = None,
 ) -> Float[Array, ""]:
@@ -61,15 +62,17 @@ def velocity_loss(
         model: predicts.
         batch: clean videos and their conditions.
         noise: standard normal, like the latents.
-        sigma: levels, ``[B, 1]`` or ``[B, F]``.
-        weight: of a level's error; all alike unless given.
+        sigma: shares of noise, ``[B, 1]`` or ``[B, F]``.
+        known: frames that are given and not to be predicted: a video's error is the mean over its
+            other frames.
+        weight: of an error by its sigma; all alike unless given.
         block_length: frames a block of block-causal attention; ``None`` attends to all.
         attention: name of an attention path.
     """
-    told = sigma * NUM_TRAIN_TIMESTEPS
+    timesteps = sigma * NUM_TRAIN_TIMESTEPS
     prediction = model(
-        noised(batch.latents, noise, sigma),
-        told[:, 0] if told.shape[1] == 1 else told,
+        add_noise(batch.latents, noise, sigma),
+        timesteps[:, 0] if timesteps.shape[1] == 1 else timesteps,
         batch.context,
         batch.clip_fea,
         batch.y,
@@ -79,19 +82,23 @@ def velocity_loss(
     )
     error = jnp.square(prediction - (noise - batch.latents))
     if weight is not None:
-        error = error * by_frame(weight(sigma))
-    return jnp.mean(error)
+        error = error * _beside_latents(weight(sigma))
+    if known is None:
+        return jnp.mean(error)
+    # By video, so that the parts of a batch have the mean of the whole.
+    counts = jnp.logical_not(known).astype(error.dtype)
+    by_frame = jnp.mean(error, axis=(1, 3, 4))
+    return jnp.mean(jnp.sum(by_frame * counts, axis=1) / jnp.sum(counts, axis=1))
 
 
 def cosmap(sigma: Sigmas) -> Sigmas:
-    """Weights that the cosine noise schedule has in flow matching: most at the middle level.
+    """Weights that the cosine noise schedule has in flow matching: most at the middle sigma.
 
-    ``2 / (pi * (1 - 2 sigma + 2 sigma^2))``, of mean 1 over all levels (Esser et al., "Scaling
+    ``2 / (pi * (1 - 2 sigma + 2 sigma^2))``, of mean 1 over all sigmas (Esser et al., "Scaling
     Rectified Flow Transformers", 2024, section 3.1).
     """
     return 2 / (jnp.pi * (1 - 2 * sigma + 2 * jnp.square(sigma)))
 
 
-def by_frame(sigma: Sigmas) -> Float[Array, "B 1 steps 1 1"]:
-    """Levels beside latents."""
+def _beside_latents(sigma: Sigmas) -> Float[Array, "B 1 steps 1 1"]:
     return sigma[:, None, :, None, None]

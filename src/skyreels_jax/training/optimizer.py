@@ -1,15 +1,13 @@
 """What turns gradients into updates: optax's optimisers, by name and numbers."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import jax
-import jax.numpy as jnp
-
-from skyreels_jax.training.parameters import Params
+from skyreels_jax.training.task import Params
 
 if TYPE_CHECKING:
     import optax
+    from optax.contrib import MuonDimensionNumbers
 
 
 @dataclass(frozen=True)
@@ -19,12 +17,12 @@ class OptimizerConfig:
     Attributes:
         name: ``adamw``; ``muon`` (orthogonalised momentum for the matrices, Adam for the rest),
             which learns more in a step; ``adafactor``, which keeps least; or ``sgd``.
-        learning_rate: at its highest.
+        learning_rate: the highest rate.
         schedule: falls to zero as a cosine or a line after the warm-up, or stays.
         warmup: steps over which the rate rises from zero.
         weight_decay: of matrices and convolutions, as a share of the rate.
-        beta1: of the first moment, and of momentum.
-        beta2: of the second moment.
+        beta1: decay of the first moment, and of momentum.
+        beta2: decay of the second moment.
         clip: largest norm of the gradient of all parameters together.
     """
 
@@ -47,16 +45,17 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> "optax.Schedule":
-    """The rate by step, over a run of ``steps``."""
+    """The rate by step, over a run of ``steps``; it rises over ``config.warmup`` of them."""
     import optax
 
-    after = max(steps - config.warmup, 1)
+    peak, after = config.learning_rate, max(steps - config.warmup, 1)
     course = {
-        "constant": optax.constant_schedule(config.learning_rate),
-        "cosine": optax.cosine_decay_schedule(config.learning_rate, after),
-        "linear": optax.linear_schedule(config.learning_rate, 0.0, after),
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, after),
+        "linear": optax.linear_schedule(peak, 0.0, after),
     }[config.schedule]
-    rise = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup, 1))
+    # optax.warmup_constant_schedule would stay at zero without a warm-up.
+    rise = optax.linear_schedule(0.0, peak, max(config.warmup, 1))
     return optax.join_schedules([rise, course], [config.warmup])
 
 
@@ -65,13 +64,13 @@ def make_optimizer(
 ) -> "optax.GradientTransformation":
     """The optimiser of a run of ``steps``, gradients cut to ``config.clip`` first.
 
-    Of ``params`` only names and shapes are looked at.
+    Names and shapes of ``params`` decide what Muon and weight decay apply to.
     """
     import optax
     from optax.contrib import muon
 
     rate = learning_rate(config, steps)
-    matrices, axes = is_matrix(params), muon_axes(params)
+    matrices, axes = _is_matrix(params), _muon_axes(params)
     if config.name == "adamw":
         chosen = optax.adamw(
             rate, b1=config.beta1, b2=config.beta2, mask=matrices, weight_decay=config.weight_decay
@@ -83,7 +82,7 @@ def make_optimizer(
             adam_b1=config.beta1,
             adam_b2=config.beta2,
             # By name: within optax some leaves are stand-ins without a shape.
-            muon_weight_dimension_numbers=lambda _: axes,
+            muon_weight_dimension_numbers=lambda _: axes,  # pyright: ignore[reportArgumentType]
             # Updates of a matrix as large as Adam's would be, so that one rate serves both.
             consistent_rms=0.2,
             weight_decay=config.weight_decay,
@@ -100,24 +99,19 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(config.clip), chosen)
 
 
-def is_matrix(params: Params) -> dict[str, bool]:
+def _is_matrix(params: Params) -> dict[str, bool]:
     """Which parameters multiply what passes through: kernels, not norms, biases and tables."""
     return {name: name.endswith("kernel") for name in params}
 
 
-def muon_axes(params: Params) -> dict[str, Any]:
+def _muon_axes(params: Params) -> "dict[str, MuonDimensionNumbers | None]":
     """Which axes of a kernel are its rows and columns; those of layers are apart. None for Adam."""
     from optax.contrib import MuonDimensionNumbers
 
-    def axes(name: str, ndim: int) -> Any:
+    def axes(name: str, ndim: int) -> MuonDimensionNumbers | None:
         if not name.endswith("kernel"):
             return None
         first = 1 if name.startswith("blocks.") else 0
         return MuonDimensionNumbers(tuple(range(first, ndim - 1)), ndim - 1)
 
     return {name: axes(name, value.ndim) for name, value in params.items()}
-
-
-def global_norm(tree: Params) -> jax.Array:
-    """Of all values together, float32."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in tree.values()))

@@ -1,38 +1,45 @@
-"""Which noise levels a training step sees: one a video, or one a frame (diffusion forcing).
+"""Which sigmas a training step sees: one a video, or one a frame (diffusion forcing).
 
-A level ``sigma`` is the share of noise, 0 to below 1, as in inference
+``sigma`` is the share of noise, 0 to below 1, as in inference
 (:mod:`skyreels_jax.diffusion.sigmas`): larger is noisier.
 """
 
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Final, Protocol, runtime_checkable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from skyreels_jax.diffusion.sigmas import NUM_TRAIN_TIMESTEPS
 
 Sigmas = Float[Array, "B steps"]
-# Of frames that are given: that of the original's `addnoise_condition`, 20 of 1000.
-KNOWN: Final = 0.02
+# The sigma of frames that are given: the original's `addnoise_condition`, 20 of 1000.
+KNOWN_FRAME_SIGMA: Final = 0.02
+
+
+class DrawnSigmas(NamedTuple):
+    """Sigmas of videos ``[B, F]``, and which of their frames are given instead of learned."""
+
+    sigma: Sigmas
+    known: Bool[Array, "B F"]
 
 
 @runtime_checkable
-class Levels(Protocol):
-    """A distribution of noise levels."""
+class SigmaDistribution(Protocol):
+    """A distribution of sigmas."""
 
     def sample(self, key: Array, batch: int, frames: int) -> Sigmas:
-        """Levels ``[B, 1]`` of whole videos, or ``[B, F]`` of their frames."""
+        """Sigmas ``[B, 1]`` of whole videos, or ``[B, F]`` of their frames."""
         ...
 
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """``sigmoid(mean + std * normal)``, one level a video, moved towards noise by ``shift``.
+    """``sigmoid(mean + std * normal)``, one sigma a video, moved towards noise by ``shift``.
 
     Source: Esser et al., "Scaling Rectified Flow Transformers" (arXiv 2403.03206), section 3.1.
     """
@@ -54,7 +61,7 @@ class LogitNormal:
 
 @dataclass(frozen=True)
 class ShiftedUniform:
-    """Uniform, one level a video, moved towards noise by ``shift``: 1 leaves it uniform."""
+    """Uniform, one sigma a video, moved towards noise by ``shift``: 1 leaves it uniform."""
 
     shift: float = 1.0
 
@@ -69,48 +76,52 @@ class ShiftedUniform:
 
 
 @dataclass(frozen=True)
-class EachFrame:
-    """Every frame by itself, by ``levels`` of whole videos."""
+class IndependentFrames:
+    """Every frame by itself, by the ``distribution`` of whole videos."""
 
-    levels: Levels
+    distribution: SigmaDistribution
 
     def sample(self, key: Array, batch: int, frames: int) -> Sigmas:
         """``[B, F]``."""
-        return self.levels.sample(key, batch * frames, 1).reshape(batch, frames)
+        return self.distribution.sample(key, batch * frames, 1).reshape(batch, frames)
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """One frame or more given, at level :data:`KNOWN`, the others together by ``levels``.
+    """One frame or more given, at :data:`KNOWN_FRAME_SIGMA`, the others at one other sigma.
 
     This is what extending a video asks for, and every window of a long one but the first.
     """
 
-    levels: Levels
+    distribution: SigmaDistribution
 
-    def sample(self, key: Array, batch: int, frames: int) -> Sigmas:
-        """``[B, F]``; raises ValueError for a single frame."""
+    def draw(self, key: Array, batch: int, frames: int) -> DrawnSigmas:
+        """Sigmas and given frames; raises ValueError for a single frame."""
         if frames < 2:
             raise ValueError("a video of one latent frame cannot be continued")
-        which, level = jax.random.split(key)
-        given = jax.random.randint(which, (batch, 1), 1, frames)
-        sigma = self.levels.sample(level, batch, 1)
-        return jnp.where(jnp.arange(frames)[None] < given, KNOWN, sigma)
+        which, other = jax.random.split(key)
+        known = jnp.arange(frames)[None] < jax.random.randint(which, (batch, 1), 1, frames)
+        sigma = self.distribution.sample(other, batch, 1)
+        return DrawnSigmas(jnp.where(known, KNOWN_FRAME_SIGMA, sigma), known)
+
+    def sample(self, key: Array, batch: int, frames: int) -> Sigmas:
+        """``[B, F]``; raises as :meth:`draw`."""
+        return self.draw(key, batch, frames).sigma
 
 
 @dataclass(frozen=True)
 class NonDecreasing:
-    """Levels that never decrease along a video: the frame-oriented probability propagation (FoPP).
+    """Sigmas that never decrease along a video: the frame-oriented probability propagation (FoPP).
 
-    A frame and its level are drawn uniformly; later frames take levels from there up, earlier ones
+    A frame and its timestep are drawn uniformly; later frames take some from there up, earlier ones
     from there down, each weighted by the number of non-decreasing ways to go on.
 
     Source: Sun et al., "AR-Diffusion" (arXiv 2503.07418), which SkyReels-V2 was trained with. The
-    counts are binomial coefficients, here by their logarithms: 1000 levels and 25 frames have more
-    ways than a float can hold.
+    counts are binomial coefficients, here by their logarithms: 1000 timesteps and 25 frames have
+    more ways than a float can hold.
 
     Attributes:
-        count: of levels; level ``t`` is ``sigma = t / count``.
+        count: of timesteps; ``t`` is ``sigma = t / count``.
         shift: towards noise, afterwards.
     """
 
@@ -128,29 +139,28 @@ class NonDecreasing:
         return shifted(indices.astype(jnp.float32) / self.count, self.shift)
 
     def sample_indices(self, key: Array, frames: int) -> Int[Array, " F"]:
-        """The levels of one video, 0 to ``count - 1``."""
+        """The timesteps of one video, 0 to ``count - 1``."""
         onward = jnp.asarray(log_ways(self.count, frames))
-        # Mirrored: ways to come from the first frame to level t at frame f.
+        # Mirrored: ways to come from the first frame to timestep t at frame f.
         back = onward[::-1, ::-1]
         where, which, later, earlier = jax.random.split(key, 4)
         frame = jax.random.randint(where, (), 0, frames)
-        level = jax.random.randint(which, (), 0, self.count)
-        levels = jnp.arange(self.count)
+        drawn = jax.random.randint(which, (), 0, self.count)
+        timesteps = jnp.arange(self.count)
 
-        def walk(column: Array, key: Array, upward: bool) -> Int[Array, " F"]:
+        def spread(column: Array, key: Array, upward: bool) -> Int[Array, " F"]:
             def turn(current: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
                 number, key = at
-                legal = levels >= current if upward else levels <= current
+                legal = timesteps >= current if upward else timesteps <= current
                 weights = jnp.where(legal, column[:, number], -jnp.inf)
-                drawn = jax.random.categorical(key, weights)
                 moves = number > frame if upward else number < frame
-                current = jnp.where(moves, drawn, current)
+                current = jnp.where(moves, jax.random.categorical(key, weights), current)
                 return current, current
 
             keys = jax.random.split(key, frames)
-            return jax.lax.scan(turn, level, (jnp.arange(frames), keys), reverse=not upward)[1]
+            return jax.lax.scan(turn, drawn, (jnp.arange(frames), keys), reverse=not upward)[1]
 
-        ahead, behind = walk(onward, later, True), walk(back, earlier, False)
+        ahead, behind = spread(onward, later, True), spread(back, earlier, False)
         return jnp.where(jnp.arange(frames) < frame, behind, ahead)
 
 
@@ -158,23 +168,39 @@ class NonDecreasing:
 class Mixed:
     """Each video by ``first`` with the given ``share``, else by ``second``."""
 
-    first: Levels
-    second: Levels
+    first: SigmaDistribution
+    second: SigmaDistribution
     share: float
 
     def __post_init__(self):
         if not 0 <= self.share <= 1:
             raise ValueError(f"{self.share=} should be between 0 and 1")
 
-    def sample(self, key: Array, batch: int, frames: int) -> Sigmas:
-        """``[B, F]``."""
+    def draw(self, key: Array, batch: int, frames: int) -> DrawnSigmas:
+        """Sigmas ``[B, F]`` and given frames."""
         which, one, other = jax.random.split(key, 3)
         is_first = jax.random.bernoulli(which, self.share, (batch, 1))
-        drawn = (
-            jnp.broadcast_to(levels.sample(key, batch, frames), (batch, frames))
-            for levels, key in ((self.first, one), (self.second, other))
+        first = draw_sigmas(self.first, one, batch, frames)
+        second = draw_sigmas(self.second, other, batch, frames)
+        return DrawnSigmas(
+            *(jnp.where(is_first, *pair) for pair in zip(first, second, strict=True))
         )
-        return jnp.where(is_first, *drawn)
+
+    def sample(self, key: Array, batch: int, frames: int) -> Sigmas:
+        """``[B, F]``."""
+        return self.draw(key, batch, frames).sigma
+
+
+def draw_sigmas(
+    distribution: SigmaDistribution, key: Array, batch: int, frames: int
+) -> DrawnSigmas:
+    """Sigmas of all frames, and which of these are given: none, where that is not drawn."""
+    if isinstance(distribution, Mixed | Continuation):
+        return distribution.draw(key, batch, frames)
+    sigma = distribution.sample(key, batch, frames)
+    return DrawnSigmas(
+        jnp.broadcast_to(sigma, (batch, frames)), jnp.zeros((batch, frames), jnp.bool_)
+    )
 
 
 def shifted(sigma: Sigmas, shift: float) -> Sigmas:
@@ -183,11 +209,11 @@ def shifted(sigma: Sigmas, shift: float) -> Sigmas:
 
 
 @cache
-def log_ways(count: int, frames: int) -> Float[np.ndarray, "levels F"]:
-    """Logarithm of how many non-decreasing levels follow level ``t`` at frame ``f``.
+def log_ways(count: int, frames: int) -> Float[np.ndarray, "timesteps F"]:
+    """Logarithm of how many non-decreasing timesteps follow ``t`` at frame ``f``.
 
-    ``S[t, f] = S[t + 1, f] + S[t, f + 1]`` with ones at the last level and the last frame: paths in
-    a lattice, ``binomial(a + b, b)`` with ``a`` levels above and ``b`` frames after.
+    ``S[t, f] = S[t + 1, f] + S[t, f + 1]`` with ones at the last timestep and the last frame: paths
+    in a lattice, ``binomial(a + b, b)`` with ``a`` timesteps above and ``b`` frames after.
     """
     above = np.arange(count - 1, -1, -1)[:, None]
     after = np.arange(frames - 1, -1, -1)[None, :]

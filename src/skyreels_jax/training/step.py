@@ -1,20 +1,21 @@
 """One step of training: a pure function of (state, batch, key)."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from skyreels_jax.training.optimizer import global_norm
-from skyreels_jax.training.parameters import Params
+from skyreels_jax.training.task import LossAndMetrics, Params
 
 if TYPE_CHECKING:
     import optax
 
-# Parameters, a batch and a key to the loss and other figures by name.
-Loss = Callable[[Params, Any, Array], tuple[Float[Array, ""], dict[str, Array]]]
+# Parameters, a batch and what :data:`Draw` gave to the loss and other metrics by name.
+Loss = Callable[[Params, PyTree, PyTree], LossAndMetrics]
+# A batch and a key to all that is random in a step: arrays with the batch's leading axis.
+Draw = Callable[[PyTree, Array], PyTree]
 
 
 class TrainState(NamedTuple):
@@ -23,76 +24,89 @@ class TrainState(NamedTuple):
     Attributes:
         step: how many have been made.
         params: float32 master copies, by dotted path.
-        optimizer: of optax.
+        optimizer: the state of optax.
         average: exponential moving average of the parameters; empty without one.
     """
 
     step: Int[Array, ""]
     params: dict[str, Array]
-    optimizer: Any
+    optimizer: PyTree
     average: dict[str, Array]
 
 
 class StepReport(NamedTuple):
-    """What a step says: figures by name, ``loss`` and ``grad_norm`` among them.
+    """What a step says: metrics by name, ``loss`` and ``grad_norm`` among them.
 
     ``is_finite`` is False where loss or gradient are not; the state has then stayed as it was but
     for its count.
     """
 
-    figures: dict[str, Float[Array, ""]]
+    metrics: dict[str, Float[Array, ""]]
     is_finite: Bool[Array, ""]
 
 
-Step = Callable[[TrainState, Any, Array], tuple[TrainState, StepReport]]
+TrainStep = Callable[[TrainState, PyTree, Array], tuple[TrainState, StepReport]]
 
 
 def init_state(params: Params, optimizer: "optax.GradientTransformation", ema: float) -> TrainState:
-    """Before the first step."""
+    """The state before the first step."""
     params = dict(params)
     average = {name: jnp.array(value) for name, value in params.items()} if ema else {}
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
+def no_draw(batch: PyTree, key: Array) -> tuple[()]:
+    """The :data:`Draw` of a loss in which nothing is random."""
+    del batch, key
+    return ()
+
+
 def make_step(
-    loss: Loss, optimizer: "optax.GradientTransformation", *, accumulate: int = 1, ema: float = 0.0
-) -> Step:
+    loss: Loss,
+    optimizer: "optax.GradientTransformation",
+    *,
+    draw: Draw = no_draw,
+    accumulate: int = 1,
+    ema: float = 0.0,
+) -> TrainStep:
     """A compiled step; the state given is donated.
 
     Args:
-        loss: to descend.
+        loss: to descend; a mean over the examples of a batch.
         optimizer: whose state is in the TrainState.
-        accumulate: gradients averaged in a step. If above 1, every array of a batch has such a
-            leading axis, and one part of it is in memory at a time.
+        draw: what is random, for the whole batch: its parts get theirs of it.
+        accumulate: parts of a batch whose gradients are averaged, one in memory at a time. The
+            leading axis of every array in a batch must be a multiple.
         ema: share of the old average that stays in each step; 0 for none. It is lower in the first
             steps, ``(1 + n) / (10 + n)``, so that the initial values are soon forgotten.
     """
+    import optax
 
-    def gradients(params: Params, batch: Any, key: Array) -> tuple[Any, dict[str, Array]]:
-        (value, figures), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
-        return grads, {"loss": value, **figures}
+    def gradients(params: Params, inputs: tuple[PyTree, PyTree]) -> tuple[PyTree, dict[str, Array]]:
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, *inputs)
+        return grads, {"loss": value, **metrics}
 
-    def averaged(params: Params, batch: Any, key: Array) -> tuple[Any, dict[str, Array]]:
+    def averaged(params: Params, inputs: tuple[PyTree, PyTree]) -> tuple[PyTree, dict[str, Array]]:
         if accumulate == 1:
-            return gradients(params, batch, key)
-        keys = jax.random.split(key, accumulate)
-        first = jax.tree.map(lambda x: x[0], batch)
-        shapes = jax.eval_shape(gradients, params, first, keys[0])
+            return gradients(params, inputs)
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), inputs)
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(gradients, params, first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-        def part(total: Any, inputs: tuple[Any, Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(params, *inputs)), None
+        def add(total: PyTree, part: tuple[PyTree, PyTree]) -> tuple[PyTree, None]:
+            return jax.tree.map(jnp.add, total, gradients(params, part)), None
 
-        total, _ = jax.lax.scan(part, zeros, (batch, keys))
+        total, _ = jax.lax.scan(add, zeros, parts)
         return jax.tree.map(lambda x: x / accumulate, total)
 
-    def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, StepReport]:
-        grads, figures = averaged(state.params, batch, key)
-        norm = global_norm(grads)
-        is_finite = jnp.isfinite(figures["loss"]) & jnp.isfinite(norm)
+    def step(state: TrainState, batch: PyTree, key: Array) -> tuple[TrainState, StepReport]:
+        grads, metrics = averaged(state.params, (batch, draw(batch, key)))
         # optax mixes dtypes and ranks, which a strict caller forbids.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            norm = optax.tree.norm(grads)
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         params = jax.tree.map(jnp.add, state.params, updates)
         count = state.step.astype(jnp.float32)
         stays = jnp.minimum(ema, (1 + count) / (10 + count))
@@ -101,7 +115,7 @@ def make_step(
         }
         after = TrainState(state.step, params, optimizer_state, average)
         kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
-        report = StepReport({**figures, "grad_norm": norm}, is_finite)
+        report = StepReport({**metrics, "grad_norm": norm}, is_finite)
         return kept._replace(step=state.step + 1), report
 
     return jax.jit(step, donate_argnums=0)

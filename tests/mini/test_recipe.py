@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from skyreels_jax.errors import RequestError
-from skyreels_jax.training.recipe import read_recipe
-from skyreels_jax.training.vae_task import VaeTraining
+from skyreels_jax.mini.recipe import read_recipe
+from skyreels_jax.mini.vae_task import VaeTraining
 
 GOOD = """
 train = "vae"
@@ -84,5 +84,5 @@ def test_what_is_wrong_is_said(tmp_path, before, after, message):
 
 
 def test_a_missing_file_is_said(tmp_path):
-    with pytest.raises(RequestError, match="nothing.toml cannot be read"):
+    with pytest.raises(RequestError, match="nothing.toml: there is no such file"):
         read_recipe(tmp_path / "nothing.toml")

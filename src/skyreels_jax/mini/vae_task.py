@@ -1,5 +1,6 @@
 """Training a VAE on moving shapes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -12,14 +13,16 @@ from jaxtyping import Array, Float
 
 from skyreels_jax.media import write_image
 from skyreels_jax.models.vae import WanVae
-from skyreels_jax.models.vae_config import FRAME_STRIDE, PIXEL_STRIDE, VaeConfig
+from skyreels_jax.models.vae_config import FRAME_STRIDE, LEVELS, PIXEL_STRIDE, VaeConfig
 from skyreels_jax.moving_shapes.render import render
 from skyreels_jax.moving_shapes.scene import Scene, draw_scene
-from skyreels_jax.training.parameters import Params, Template
-from skyreels_jax.training.vae import VaeLoss, frames, moments, vae_loss
+from skyreels_jax.training.config import check_at_least, check_choice
+from skyreels_jax.training.sources import layout_of
+from skyreels_jax.training.task import LossAndMetrics, Params, Template
+from skyreels_jax.training.vae_objective import VaeLoss, frames, moments, vae_loss
 from skyreels_jax.weights.convert import export, exported
 from skyreels_jax.weights.diffusers_json import vae_json
-from skyreels_jax.weights.layout import CONFIG, parts_of
+from skyreels_jax.weights.layout import CONFIG
 from skyreels_jax.weights.parts import stored_vae
 from skyreels_jax.weights.rounding import all_rounded
 from skyreels_jax.weights.rules import Rule
@@ -28,24 +31,39 @@ from skyreels_jax.weights.vae_rules import vae_rules
 from skyreels_jax.weights.writer import TRANSFORMER_STEM, write_json, write_tensors
 
 # Streams of random numbers that no two uses share.
-TRAINING: Final = 1
-EVALUATION: Final = 2
-# Clips of an evaluation, and of the statistics of the latents.
-EVALUATED: Final = 32
-MEASURED: Final = 128
+_TRAINING: Final = 1
+_EVALUATION: Final = 2
+# EncodedClips of an evaluation, and of the statistics of the latents.
+_EVALUATED: Final = 32
+_MEASURED: Final = 128
 # In PSNR: values lie in [-1, 1].
-RANGE: Final = 2.0
+_PIXEL_RANGE: Final = 2.0
+
+
+# A scene lasts a second; a clip of several may be longer than what one shape's path allows.
+_FRAMES: Final = tuple(range(1, 82, FRAME_STRIDE))
+_SIZES: Final = tuple(range(32, 513, PIXEL_STRIDE))
 
 
 @dataclass(frozen=True)
 class VaeShape:
-    """The free numbers of a :class:`VaeConfig`; ``start`` is a folder to go on from instead."""
+    """The free numbers of a :class:`VaeConfig`; ``start`` is a folder (or ``mini``, or a
+    Hugging Face id) to go on from instead.
+    """
 
     base_dim: int = 8
     z_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 8)
     num_res_blocks: int = 1
     start: str | None = None
+
+    def __post_init__(self):
+        check_at_least(self, 1, "base_dim", "z_dim", "num_res_blocks")
+        if len(self.dim_mult) != LEVELS or min(self.dim_mult, default=0) < 1:
+            raise ValueError(
+                f"dim_mult = {list(self.dim_mult)} should be {LEVELS} positive numbers, such as "
+                "[1, 2, 4, 8]"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,8 +84,11 @@ class VaeData:
     crowded: float = 0.6
 
     def __post_init__(self):
-        if self.frames % FRAME_STRIDE != 1 or self.size % PIXEL_STRIDE or self.batch < 1:
-            raise ValueError(f"{self}: frames are 4k + 1, sizes multiples of 8, batches positive")
+        check_at_least(self, 1, "batch", most=10**6)
+        check_choice(self, "frames", _FRAMES, f"4 k + 1, from 1 to {_FRAMES[-1]}")
+        check_choice(self, "size", _SIZES, f"a multiple of 8 from {_SIZES[0]} to {_SIZES[-1]}")
+        if not 0 <= self.crowded <= 1:
+            raise ValueError(f"crowded = {self.crowded} should be a share of 1, from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,7 @@ class VaeTraining:
 
 
 class VaeTask:
-    """A :class:`~skyreels_jax.training.task.Task`."""
+    """A :class:`~skyreels_jax.training.task.TrainingTask`."""
 
     def __init__(self, training: VaeTraining, seed: int):
         """``seed`` decides initial values and data."""
@@ -100,7 +121,7 @@ class VaeTask:
             self.template, params = Template.of(vae)
             self.first = holding_still(params)
         else:
-            stored = stored_vae(parts_of(Path(shape.start)))
+            stored = stored_vae(layout_of("model.start", shape.start))
             self.config = stored.config
             self.template, self.first = Template.of(stored.load(jnp.float32))
         self._reconstruct = jax.jit(self._reconstructed)
@@ -111,24 +132,29 @@ class VaeTask:
 
     def batch(self, index: int) -> Float[np.ndarray, "B 3 T height width"]:
         """Clips in [-1, 1]."""
-        return self._clips(TRAINING, index, self.training.data.batch, self.training.data.crowded)
+        return self._clips(_TRAINING, index, self.training.data.batch, self.training.data.crowded)
 
-    def loss(
-        self, params: Params, batch: Array, key: Array
-    ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """See :func:`~skyreels_jax.training.vae.vae_loss`."""
+    def fingerprint(self) -> Mapping[str, str]:
+        """Nothing: all data follows from the recipe."""
+        return {}
+
+    def draw(self, batch: Array, key: Array) -> Float[Array, "B F H W C"]:
+        """Noise of the latents' shape."""
         count, _, length, height, width = batch.shape
         size = ((length + FRAME_STRIDE - 1) // FRAME_STRIDE, height // PIXEL_STRIDE)
-        noise = jax.random.normal(key, (count, *size, width // PIXEL_STRIDE, self.config.z_dim))
+        return jax.random.normal(key, (count, *size, width // PIXEL_STRIDE, self.config.z_dim))
+
+    def loss(self, params: Params, batch: Array, noise: Array) -> LossAndMetrics:
+        """See :func:`~skyreels_jax.training.vae_objective.vae_loss`."""
         return vae_loss(self.template.model(params), batch, noise, self.training.loss)
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """Peak signal-to-noise ratio in dB on clips not trained on, from the latents' means."""
         errors = [
             np.mean(np.square(np.clip(self._reconstruct(params, clip), -1, 1) - clip))
-            for clip in np.split(self._clips(EVALUATION, 0, EVALUATED, 0.0), EVALUATED // 8)
+            for clip in np.split(self._clips(_EVALUATION, 0, _EVALUATED, 0.0), _EVALUATED // 8)
         ]
-        return {"psnr": float(10 * np.log10(RANGE**2 / np.mean(errors)))}
+        return {"psnr": float(10 * np.log10(_PIXEL_RANGE**2 / np.mean(errors)))}
 
     def export(self, params: Params, folder: Path) -> None:
         """A ``vae`` folder in diffusers' layout, with the statistics of its latents, float16."""
@@ -139,7 +165,7 @@ class VaeTask:
 
     def sample(self, params: Params, folder: Path) -> None:
         """Clips above what the VAE gives back: the first and the last frame of each."""
-        clips = self._clips(EVALUATION, 1, 8, 0.0)
+        clips = self._clips(_EVALUATION, 1, 8, 0.0)
         pairs = (clips, np.clip(self._reconstruct(params, clips), -1, 1))
         rows = [np.concatenate(list(video[:, :, i]), axis=2) for i in (0, -1) for video in pairs]
         image = np.rint((np.concatenate(rows, axis=1) + 1) * 127.5).astype(np.uint8)
@@ -153,7 +179,7 @@ class VaeTask:
         def means(params: Params, pixels: Array) -> Array:
             return moments(self.template.model(params), pixels).mean
 
-        clips = np.split(self._clips(EVALUATION, 2, MEASURED, 0.0), MEASURED // 8)
+        clips = np.split(self._clips(_EVALUATION, 2, _MEASURED, 0.0), _MEASURED // 8)
         found = jax.jit(means)
         values = np.concatenate([np.asarray(found(params, clip)) for clip in clips])
         values = values.reshape(-1, self.config.z_dim).astype(np.float64)

@@ -1,4 +1,4 @@
-"""The towers as tasks: what they are asked, that they learn it, and what is left of them in use."""
+"""The encoders as tasks: what they are asked, that they learn it, and what is left in use."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,12 +13,12 @@ import pytest
 from skyreels_jax.components.encoders import ClipImageEncoder, Umt5TextEncoder
 from skyreels_jax.components.protocols import ImageCondition
 from skyreels_jax.mini.tasks import (
+    EncoderData,
+    EncoderShape,
+    EncoderTask,
+    EncoderTraining,
     ImageTask,
     TextTask,
-    TowerData,
-    TowerShape,
-    TowerTask,
-    TowerTraining,
     answers,
 )
 from skyreels_jax.moving_shapes.captions import plain_caption
@@ -27,8 +27,8 @@ from skyreels_jax.moving_shapes.scene import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
-    KINDS,
     MOTIONS,
+    SHAPE_KINDS,
     SPEEDS,
     Scene,
     Thing,
@@ -48,17 +48,17 @@ STEPS = 80
 
 @pytest.fixture(scope="module")
 def text() -> TextTask:
-    shape = TowerShape(dim=32, ffn_dim=32, num_heads=2, num_layers=1)
-    return TextTask(TowerTraining(shape, TowerData(batch=32)), 0)
+    shape = EncoderShape(dim=32, ffn_dim=32, num_heads=2, num_layers=1)
+    return TextTask(EncoderTraining(shape, EncoderData(batch=32)), 0)
 
 
 @pytest.fixture(scope="module")
 def image() -> ImageTask:
-    shape = TowerShape(dim=32, ffn_dim=32, num_heads=2, num_layers=2, image_size=32, patch_size=4)
-    return ImageTask(TowerTraining(shape, TowerData(batch=16, size=32)), 0)
+    shape = EncoderShape(dim=32, ffn_dim=32, num_heads=2, num_layers=2, image_size=32, patch_size=4)
+    return ImageTask(EncoderTraining(shape, EncoderData(batch=16, size=32)), 0)
 
 
-def falls(task: TowerTask) -> tuple[float, float]:
+def falls(task: EncoderTask) -> tuple[float, float]:
     """What is left of the loss after some steps, as a share: of its batches, and of such in which
     each input has the answers to another."""
     config = OptimizerConfig(name="muon", learning_rate=5e-3, warmup=0, weight_decay=0.0)
@@ -73,20 +73,20 @@ def falls(task: TowerTask) -> tuple[float, float]:
         state, losses = init_state(params, optimizer, 0.0), []
         for batch in batches:
             state, report = step(state, batch, KEY)
-            losses.append(float(report.figures["loss"]))
+            losses.append(float(report.metrics["loss"]))
         return float(np.mean(losses[-5:])) / losses[0]
 
     return fall(batches), fall(unrelated)
 
 
-def test_the_text_tower_learns_what_captions_say(text: TextTask):
+def test_the_text_encoder_learns_what_captions_say(text: TextTask):
     told, guessed = falls(text)
     # Measured: 0.36 of the first loss, and 0.73 where answers are to other captions.
     assert told < 0.45
     assert guessed > 0.6
 
 
-def test_the_image_tower_learns_what_frames_show(image: ImageTask):
+def test_the_image_encoder_learns_what_frames_show(image: ImageTask):
     told, guessed = falls(image)
     # Measured: 0.38 of the first loss, and 0.62 where answers are to other frames.
     assert told < 0.45
@@ -96,7 +96,7 @@ def test_the_image_tower_learns_what_frames_show(image: ImageTask):
 def test_answers_name_what_is_there():
     asked = ("kind", "colour", "motion", "direction", "speed")
     found = answers([MOVES, STILL], "white", asked)
-    legal = (KINDS, COLOURS, MOTIONS, DIRECTIONS, SPEEDS)
+    legal = (SHAPE_KINDS, COLOURS, MOTIONS, DIRECTIONS, SPEEDS)
     names = [
         values[i] if i < len(values) else None
         for values, i in zip(legal * 2, found[:-1], strict=True)
@@ -160,26 +160,25 @@ def test_padding_changes_nothing(text: TextTask):
 
 
 def test_a_caption_longer_than_the_rows_is_refused(text: TextTask):
-    short = replace(text.training, data=TowerData(batch=32, text_length=8))
-    with pytest.raises(ValueError, match="text_length = 8"):
-        TextTask(short, 0).batch(0)
+    with pytest.raises(ValueError, match="text_length = 8 should be at least 45; nearest: 45"):
+        replace(text.training, data=EncoderData(batch=32, text_length=8))
 
 
-def test_figures_are_shares_of_right_answers(text: TextTask):
-    figures = text.evaluate(text.init())
+def test_metrics_are_shares_of_right_answers(text: TextTask):
+    metrics = text.evaluate(text.init())
     names = ("kind", "colour", "motion", "direction", "speed", "background")
-    assert set(figures) == {*names, *(f"held_{name}" for name in names)}
-    assert all(0 <= value <= 1 for value in figures.values())
-    assert figures == text.evaluate(text.init())
+    assert set(metrics) == {*names, *(f"held_{name}" for name in names)}
+    assert all(0 <= value <= 1 for value in metrics.values())
+    assert metrics == text.evaluate(text.init())
     # Untrained, colours are guessed.
-    assert figures["held_colour"] < 0.9
+    assert metrics["held_colour"] < 0.9
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
 
 
-def test_the_text_tower_in_use_is_the_one_that_was_trained(text: TextTask, tmp_path: Path):
+def test_the_text_encoder_in_use_is_the_one_that_was_trained(text: TextTask, tmp_path: Path):
     params = text.init()
     text.export(params, tmp_path)
     layout = parts_of(tmp_path)
@@ -190,14 +189,14 @@ def test_the_text_tower_in_use_is_the_one_that_was_trained(text: TextTask, tmp_p
     captions = [plain_caption(draw_scene(np.random.default_rng(i), 1.0)) for i in range(4)]
     used = encoder.encode(captions)
     ids, mask = text._together(captions)
-    trained = np.asarray(text.tower(params)(jnp.asarray(ids), jnp.asarray(mask)))
+    trained = np.asarray(text.encoder(params)(jnp.asarray(ids), jnp.asarray(mask)))
     # Measured: 2.1e-3, of weights rounded to bfloat16's 8 bits; 1.4 for another caption's states.
     assert relative(used[:, :48], trained) < 0.006
     assert not used[:, 48:].any()
     assert relative(used[::-1, :48], trained) > 0.2
 
 
-def test_the_image_tower_in_use_is_the_one_that_was_trained(image: ImageTask, tmp_path: Path):
+def test_the_image_encoder_in_use_is_the_one_that_was_trained(image: ImageTask, tmp_path: Path):
     params = image.init()
     image.export(params, tmp_path)
     stored = stored_image_encoder(parts_of(tmp_path))
@@ -209,7 +208,7 @@ def test_the_image_tower_in_use_is_the_one_that_was_trained(image: ImageTask, tm
     used = np.stack(
         [encoder.encode(ImageCondition(*pair)) for pair in zip(frames, pixels, strict=True)]
     )
-    trained = np.asarray(image.tower(params)(jnp.asarray(image._together(list(frames)))))
+    trained = np.asarray(image.encoder(params)(jnp.asarray(image._together(list(frames)))))
     # Measured: 3.6e-4, of weights rounded to float16's 11 bits; 1.6 for another frame's states.
     assert relative(used, trained) < 1e-3
     assert relative(used[::-1], trained) > 0.1

@@ -8,9 +8,9 @@ from jaxtyping import Array, Float
 
 from skyreels_jax.models.vae import WanVae
 
-Pixels = Float[Array, "B 3 T height width"]
-# Of the logarithm of the variance, against infinities at the start of training.
-LOG_VARIANCE = (-30.0, 20.0)
+PixelClip = Float[Array, "B 3 T height width"]
+# Bounds of the logarithm of the variance, against infinities at the start of training.
+_LOG_VARIANCE = (-30.0, 20.0)
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,22 @@ class VaeLoss:
     temporal: float = 0.0
 
     def __post_init__(self):
-        if min(self.absolute, self.squared, self.kl, self.temporal) < 0:
-            raise ValueError(f"no weight of {self} may be negative")
+        for name in ("absolute", "squared", "kl", "temporal"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: no weight may be negative")
         if self.absolute + self.squared <= 0:
-            raise ValueError(f"{self}: nothing compares the frames")
+            raise ValueError("absolute = 0 and squared = 0: nothing would compare the frames")
 
 
 class Moments(NamedTuple):
-    """Of the latents' distribution: means and logarithms of variances, not normalised."""
+    """The latents' distribution: means and logarithms of variances, not normalised."""
 
     mean: Float[Array, "B F H W C"]
     log_variance: Float[Array, "B F H W C"]
 
 
-def moments(vae: WanVae, pixels: Pixels) -> Moments:
-    """Of ``4k + 1`` frames in [-1, 1]: the first by itself, the others at once.
+def moments(vae: WanVae, pixels: PixelClip) -> Moments:
+    """The moments of ``4k + 1`` frames in [-1, 1]: the first by itself, the others at once.
 
     What is generated chunk by chunk is learned in two: the same function, with larger convolutions.
     """
@@ -55,10 +56,10 @@ def moments(vae: WanVae, pixels: Pixels) -> Moments:
         rest, _ = vae.encoder(x[:, 1:], cache, at_once=True)
         out = jnp.concatenate([out, rest], axis=1)
     mean, log_variance = jnp.split(vae.quant(out).astype(jnp.float32), 2, axis=-1)
-    return Moments(mean, jnp.clip(log_variance, *LOG_VARIANCE))
+    return Moments(mean, jnp.clip(log_variance, *_LOG_VARIANCE))
 
 
-def frames(vae: WanVae, z: Float[Array, "B F H W C"]) -> Pixels:
+def frames(vae: WanVae, z: Float[Array, "B F H W C"]) -> PixelClip:
     """Frames of latents that are not normalised, not cut to [-1, 1]: the inverse of the above."""
     z = vae.post_quant(z)
     out, cache = vae.decoder(z[:, :1], None)
@@ -69,7 +70,7 @@ def frames(vae: WanVae, z: Float[Array, "B F H W C"]) -> Pixels:
 
 
 def vae_loss(
-    vae: WanVae, pixels: Pixels, noise: Float[Array, "B F H W C"], weights: VaeLoss
+    vae: WanVae, pixels: PixelClip, noise: Float[Array, "B F H W C"], weights: VaeLoss
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The weighted sum, and its terms by name, with the squared error as ``mse``.
 

@@ -1,0 +1,120 @@
+"""A training run as a file: what is trained, on what, how, and where it goes."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from skyreels_jax.errors import RequestError
+from skyreels_jax.mini.tasks import EncoderTraining, ImageTask, TextTask
+from skyreels_jax.mini.vae_task import VaeTask, VaeTraining
+from skyreels_jax.training.checkpointing import RunSettings
+from skyreels_jax.training.config import from_table, read_toml
+from skyreels_jax.training.dataset import OnEncoded
+from skyreels_jax.training.loop import RunConfig
+from skyreels_jax.training.optimizer import OptimizerConfig
+from skyreels_jax.training.task import TrainingTask
+from skyreels_jax.training.transformer_recipe import VideoTraining
+from skyreels_jax.training.transformer_task import VideoTask
+
+# What is made of a recipe's tables, a seed, and what is called as clips are encoded.
+_Make = Callable[[Any, int, OnEncoded], TrainingTask]
+# What can be trained: the tables of its own, and what is made of them.
+_TRAINABLE: Final[Mapping[str, tuple[type, _Make]]] = {
+    "vae": (VaeTraining, lambda tables, seed, _: VaeTask(tables, seed)),
+    "text": (EncoderTraining, lambda tables, seed, _: TextTask(tables, seed)),
+    "image": (EncoderTraining, lambda tables, seed, _: ImageTask(tables, seed)),
+    "video": (VideoTraining, VideoTask),
+}
+_COMMON: Final = ("train", "output", "run", "optimizer")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked file.
+
+    Attributes:
+        kind: what is trained: ``vae``, ``text``, ``image`` or ``video``.
+        output: folder of the run.
+        run: its course.
+        optimizer: its updates.
+        tables: those of the kind.
+    """
+
+    kind: str
+    output: Path
+    run: RunConfig
+    optimizer: OptimizerConfig
+    tables: Any
+
+    def task(self, on_encoded: OnEncoded = lambda what, done, total: None) -> TrainingTask:
+        """Load or make what is trained.
+
+        Args:
+            on_encoded: called as clips are encoded.
+
+        Raises:
+            SkyReelsError: what the recipe names cannot be found or loaded, or does not fit.
+        """
+        return _TRAINABLE[self.kind][1](self.tables, self.run.seed, on_encoded)
+
+    def settings(self) -> RunSettings:
+        """Every setting by dotted name, as JSON has it."""
+        tables = {
+            "run": dataclasses.asdict(self.run),
+            "optimizer": dataclasses.asdict(self.optimizer),
+            **dataclasses.asdict(self.tables),
+        }
+        found: dict[str, Any] = {"train": self.kind}
+        for name, table in tables.items():
+            for key, value in table.items():
+                found[f"{name}.{key}"] = list(value) if isinstance(value, tuple) else value
+        return found
+
+
+def read_recipe(file: Path, overrides: Mapping[str, str | int] | None = None) -> Recipe:
+    """Read and check a file; nothing that it names is looked for.
+
+    Args:
+        file: TOML: ``train`` names the kind; ``output`` a folder; the tables ``run`` and
+            ``optimizer`` are of every kind, the others of the kind.
+        overrides: ``output`` and ``steps`` in place of the file's.
+
+    Raises:
+        RequestError: anything in it is unknown, missing or illegal.
+    """
+    values, where = dict(read_toml(file)), file.name
+    for name, value in (overrides or {}).items():
+        if name != "steps":
+            values[name] = value
+        elif isinstance(run := values.get("run", {}), Mapping):
+            values["run"] = {**run, "steps": value}
+    kind = values.get("train")
+    if not isinstance(kind, str) or kind not in _TRAINABLE:
+        raise RequestError(f"{where}: train = {kind!r} should be one of {', '.join(_TRAINABLE)}")
+    own = {name: table for name, table in values.items() if name not in _COMMON}
+    recipe = Recipe(
+        kind=kind,
+        output=_output(values.get("output"), where),
+        run=from_table(RunConfig, values.get("run", {}), f"{where}: run"),
+        optimizer=from_table(OptimizerConfig, values.get("optimizer", {}), f"{where}: optimizer"),
+        tables=from_table(_TRAINABLE[kind][0], own, where),
+    )
+    batch, parts = recipe.tables.data.batch, recipe.run.accumulate
+    if batch % parts:
+        near = max(n for n in range(1, parts) if not batch % n)
+        raise RequestError(
+            f"{where}: run.accumulate = {parts} should divide data.batch = {batch}; nearest: {near}"
+        )
+    return recipe
+
+
+def _output(value: object, where: str) -> Path:
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise RequestError(f"{where}: output = {value!r} should be a folder's name")
+    output = Path(value).expanduser()
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            raise RequestError(f"{where}: output = {value!r}: {path} is a file; name a folder")
+    return output
