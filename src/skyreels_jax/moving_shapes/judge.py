@@ -50,15 +50,9 @@ _STEADY: Final = 0.8
 _COMPACT: Final = 0.3
 # Rays to the outline, and waves around it below which it is round: 0.25 of a triangle's outline are
 # of wave 3, 0.1 of a square's of wave 4, 0.3 of a star's of wave 5.
-<<<<<<< HEAD
 _RAYS: Final = 60
 _ROUND: Final = 0.045
-_WAVES: Final[dict[int, Kind]] = {3: "triangle", 4: "square", 5: "star"}
-=======
-RAYS: Final = 60
-ROUND: Final = 0.045
-WAVES: Final[dict[int, ShapeKind]] = {3: "triangle", 4: "square", 5: "star"}
->>>>>>> 3a2c1b8 (Training reads recipes by msgspec, keeps what a run was made of beside each checkpoint, and saves before it looks)
+_WAVES: Final[dict[int, ShapeKind]] = {3: "triangle", 4: "square", 5: "star"}
 # Sides of the frame a second: slower stands still. And e-foldings of the radius a second.
 _MOVES: Final = 0.1
 _GROWS: Final = 0.14
@@ -193,13 +187,8 @@ def _describe(
     number = np.flatnonzero(clear)
     compact = np.median(_spread(share[number], path[number])) < _COMPACT
     half = max(2, len(number) // 2)
-<<<<<<< HEAD
-    kinds: list[Kind] = [
-        _kind(share, path, frames) for frames in (number[:half], number[-half:], number)
-=======
     kinds: list[ShapeKind] = [
-        _kind(share, path, part) for part in (number[:half], number[-half:], number)
->>>>>>> 3a2c1b8 (Training reads recipes by msgspec, keeps what a run was made of beside each checkpoint, and saves before it looks)
+        _kind(share, path, frames) for frames in (number[:half], number[-half:], number)
     ]
     # One that another covers is judged by all it shows; one alone must stay what it is.
     kind: ShapeKind | None = kinds[2] if kinds[0] == kinds[1] or others else None
@@ -270,15 +259,10 @@ def _motion(
     duration = seconds[-1] - seconds[0]
     chord = float(np.hypot(*(path[-1, :2] - path[0, :2])))
     length = float(np.hypot(*steps.T).sum())
-<<<<<<< HEAD
     turned = (
         pace > _MOVES and length > _TURNS * max(chord, 0.02) and length > 0.5 * _MOVES * duration
     )
-    middle = 0.5 * (SPEED["slow"] + SPEED["fast"])
-=======
-    turned = pace > MOVES and length > TURNS * max(chord, 0.02) and length > 0.5 * MOVES * duration
     middle = 0.5 * (SPEED_PER_SECOND["slow"] + SPEED_PER_SECOND["fast"])
->>>>>>> 3a2c1b8 (Training reads recipes by msgspec, keeps what a run was made of beside each checkpoint, and saves before it looks)
     if turned and pace > 1.2 * np.hypot(*velocity):
         first = path[max(2, len(path) // 4), :2] - path[0, :2]
         return "bounce", _direction(first), "fast" if pace > middle else "slow"
