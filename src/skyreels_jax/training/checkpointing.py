@@ -76,7 +76,9 @@ class Checkpoints:
     def _check_params(self, like: TrainState) -> None:
         """Compare shapes before values are read: Orbax says in pages what differs."""
         stored = self.manager.item_metadata(self._newest())
-        saved = {} if stored is None else {n: tuple(v.shape) for n, v in stored["params"].items()}
+        if stored is None:  # By another version of Orbax; reading it will tell.
+            return
+        saved = {name: tuple(value.shape) for name, value in stored["params"].items()}
         wanted = {name: value.shape for name, value in like.params.items()}
         if differing := sorted(n for n in saved | wanted if saved.get(n) != wanted.get(n)):
             name = differing[0]
@@ -93,6 +95,8 @@ def open_checkpoints(folder: Path, *, keep: int) -> Iterator[Checkpoints]:
     import orbax.checkpoint as ocp
 
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    with ocp.CheckpointManager(folder.resolve(), options=options) as manager:
+    # Named, so that shapes can be asked for before anything is read.
+    handler = ocp.StandardCheckpointHandler()
+    with ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=handler) as manager:
         yield Checkpoints(manager)
         manager.wait_until_finished()
