@@ -1,0 +1,76 @@
+"""Behaviour stays: the named requests give what the table says.
+
+In the environment in which the table was recorded every bit counts. Elsewhere the projections may
+be off by a request's tolerance. ``python -m tests.golden.record`` records anew what is meant to
+change.
+"""
+
+from typing import Any
+
+import pytest
+from jaxtyping import TypeCheckError
+from tests.golden.named_requests import BY_NAME, REQUESTS, NamedRequest, Studio
+from tests.golden.record import differences, environment, made, read_table
+
+TABLE = read_table()
+EXACTLY = TABLE["environment"] == environment()
+# `Pipeline.__call__` annotates its prompt as one string. It takes several, but not where
+# annotations are checked, as in these tests; `python -m tests.golden.record --check` runs them.
+SEVERAL_PROMPTS = pytest.mark.xfail(
+    raises=TypeCheckError, strict=True, reason="Pipeline.__call__ annotates one prompt"
+)
+
+
+def marked(request: NamedRequest) -> Any:
+    refused = not isinstance(request.prompt, str) and not request.file
+    marks = [SEVERAL_PROMPTS] if refused else []
+    return pytest.param(request, id=request.name, marks=marks)
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    return Studio(tmp_path_factory.mktemp("golden"))
+
+
+def test_every_request_is_in_the_table():
+    assert list(TABLE["requests"]) == list(BY_NAME)
+
+
+@pytest.mark.parametrize("request_", [marked(request) for request in REQUESTS])
+def test_a_request_gives_what_it_gave(studio: Studio, request_: NamedRequest):
+    if request_.needs is not None:
+        pytest.importorskip(request_.needs)
+    recorded = TABLE["requests"][request_.name]
+    assert differences(request_, made(studio, request_), recorded, exactly=EXACTLY) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("synchronous", {"seed": 8}),
+        ("synchronous", {"guidance_scale": 4.1}),
+        ("long-by-latents", {"hand_over": "pixels"}),
+        ("reference-exact", {"seed": 8}),
+        ("bfloat16", {"guidance_scale": 5.0}),
+    ],
+)
+def test_another_video_is_noticed_in_both_ways(studio: Studio, name: str, changes: dict):
+    request = BY_NAME[name]
+    row = made(studio, request, **changes)
+    for exactly in (True, False):
+        assert differences(request, row, TABLE["requests"][name], exactly=exactly) != []
+
+
+def test_a_wrong_number_of_frames_and_a_nan_are_noticed_in_both_ways():
+    request = BY_NAME["synchronous"]
+    recorded = TABLE["requests"]["synchronous"]
+    assert differences(request, recorded, recorded, exactly=True) == []
+    assert differences(request, recorded, recorded, exactly=False) == []
+    short = {"sha256": "0", "shape": [16, 4, 6, 8]}
+    nan = {"sha256": "0", "projections": [float("nan"), *([0.0] * 7)]}
+    for change in (short, nan):
+        row = {**recorded, "latents": {**recorded["latents"], **change}}
+        assert differences(request, row, recorded, exactly=True) != []
+        assert differences(request, row, recorded, exactly=False) != []
+    assert differences(request, {"frames": recorded["frames"]}, recorded, exactly=True) != []
+    assert differences(request, {"frames": recorded["frames"]}, recorded, exactly=False) != []
