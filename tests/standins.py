@@ -105,7 +105,7 @@ class Glance:
 
 
 class Blocks:
-    """A video codec: a latent is the mean of 8 x 8 pixels (of the first frame of four)."""
+    """A VAE: a latent is the mean of 8 x 8 pixels (of the first frame of four)."""
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         _, frames, height, width = pixels.shape

@@ -1,6 +1,6 @@
 """Who runs the encoders and the VAE: JAX, or PyTorch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal, get_args
@@ -8,9 +8,9 @@ from typing import Final, Literal, get_args
 from jax.typing import DTypeLike
 
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.components.autoencoder import VaeTiling, WanVideoCodec
+from skyreels_jax.components.autoencoder import VaeTiling, WanAutoencoder
 from skyreels_jax.components.encoders import ClipImageEncoder, Umt5TextEncoder
-from skyreels_jax.components.protocols import ImageEncoder, TextEncoder, VideoCodec
+from skyreels_jax.components.protocols import Autoencoder, ImageEncoder, TextEncoder
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.torch_side.components import (
     TorchAutoencoder,
@@ -26,21 +26,21 @@ BACKENDS: Final = get_args(Backend)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """How to load each part of a checkpoint but its transformer."""
+class ComponentLoaders:
+    """How to load each component of a checkpoint but its transformer."""
 
     text_encoder: Callable[[], TextEncoder]
     image_encoder: Callable[[], ImageEncoder]
-    codec: Callable[[], VideoCodec]
+    vae: Callable[[], Autoencoder]
 
 
-def jax_parts(
+def _jax_loaders(
     checkpoint: Checkpoint,
     dtype: DTypeLike,
     vae_dtype: DTypeLike,
     device: str,
     vae_tiling: VaeTiling,
-) -> Parts:
+) -> ComponentLoaders:
     """Encoders and VAE in JAX, on the devices that JAX has; ``device`` is not theirs."""
     del device
     layout = checkpoint.layout
@@ -50,20 +50,20 @@ def jax_parts(
         tokenizer = Tokenizer.from_folder(checkpoint.tokenizer)
         return Umt5TextEncoder(stored_text_encoder(layout).load(dtype), tokenizer)
 
-    return Parts(
+    return ComponentLoaders(
         text_encoder=text_encoder,
         image_encoder=lambda: ClipImageEncoder(stored_image_encoder(layout).load(dtype)),
-        codec=lambda: WanVideoCodec(stored_vae(layout).load(vae_dtype), vae_tiling),
+        vae=lambda: WanAutoencoder(stored_vae(layout).load(vae_dtype), vae_tiling),
     )
 
 
-def hybrid_parts(
+def _hybrid_loaders(
     checkpoint: Checkpoint,
     dtype: DTypeLike,
     vae_dtype: DTypeLike,
     device: str,
     vae_tiling: VaeTiling,
-) -> Parts:
+) -> ComponentLoaders:
     """Encoders and VAE in PyTorch, the VAE on whole frames and in float32.
 
     Raises:
@@ -71,14 +71,13 @@ def hybrid_parts(
     """
     del vae_dtype, vae_tiling
     require_torch()
-    return Parts(
+    return ComponentLoaders(
         text_encoder=partial(TorchTextEncoder.load, checkpoint, device, dtype),
         image_encoder=partial(TorchImageEncoder.load, checkpoint, device, dtype),
-        codec=partial(TorchAutoencoder.load, checkpoint, device),
+        vae=partial(TorchAutoencoder.load, checkpoint, device),
     )
 
 
-PARTS: Final[dict[Backend, Callable[[Checkpoint, DTypeLike, DTypeLike, str, VaeTiling], Parts]]] = {
-    "jax": jax_parts,
-    "hybrid": hybrid_parts,
-}
+LOADERS: Final[
+    Mapping[Backend, Callable[[Checkpoint, DTypeLike, DTypeLike, str, VaeTiling], ComponentLoaders]]
+] = {"jax": _jax_loaders, "hybrid": _hybrid_loaders}

@@ -48,8 +48,17 @@ def frame_rate(value: int | float | str | Fraction) -> int | Fraction:
 
 def latent_shape(num_frames: int, height: int, width: int) -> tuple[int, int, int]:
     """Latent frames, rows and columns of a legal video."""
-    frames = (num_frames - 1) // FRAMES_PER_LATENT + 1
-    return frames, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+    return latent_frames(num_frames), height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+
+
+def latent_frames(pixel_frames: int) -> int:
+    """Latent frames of ``4 k + 1`` pixel frames."""
+    return (pixel_frames - 1) // FRAMES_PER_LATENT + 1
+
+
+def pixel_frames(latent_frames: int) -> int:
+    """Pixel frames of some latent frames from the start of a video; 0 for none."""
+    return FRAMES_PER_LATENT * (latent_frames - 1) + 1 if latent_frames else 0
 
 
 def nearest_multiples(value: int, step: int = SIZE_MULTIPLE, offset: int = 0) -> list[int]:

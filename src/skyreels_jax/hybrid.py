@@ -14,10 +14,9 @@ from jax.typing import DTypeLike
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.components.clip_preprocessing import ClipPreprocessing
 from skyreels_jax.errors import RequestError, WeightsError
-from skyreels_jax.generation.api import generate
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
-from skyreels_jax.generation.video import Video
+from skyreels_jax.generation.video import Video, generate
 from skyreels_jax.media import ImageInput
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
@@ -198,4 +197,4 @@ class HybridPipeline:
             **{SETTINGS[name]: value for name, value in settings.items()},
         )
         resolved = resolve(request, self.checkpoint)
-        return generate(self.components, self.denoiser, resolved, progress=progress)
+        return generate(self.components, lambda: self.denoiser, resolved, progress=progress)

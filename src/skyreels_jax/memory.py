@@ -10,10 +10,14 @@ from typing import Final, Literal
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from skyreels_jax.errors import UnsupportedError
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.vae_config import VaeConfig
+from skyreels_jax.weights.layout import Layout
+from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
 from skyreels_jax.weights.transformer_folder import abstract_transformer
 
 # How XLA's message begins where memory runs out.
@@ -73,6 +77,32 @@ def estimate(
         activations=copies * tokens * a_token
         + LATENT_COPIES * 4 * config.in_dim * frames * rows * columns,
     )
+
+
+def component_sizes(
+    layout: Layout, config: TransformerConfig, *, dtype: DTypeLike, vae_dtype: DTypeLike
+) -> dict[str, int]:
+    """Bytes of the parameters of each component of a checkpoint, from headers alone.
+
+    Args:
+        layout: of the checkpoint.
+        config: of the transformer.
+        dtype: of the transformer and the encoders.
+        vae_dtype: of the VAE.
+    """
+    models: dict[str, nnx.Module] = {
+        "transformer": abstract_transformer(config, dtype),
+        "text_encoder": stored_text_encoder(layout).abstract(dtype),
+        "vae": stored_vae(layout).abstract(vae_dtype),
+    }
+    if config.image_dim is not None:
+        models["image_encoder"] = stored_image_encoder(layout).abstract(dtype)
+    return {name: size_of(nnx.state(model, nnx.Param)) for name, model in models.items()}
+
+
+def size_of(tree: PyTree) -> int:
+    """Bytes of all arrays in ``tree``, which may be abstract."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def vae_work(config: VaeConfig, direction: Direction, height: int, width: int) -> int:

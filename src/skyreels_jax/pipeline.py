@@ -1,53 +1,63 @@
 """The public way to make videos: a checkpoint in, videos out.
 
-Parts are loaded when a stage needs them and let go of after it, in the order text encoder, image
-encoder, transformer, VAE: memory holds one large model at a time.
+Components are loaded when a stage needs them, in the order text encoder, image encoder,
+transformer, VAE. Where memory does not hold all of them for the next video, each is let go of after
+its stage: memory then holds one large model at a time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
-from functools import cache, partial
+import logging
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
-from skyreels_jax.backends import BACKENDS, PARTS, Backend
+from skyreels_jax.backends import BACKENDS, LOADERS, Backend
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
 from skyreels_jax.components.autoencoder import VAE_TILINGS, VaeTiling
 from skyreels_jax.components.lazy import (
-    CodecOnDemand,
-    ImageOnDemand,
-    TextOnDemand,
-    making_room,
+    Lazy,
+    LazyAutoencoder,
+    LazyImageEncoder,
+    LazyTextEncoder,
 )
-from skyreels_jax.components.prompt_cache import CachedTextEncoder, fingerprint
-from skyreels_jax.components.protocols import (
-    Components,
-    TextEncoder,
-)
+from skyreels_jax.components.prompt_cache import PromptCache, fingerprint
+from skyreels_jax.components.protocols import Components
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation import api
-from skyreels_jax.generation.long_video import frames_in_turn
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve import DTYPES, resolve
-from skyreels_jax.generation.rollout import Kept, roll_out
-from skyreels_jax.generation.video import Video
+from skyreels_jax.generation.store import MemoryStore, WindowStore
+from skyreels_jax.generation.video import (
+    Video,
+    decode_latents,
+    settings_of,
+    stream_frames,
+    write_frames,
+)
+from skyreels_jax.generation.window_generator import WindowGenerator
 from skyreels_jax.media import ImageInput
-from skyreels_jax.memory import refused_in_words
+from skyreels_jax.memory import available_memory, component_sizes, estimate
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.sampling.denoiser import Denoiser
-from skyreels_jax.sampling.progress import Clock, Progress
-from skyreels_jax.shapes import Frames
+from skyreels_jax.sampling.progress import Clock, NoProgress, Progress
+from skyreels_jax.shapes import Frames, HostLatents
 from skyreels_jax.weights.complete import verify_checkpoint
 from skyreels_jax.weights.convert_folder import convert_folder
 from skyreels_jax.weights.diffusers_folder import require_parts
 
-# Whose change changes a video.
-MODEL_FILES: Final = frozenset({".safetensors", ".pth", ".bin", ".json", ".model"})
-SMALLER_WINDOWS: Final = "use shorter windows (--base-num-frames), a smaller size or dtype"
-SMALLER_DECODE: Final = "decode with vae_tiling (--vae-tiling on), or make a smaller size"
+# Whether components stay in memory between calls; `auto` decides for each video by what is free.
+Keep = Literal["auto"] | bool
+# Files whose change changes a video.
+_MODEL_FILES: Final = frozenset({".safetensors", ".pth", ".bin", ".json", ".model"})
+# An estimate of work is a lower bound: so many times is made room for beside kept components.
+_WORK_MARGIN: Final = 3
+
+logger = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -60,7 +70,8 @@ class Pipeline:
         video.save("cat.mp4")
 
     What a checkpoint can do is a property of the checkpoint and of the request, not of a class: an
-    image makes it image-to-video where the checkpoint takes one.
+    image makes it image-to-video where the checkpoint takes one. Compiled programs are kept between
+    calls: a second video of the same size compiles nothing.
 
     Attributes:
         checkpoint: the folder, understood.
@@ -76,7 +87,7 @@ class Pipeline:
         dtype: str = "bfloat16",
         backend: Backend = "jax",
         device: str = "auto",
-        keep: bool = False,
+        keep: Keep = "auto",
         prompt_cache: Path | None = None,
         vae_tiling: VaeTiling = "auto",
         vae_dtype: str = "float32",
@@ -88,7 +99,8 @@ class Pipeline:
             dtype: ``bfloat16`` or ``float32``, of the transformer and the encoders.
             backend: who runs encoders and VAE.
             device: of PyTorch's parts (backend ``hybrid``): ``cpu``, ``cuda`` or ``auto``.
-            keep: keep every part in memory for the next call, instead of loading it again.
+            keep: whether every component stays in memory for the next call, instead of being loaded
+                again; ``auto`` decides for each video by the memory that is free, and logs it.
             prompt_cache: folder to keep encoded prompts in, for this and later processes; a prompt
                 found there does not load the text encoder. ``None`` keeps none.
             vae_tiling: whether the VAE in JAX cuts frames into overlapping tiles, for less memory
@@ -106,31 +118,40 @@ class Pipeline:
             ("backend", backend, BACKENDS),
             ("vae_tiling", vae_tiling, VAE_TILINGS),
             ("vae_dtype", vae_dtype, DTYPES),
+            ("keep", keep, ("auto", True, False)),
         ):
             if value not in known:
-                raise RequestError(f"{name} {value!r} is unknown; there are {', '.join(known)}")
+                raise RequestError(
+                    f"{name} {value!r} is unknown; there are {', '.join(map(str, known))}"
+                )
         if (backend, vae_tiling) == ("hybrid", "on"):
             raise RequestError("the hybrid backend's VAE has no tiles: leave vae_tiling out")
         if (backend, vae_dtype) == ("hybrid", "bfloat16"):
             raise RequestError("the hybrid backend's VAE runs in float32: leave vae_dtype out")
         self.checkpoint = checkpoint
         self.dtype = dtype
+        self._backend, self._vae_dtype, self._keep = backend, vae_dtype, keep
         kinds = jnp.dtype(dtype), jnp.dtype(vae_dtype)
-        parts = PARTS[backend](checkpoint, *kinds, device, vae_tiling)
+        loaders = LOADERS[backend](checkpoint, *kinds, device, vae_tiling)
         # What has been proved need not be proved for every video; a refusal is not remembered.
-        self.verify = cache(partial(verify_parts, checkpoint))
-        kept = (lambda load: cache(making_room(load))) if keep else making_room
-        self._denoiser = kept(self.load_denoiser)
-        load_text = kept(parts.text_encoder)
+        self.verify = cache(partial(_verify_checkpoint, checkpoint))
+        stored = None
         if prompt_cache is not None:
-            made_by = (backend, dtype)
-            load_text = partial(cached_text, load_text, checkpoint, prompt_cache, made_by)
-        self._codec = kept(parts.codec)
-        self.components = Components(
-            TextOnDemand(load_text),
-            CodecOnDemand(self._codec),
-            ImageOnDemand(kept(parts.image_encoder)),
-        )
+            stored = partial(_open_prompt_cache, checkpoint, prompt_cache, (backend, dtype))
+        text_encoder = LazyTextEncoder(loaders.text_encoder, cache=stored)
+        vae, image_encoder = LazyAutoencoder(loaders.vae), LazyImageEncoder(loaders.image_encoder)
+        self.components = Components(text_encoder, vae, image_encoder)
+        # Compiled programs outlive the transformer: its parameters are arguments of theirs.
+        self._programs: dict[Any, jax.stages.Compiled] = {}
+        self._denoiser = Lazy(self.load_denoiser)
+        self._lazy: dict[str, Lazy[Any]] = {
+            "text_encoder": text_encoder,
+            "image_encoder": image_encoder,
+            "transformer": self._denoiser,
+            "vae": vae,
+        }
+        for component in self._lazy.values():
+            component.keep = keep is True
 
     @classmethod
     def from_pretrained(
@@ -174,6 +195,26 @@ class Pipeline:
             WeightsError: a part is missing, unsound or incomplete.
             NumericsError: something was not finite; says what and where.
         """
+        resolved = self.resolve(prompt, image=image, **settings)
+        store, clock = MemoryStore(), Clock(progress or NoProgress())
+        frames = list(stream_frames(self._generator(resolved, store, clock)))
+        return Video(
+            np.concatenate(frames),
+            resolved.fps,
+            settings_of(resolved),
+            store.latents,
+            clock.timings,
+            resolved.sound,
+        )
+
+    def resolve(
+        self, prompt: str, *, image: ImageInput | None = None, **settings: Any
+    ) -> ResolvedRequest:
+        """Decide every setting of a video, as :meth:`__call__` does, without making it.
+
+        Raises:
+            RequestError: with everything about the request that is wrong.
+        """
         known = {entry.name for entry in fields(Request)} - {"dtype", "output"}
         if unknown := settings.keys() - known:
             raise RequestError(
@@ -181,66 +222,130 @@ class Pipeline:
                 f"{', '.join(sorted(known))}"
             )
         request = Request(prompt=prompt, image=image, dtype=self.dtype, **settings)
-        resolved = resolve(request, self.checkpoint)
-        if resolved.is_long:
-            self.verify()
-            with refused_in_words(SMALLER_WINDOWS):
-                components = self._with_codec()
-                return api.generate_long(components, self._denoiser, resolved, progress=progress)
-        sampled = self.sample(resolved, progress)
-        with refused_in_words(SMALLER_DECODE):
-            return api.finish(self.components.codec, sampled)
+        return resolve(request, self.checkpoint, memory=self._free_memory())
 
-    def sample(self, request: ResolvedRequest, progress: Progress | None = None) -> api.Sample:
-        """Everything but decoding; the transformer is out of memory again afterwards.
-
-        Raises:
-            WeightsError: a part is missing, unsound or incomplete; before anything is encoded.
-            UnsupportedError: the memory is not enough.
-            NumericsError: something was not finite; says what and where.
-        """
-        self.verify()
-        with refused_in_words("use fewer frames, a smaller size or a smaller dtype"):
-            return api.sample(self.components, self._denoiser, request, progress=progress)
-
-    def frames(
-        self, request: ResolvedRequest, *, kept: Kept | None = None, clock: Clock | None = None
+    def stream(
+        self,
+        request: ResolvedRequest,
+        *,
+        store: WindowStore | None = None,
+        clock: Clock | None = None,
     ) -> Iterator[Frames]:
-        """The frames of a video of any length, as they are finished.
-
-        Memory does not grow with the length. The transformer stays in memory until the last
-        window is made, and the VAE beside it.
+        """The frames of a video as they are finished, in memory that does not grow with its length.
 
         Args:
-            request: settled.
-            kept: where finished windows are kept and taken from.
+            request: from :meth:`resolve`.
+            store: where finished windows are kept and taken from; ``None`` for nowhere.
             clock: times, reports, and may be asked to stop.
 
         Raises:
-            WeightsError: a part is missing, unsound or incomplete; before anything is encoded.
+            WeightsError: a component is missing, unsound or incomplete; before anything is encoded.
             UnsupportedError: the memory is not enough.
             NumericsError: something was not finite; says what and where.
             Stopped: the clock was asked to.
         """
+        return stream_frames(self._generator(request, store, clock))
+
+    def write(
+        self,
+        request: ResolvedRequest,
+        path: str | Path,
+        *,
+        progress: Progress | None = None,
+        metadata: bool = True,
+    ) -> Path:
+        """Make a video straight into an MP4, in memory that does not grow with its length.
+
+        Args:
+            request: from :meth:`resolve`.
+            path: ends in ``.mp4``; the file appears when all of it is written.
+            progress: told of every stage.
+            metadata: whether the MP4 carries the settings in its ``comment`` tag.
+
+        Raises:
+            RequestError: the path cannot be written to.
+            SkyReelsError: as :meth:`stream`.
+        """
+        write_frames(
+            self.stream(request, clock=Clock(progress or NoProgress())),
+            Path(path),
+            fps=request.fps,
+            size=(request.height, request.width),
+            settings=settings_of(request) if metadata else None,
+            sound=request.sound,
+        )
+        return Path(path)
+
+    def decode(self, latents: HostLatents, clock: Clock | None = None) -> Iterator[Frames]:
+        """The frames of finished latents of a video of one window, ``[16, F, H, W]``.
+
+        Raises:
+            WeightsError: the VAE is missing, unsound or incomplete.
+            UnsupportedError: the memory is not enough.
+            NumericsError: the VAE's output is not finite.
+        """
+        return decode_latents(self.components.vae, latents, clock or Clock())
+
+    def __repr__(self) -> str:
+        guess = self.checkpoint.guess.preset
+        name = "" if guess is None else f" ({guess.name})"
+        return (
+            f"<Pipeline {self.checkpoint.folder}{name}: {self.checkpoint.task}, {self.dtype}, "
+            f"backend {self._backend}>"
+        )
+
+    def _generator(
+        self, request: ResolvedRequest, store: WindowStore | None, clock: Clock | None
+    ) -> WindowGenerator:
         self.verify()
-        components = self._with_codec()
-        rollout = roll_out(components, self._denoiser, request, clock or Clock(), kept=kept)
-        with refused_in_words(SMALLER_WINDOWS):
-            yield from frames_in_turn(rollout)
+        if self._keep == "auto":
+            self._decide_what_to_keep(request)
+        return WindowGenerator(
+            self.components, self._denoiser.get, request, clock=clock, store=store
+        )
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return component_sizes(
+            self.checkpoint.layout,
+            self.checkpoint.config,
+            dtype=jnp.dtype(self.dtype),
+            vae_dtype=jnp.dtype(self._vae_dtype),
+        )
+
+    def _free_memory(self) -> int | None:
+        """Bytes for a request: with those of kept components that it uses or can do without."""
+        free = available_memory()
+        usable = self._lazy if self._keep == "auto" else ("transformer",)
+        kept = sum(self._sizes[name] for name in usable if self._lazy[name].loaded is not None)
+        return None if free is None else free + kept
+
+    def _decide_what_to_keep(self, request: ResolvedRequest) -> None:
+        """Keep all components where they and the work on the request fit; let go of them if not."""
+        copies = 2 if request.batched_guidance else 1
+        work = estimate(
+            self.checkpoint.config, request.window_shape, dtype=request.dtype, copies=copies
+        )
+        needed = sum(self._sizes.values()) + _WORK_MARGIN * (work.total - work.weights)
+        free = self._free_memory()
+        keep = free is not None and needed <= free
+        if keep != self._lazy["vae"].keep:
+            logger.info(
+                "components %s between calls: with the work on this video they take %.2f GiB, "
+                "and %s (keep=%s overrides this)",
+                "stay in memory" if keep else "are loaded anew",
+                needed / 2**30,
+                "nobody can tell what is free" if free is None else f"{free / 2**30:.2f} are free",
+                not keep,
+            )
+        for component in self._lazy.values():
+            component.keep = keep
+            component.loaded = component.loaded if keep else None
 
     def fingerprint(self) -> str:
         """A hash of all weights and settings that decide a video."""
         files = self.checkpoint.folder.rglob("*")
-        return fingerprint((file for file in files if file.suffix in MODEL_FILES), self.dtype)
-
-    def _with_codec(self) -> Components:
-        """The VAE loaded: once for all windows, which need it in turn."""
-        return replace(self.components, codec=self._codec())
-
-    def write(self, sampled: api.Sample, path: Path, *, metadata: bool = True) -> None:
-        """Decode into an MP4 piece by piece; see :func:`skyreels_jax.generation.api.write`."""
-        with refused_in_words(SMALLER_DECODE):
-            api.write(self.components.codec, sampled, path, metadata=metadata)
+        return fingerprint((file for file in files if file.suffix in _MODEL_FILES), self.dtype)
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: DTypeLike | None = None, overwrite: bool = False
@@ -276,30 +381,26 @@ class Pipeline:
             WeightsError: it is missing, unsound or incomplete.
         """
         model = load_transformer(self.checkpoint, dtype=jnp.dtype(self.dtype))
-        return Denoiser(model, block_length=self.checkpoint.block_length)
+        return Denoiser(model, self.checkpoint.block_length, self._programs)
 
 
-def cached_text(
-    load: Callable[[], TextEncoder], checkpoint: Checkpoint, folder: Path, made_by: Sequence[str]
-) -> CachedTextEncoder:
-    """What ``load`` gives, asked only for prompts that ``folder`` does not hold.
+def _open_prompt_cache(
+    checkpoint: Checkpoint, folder: Path, made_by: tuple[str, ...]
+) -> PromptCache:
+    """The entries in ``folder`` that a checkpoint's text encoder would make.
 
-    Args:
-        load: makes the text encoder.
-        checkpoint: that it belongs to.
-        folder: of the cache.
-        made_by: what else, besides the checkpoint's files, decides an encoding.
+    ``made_by`` is what else, besides the checkpoint's files, decides an encoding.
     """
     paths = (checkpoint.text_encoder, checkpoint.tokenizer)
     files = [file for path in paths for file in (path, *path.rglob("*")) if file.is_file()]
-    return CachedTextEncoder(load, folder, fingerprint(files, *made_by))
+    return PromptCache(folder, fingerprint(files, *made_by))
 
 
-def verify_parts(checkpoint: Checkpoint) -> None:
+def _verify_checkpoint(checkpoint: Checkpoint) -> None:
     """Prove by headers that a checkpoint holds all that a generation takes; reads its tokenizer.
 
     Raises:
-        WeightsError: a part is missing, unsound or incomplete.
+        WeightsError: a component is missing, unsound or incomplete.
     """
     Tokenizer.from_folder(checkpoint.tokenizer)
     verify_checkpoint(checkpoint.layout, checkpoint.config)

@@ -11,7 +11,7 @@ from tests.fabricate import Checkpoints
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.cli import dry_run
-from skyreels_jax.generation.plan_memory import Memory, plan
+from skyreels_jax.generation.dry_run.plan import Memory, plan
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 from tests.cli.commands import Command, linked, rewrite
 from tests.fabricate import Checkpoints
 
@@ -79,6 +80,22 @@ def test_the_command_makes_what_python_makes(command: Command, checkpoints: Chec
     assert (out / "x.latents.safetensors").exists()
 
 
+def test_a_latents_file_of_an_earlier_version_is_decoded(
+    command: Command, checkpoints: Checkpoints, out: Path
+):
+    """The format as it was before jobs: latents and, in the metadata, settings as JSON."""
+    latents = np.random.default_rng(0).standard_normal((16, 2, 4, 6)).astype(np.float32)
+    settings = json.dumps({"prompt": "a hen", "fps": 24, "forcing": {"hand_over": "pixels"}})
+    save_file({"latents": latents}, out / "old.safetensors", {"settings": settings})
+    words = ("--model", checkpoints("t2v", "original"), "--prompt", "-", "--sidecar")
+    given = ("--resume-latents", out / "old.safetensors", "--output", out / "x.mp4")
+    outcome = command("generate", *words, *given)
+    assert outcome.code == 0, outcome.err
+    assert f"wrote {out / 'x.mp4'} (5 frames, 24 frames a second)" in outcome.out
+    assert media.read_settings(out / "x.mp4") == json.loads(settings)
+    assert (out / "old.safetensors").exists()
+
+
 def test_what_fails_while_decoding_keeps_the_latents(
     command: Command, checkpoints: Checkpoints, out: Path, tmp_path: Path
 ):
@@ -91,16 +108,21 @@ def test_what_fails_while_decoding_keeps_the_latents(
     outcome = command(*words, *SMALL)
     assert outcome.code == 2
     (line,) = outcome.errors
-    latents = out / "x.latents.safetensors"
+    job = out / "x.job"
     assert "decoder.conv1.bias" in line
-    assert f"--resume-latents {latents}" in line
-    assert [path.name for path in out.iterdir()] == [latents.name]
+    assert f"go on with: skyreels-jax resume {job}" in line
+    assert [path.name for path in out.iterdir()] == [job.name]
+    assert sorted(path.name for path in job.iterdir()) == ["job.json", "window-0000.safetensors"]
     # The next run must not overwrite them unasked.
     assert "exists" in command(*words, *SMALL).errors[0]
     whole = checkpoints("t2v", "original") / VAE
     rewrite(folder / VAE, whole.read_bytes())
-    assert command(*words, "--resume-latents", latents).code == 0
+    resumed = command("resume", job)
+    assert resumed.code == 0, resumed.err
+    assert "1 of 1 windows are finished" in resumed.out
+    assert "denoise:" not in resumed.err
     assert media.read_video(out / "x.mp4")[0].shape == (5, 32, 48, 3)
+    assert [path.name for path in out.iterdir()] == ["x.mp4"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -116,7 +138,7 @@ def test_a_signal_while_frames_are_written_leaves_no_half_file(
 
     def stop(self: media.VideoWriter, frames: np.ndarray) -> None:
         self._container.start_encoding()
-        half.extend(path.name for path in out.glob(".*"))
+        half.extend(path.name for path in out.rglob(".*"))
         os.kill(os.getpid(), number)
 
     monkeypatch.setattr(media.VideoWriter, "append", stop)
@@ -126,8 +148,10 @@ def test_a_signal_while_frames_are_written_leaves_no_half_file(
     assert outcome.code == code
     assert signal.getsignal(signal.SIGTERM) is handler
     assert len(half) == 1  # there was something to leave
-    assert [path.name for path in out.iterdir()] == ["x.latents.safetensors"]
-    assert "--resume-latents" in outcome.err
+    job = out / "x.job"
+    assert [path.name for path in out.iterdir()] == [job.name]
+    assert sorted(path.name for path in job.iterdir()) == ["job.json", "window-0000.safetensors"]
+    assert f"skyreels-jax resume {job}" in outcome.err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

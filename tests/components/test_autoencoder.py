@@ -9,8 +9,8 @@ import pytest
 from tests.fabricate import Checkpoints
 
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.components import autoencoder as codec_module
-from skyreels_jax.components.autoencoder import RESERVE, WanVideoCodec, tiling_for
+from skyreels_jax.components import autoencoder
+from skyreels_jax.components.autoencoder import RESERVE, WanAutoencoder, tiling_for
 from skyreels_jax.memory import vae_work
 from skyreels_jax.models import vae
 from skyreels_jax.models.vae_tiling import WHOLE, Tiles
@@ -27,11 +27,11 @@ def model(checkpoints: Checkpoints):
 
 
 def has(monkeypatch: pytest.MonkeyPatch, free: int | None) -> None:
-    monkeypatch.setattr(codec_module, "available_memory", lambda: free)
+    monkeypatch.setattr(autoencoder, "available_memory", lambda: free)
 
 
-def decoded(codec: WanVideoCodec) -> np.ndarray:
-    return np.concatenate(list(codec.decode_pieces([LATENTS])), axis=1)
+def decoded(vae_jax: WanAutoencoder) -> np.ndarray:
+    return np.concatenate(list(vae_jax.decode_pieces([LATENTS])), axis=1)
 
 
 def test_tiles_where_memory_would_not_do():
@@ -46,9 +46,9 @@ def test_tiles_where_memory_would_not_do():
 
 def test_where_it_fits_decoding_and_encoding_are_whole_to_the_bit(model, monkeypatch, caplog):
     has(monkeypatch, vae_work(model.config, "decode", 32, 320) * 2)
-    codec = WanVideoCodec(model)
-    np.testing.assert_array_equal(decoded(codec), vae.decode(model, LATENTS[None])[0])
-    np.testing.assert_array_equal(codec.encode(PIXELS), vae.encode(model, PIXELS[None])[0])
+    vae_jax = WanAutoencoder(model)
+    np.testing.assert_array_equal(decoded(vae_jax), vae.decode(model, LATENTS[None])[0])
+    np.testing.assert_array_equal(vae_jax.encode(PIXELS), vae.encode(model, PIXELS[None])[0])
     assert caplog.text == ""
 
 
@@ -61,10 +61,10 @@ def test_too_little_memory_turns_tiles_on_and_says_so(
     """With plenty (the last case) nothing is cut, nor said."""
     enough = free is not None
     has(monkeypatch, free or vae_work(model.config, direction, 32, 320))
-    codec, given = WanVideoCodec(model), {"decode": LATENTS, "encode": PIXELS}[direction]
+    vae_jax, given = WanAutoencoder(model), {"decode": LATENTS, "encode": PIXELS}[direction]
     work = partial({"decode": vae.decode, "encode": vae.encode}[direction], model, given[None])
     with caplog.at_level(logging.WARNING):
-        ours = decoded(codec) if direction == "decode" else codec.encode(PIXELS)
+        ours = decoded(vae_jax) if direction == "decode" else vae_jax.encode(PIXELS)
     whole, tiled = work()[0], work(tiling=Tiles())[0]
     np.testing.assert_array_equal(ours, whole if enough else tiled)
     assert (whole != tiled).any()
@@ -75,8 +75,8 @@ def test_too_little_memory_turns_tiles_on_and_says_so(
 def test_off_stays_off_and_on_is_not_a_warning(model, monkeypatch, caplog):
     has(monkeypatch, 1)
     np.testing.assert_array_equal(
-        decoded(WanVideoCodec(model, "off")), vae.decode(model, LATENTS[None])[0]
+        decoded(WanAutoencoder(model, "off")), vae.decode(model, LATENTS[None])[0]
     )
-    tiled = decoded(WanVideoCodec(model, "on"))
+    tiled = decoded(WanAutoencoder(model, "on"))
     np.testing.assert_array_equal(tiled, vae.decode(model, LATENTS[None], tiling=Tiles())[0])
     assert caplog.text == ""

@@ -64,23 +64,23 @@ class Recorder(standins.Blocks):
 
 
 def test_a_first_frame_is_followed_by_mid_grey_and_masked():
-    codec = Recorder()
+    vae = Recorder()
     first = prepare_image(picture(32, 48), 32, 48)
-    y = condition_latents(codec, first, None, 9)
+    y = condition_latents(vae, first, None, 9)
     assert y.shape == (20, 3, 4, 6)
     assert y.dtype == np.float32
-    np.testing.assert_array_equal(codec.seen[:, 0], first.pixels)
-    assert not codec.seen[:, 1:].any()
+    np.testing.assert_array_equal(vae.seen[:, 0], first.pixels)
+    assert not vae.seen[:, 1:].any()
     np.testing.assert_array_equal(y[:4, 0], 1)
     np.testing.assert_array_equal(y[:4, 1:], 0)
-    np.testing.assert_array_equal(y[4:], codec.encode(codec.seen))
+    np.testing.assert_array_equal(y[4:], vae.encode(vae.seen))
 
 
 def test_a_last_frame_marks_one_of_the_four_of_its_latent():
-    codec = Recorder()
+    vae = Recorder()
     first, last = (prepare_image(picture(size, 48), 32, 48) for size in (32, 31))
-    y = condition_latents(codec, first, last, 9)
-    np.testing.assert_array_equal(codec.seen[:, -1], last.pixels)
+    y = condition_latents(vae, first, last, 9)
+    np.testing.assert_array_equal(vae.seen[:, -1], last.pixels)
     assert y[:4, :, 0, 0].T.tolist() == [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from skyreels_jax.components.prompt_cache import CachedTextEncoder, fingerprint
+from skyreels_jax.components.lazy import LazyTextEncoder
+from skyreels_jax.components.prompt_cache import PromptCache, fingerprint
 
 
 class Recorder:
@@ -26,8 +27,8 @@ def recorder() -> Recorder:
     return Recorder()
 
 
-def cached(recorder: Recorder, folder: Path, weights: str = "w") -> CachedTextEncoder:
-    return CachedTextEncoder(lambda: recorder, folder, weights)
+def cached(recorder: Recorder, folder: Path, weights: str = "w") -> LazyTextEncoder:
+    return LazyTextEncoder(lambda: recorder, cache=lambda: PromptCache(folder, weights))
 
 
 def test_a_prompt_is_encoded_once_and_then_read(recorder: Recorder, tmp_path: Path):
@@ -62,14 +63,14 @@ def test_the_encoder_is_not_loaded_when_all_is_found(recorder: Recorder, tmp_pat
     def fail():
         raise AssertionError("loaded without need")
 
-    CachedTextEncoder(fail, tmp_path, "w").encode(["abc"])
+    LazyTextEncoder(fail, cache=lambda: PromptCache(tmp_path, "w")).encode(["abc"])
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a file of tensors", None])
 def test_a_damaged_entry_is_made_anew(recorder: Recorder, tmp_path: Path, damage: bytes | None):
     encoder = cached(recorder, tmp_path)
     before = encoder.encode(["abc"])
-    path = encoder.path_of("abc")
+    path = PromptCache(tmp_path, "w").path_of("abc")
     path.write_bytes(path.read_bytes()[:-5] if damage is None else damage)
     np.testing.assert_array_equal(encoder.encode(["abc"]), before)
     assert recorder.asked == ["abc", "abc"]

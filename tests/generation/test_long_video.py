@@ -10,15 +10,16 @@ from tests import standins
 
 from skyreels_jax import media
 from skyreels_jax.components.protocols import Components
+from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.errors import RequestError, Stopped
-from skyreels_jax.generation.api import Gathered, generate
-from skyreels_jax.generation.long_video import frames_in_turn
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
-from skyreels_jax.generation.rollout import (
+from skyreels_jax.generation.store import MemoryStore
+from skyreels_jax.generation.video import generate, stream_frames
+from skyreels_jax.generation.window_generator import (
+    WindowGenerator,
     conditioning_noise,
     frame_schedule_for,
-    roll_out,
     starting_noise,
 )
 from skyreels_jax.sampling.denoiser import Denoiser
@@ -50,56 +51,43 @@ def transformer():
 def test_exactly_the_frames_asked_for(denoiser, frames: int, block: int, ar_step: int):
     wishes = {"num_frames": frames, "base_num_frames": 97, "overlap_history": 17}
     asked = request(**wishes, causal_block_size=block, ar_step=ar_step)
-    video = generate(COMPONENTS, denoiser, asked)
+    video = generate(COMPONENTS, lambda: denoiser, asked)
     assert len(video.frames) == frames
     assert video.latents.shape == (16, (frames + 3) // 4, 2, 4)
 
 
-class Listening(Gathered):
-    """Remembers whole windows, given frames included."""
-
-    def __init__(self):
-        super().__init__()
-        self.windows = []
-
-    def save(self, window, latents):
-        self.windows.append(latents)
-        super().save(window, latents)
-
-
-def roll(denoiser, asked, **given):
-    kept = Listening()
-    rollout = roll_out(COMPONENTS, lambda: denoiser, asked, Clock(), kept=kept, **given)
-    return np.concatenate(list(frames_in_turn(rollout))), kept
+def made(denoiser, asked) -> tuple[np.ndarray, MemoryStore]:
+    store = MemoryStore()
+    generator = WindowGenerator(COMPONENTS, lambda: denoiser, asked, store=store)
+    return np.concatenate(list(stream_frames(generator))), store
 
 
 LONG = {"num_frames": 41, "base_num_frames": 17, "overlap_history": 5}
 
 
 def test_latents_are_handed_over_as_they_are(transformer):
-    frames, kept = roll(transformer, request(**LONG))
-    assert [latents.shape[1] for latents in kept.windows] == [5, 5, 5]
-    for before, after in zip(kept.windows, kept.windows[1:], strict=False):
+    frames, store = made(transformer, request(**LONG))
+    windows = list(store.windows.values())
+    assert [latents.shape[1] for latents in windows] == [5, 5, 5]
+    for before, after in zip(windows, windows[1:], strict=False):
         np.testing.assert_array_equal(after[:, :2], before[:, -2:])
     # One decoding of all.
-    whole = np.concatenate(
-        list(COMPONENTS.codec.decode_pieces([np.concatenate(kept.pieces, 1)])), 1
-    )
+    whole = np.concatenate(list(COMPONENTS.vae.decode_pieces([store.latents])), 1)
     levels = np.rint((np.moveaxis(whole, 0, -1) / 2 + 0.5) * 255).astype(np.uint8)
     np.testing.assert_array_equal(frames, levels)
 
 
 def test_pixels_are_handed_over_encoded_anew(transformer):
     asked = request(**LONG, hand_over="pixels")
-    frames, kept = roll(transformer, asked)
-    shown = 0
-    for before, after in zip(kept.windows, kept.windows[1:], strict=False):
-        decoded = np.concatenate(list(COMPONENTS.codec.decode_pieces([before])), axis=1)
-        np.testing.assert_array_equal(after[:, :2], COMPONENTS.codec.encode(decoded[:, -5:]))
+    frames, store = made(transformer, asked)
+    windows, shown = list(store.windows.values()), 0
+    for before, after in zip(windows, windows[1:], strict=False):
+        decoded = np.concatenate(list(COMPONENTS.vae.decode_pieces([before])), axis=1)
+        np.testing.assert_array_equal(after[:, :2], COMPONENTS.vae.encode(decoded[:, -5:]))
         shown += decoded.shape[1] - 5
     assert len(frames) == 41
     assert shown == 24
-    latents, _ = roll(transformer, request(**LONG))
+    latents, _ = made(transformer, request(**LONG))
     np.testing.assert_array_equal(frames[:17], latents[:17])
     assert not np.array_equal(frames[17:], latents[17:])
 
@@ -114,9 +102,9 @@ def test_each_window_has_noise_of_its_own_and_of_the_seed_alone():
 
 
 def test_prompts_reach_their_windows(transformer):
-    one, _ = roll(transformer, request(**LONG))
-    two, _ = roll(transformer, request(**LONG, prompt=["a fox", "a crow"]))
-    by_frame, _ = roll(transformer, request(**LONG, prompt={0: "a fox", 17: "a crow"}))
+    one, _ = made(transformer, request(**LONG))
+    two, _ = made(transformer, request(**LONG, prompt=["a fox", "a crow"]))
+    by_frame, _ = made(transformer, request(**LONG, prompt={0: "a fox", 17: "a crow"}))
     np.testing.assert_array_equal(one[:17], two[:17])
     assert not np.array_equal(one[17:], two[17:])
     np.testing.assert_array_equal(two, by_frame)
@@ -133,16 +121,16 @@ GIVEN = np.full((16, 2, 4), np.float32(2 * (200 / np.float32(255)) - 1))
 def test_an_image_with_blocks_longer_than_it_is_kept(transformer):
     """The original overwrites it with noise (a block must be whole to be given)."""
     for wishes in ({"causal_block_size": 3}, {"causal_block_size": 3, "ar_step": 1}):
-        video = generate(COMPONENTS, transformer, request(num_frames=17, image=picture(), **wishes))
+        video = generate(
+            COMPONENTS, lambda: transformer, request(num_frames=17, image=picture(), **wishes)
+        )
         np.testing.assert_allclose(video.latents[:, 0], GIVEN, atol=1e-6)  # measured 6e-8
 
 
 def test_frames_past_the_last_whole_block_are_made(transformer):
     """The original leaves them noise."""
     asked = request(num_frames=21, causal_block_size=4, ar_step=1)
-    table = frame_schedule_for(
-        asked, roll_out(COMPONENTS, lambda: transformer, asked, Clock()).schedule
-    )
+    table = frame_schedule_for(asked, flow_sigmas(asked.steps, asked.shift))
     assert (table.update.sum(axis=0) == asked.steps).all()
     assert table.update.shape[1] == 6
 
@@ -151,14 +139,15 @@ def test_frames_past_the_last_whole_block_are_made(transformer):
 def test_an_end_frame_is_seen_by_the_last_window_and_never_shown(transformer, wishes: dict):
     """The original shows it in long videos, or cuts four frames off every window."""
     asked = {"num_frames": 25} | wishes
-    plain, _ = roll(transformer, request(**asked))
-    ended, kept = roll(transformer, request(**asked, last_image=picture()))
+    plain, _ = made(transformer, request(**asked))
+    ended, store = made(transformer, request(**asked, last_image=picture()))
     assert len(ended) == len(plain) == asked["num_frames"]
     windows = request(**asked).windows
     end = 4 * (windows[-1].first_new - 1) + 1 if windows[-1].number else 0
     np.testing.assert_array_equal(ended[:end], plain[:end])
     assert not np.array_equal(ended[end:], plain[end:])
-    assert [latents.shape[1] for latents in kept.windows] == [w.frames for w in windows]
+    stored = {window: latents.shape[1] for window, latents in store.windows.items()}
+    assert list(stored.values()) == [w.frames for w in windows]
 
 
 def test_an_end_frame_without_a_start_frame_is_allowed_and_with_causal_attention_refused():
@@ -170,11 +159,11 @@ def test_an_end_frame_without_a_start_frame_is_allowed_and_with_causal_attention
 def test_noise_over_given_frames_is_the_seeds_and_leaves_them_clean(transformer):
     """The original draws it from an unseeded generator."""
     asked = request(num_frames=17, image=picture(), addnoise_condition=20)
-    video = generate(COMPONENTS, transformer, asked)
-    again = generate(COMPONENTS, transformer, asked)
+    video = generate(COMPONENTS, lambda: transformer, asked)
+    again = generate(COMPONENTS, lambda: transformer, asked)
     np.testing.assert_array_equal(video.frames, again.frames)
     np.testing.assert_allclose(video.latents[:, 0], GIVEN, atol=1e-6)  # measured 6e-8
-    clean = generate(COMPONENTS, transformer, request(num_frames=17, image=picture()))
+    clean = generate(COMPONENTS, lambda: transformer, request(num_frames=17, image=picture()))
     assert not np.array_equal(video.latents[:, 1:], clean.latents[:, 1:])
     keys = [
         conditioning_noise(request(**LONG, addnoise_condition=20), w)
@@ -198,14 +187,15 @@ def test_a_video_is_continued_and_keeps_its_own_frames(transformer, tmp_path, ha
     clip = write_clip(tmp_path / "clip.mp4", 21, 16, 32)
     wishes = {"num_frames": 33, "base_num_frames": 17, "overlap_history": 5, "fps": 24}
     asked = request(video=tmp_path / "clip.mp4", hand_over=hand_over, **wishes)
-    frames, kept = roll(transformer, asked)
+    frames, store = made(transformer, asked)
+    windows = list(store.windows.values())
     # As in the original: 21 + 33 - 5.
     assert len(frames) == asked.output_frames == 49
     np.testing.assert_array_equal(frames[:21], clip)
     pixels = np.moveaxis(2 * (clip[-5:].astype(np.float32) / 255) - 1, -1, 0)
-    given = COMPONENTS.codec.encode(pixels)
-    np.testing.assert_allclose(kept.windows[0][:, :2], given, atol=2e-6)  # measured 7.7e-7
-    assert not (kept.windows[0][:, 2:3] == kept.windows[0][:, 1:2]).any()
+    given = COMPONENTS.vae.encode(pixels)
+    np.testing.assert_allclose(windows[0][:, :2], given, atol=2e-6)  # measured 7.7e-7
+    assert not (windows[0][:, 2:3] == windows[0][:, 1:2]).any()
 
 
 def test_an_upright_video_is_cropped_not_stretched(transformer, tmp_path):
@@ -216,7 +206,7 @@ def test_an_upright_video_is_cropped_not_stretched(transformer, tmp_path):
         Request(**wishes, video=tmp_path / "tall.mp4"), standins.checkpoint("df"), memory=2**40
     )
     assert (asked.height, asked.width) == (48, 32)
-    frames, _ = roll(transformer, asked)
+    frames, _ = made(transformer, asked)
     assert frames.shape == (13, 48, 32, 3)
     # Three times as high as wide, cropped to 3:2 around its centre and enlarged twofold.
     source = media.read_video(tmp_path / "tall.mp4")[0][0, 12:36].astype(int)
@@ -270,13 +260,13 @@ def test_a_stop_comes_between_two_steps(transformer):
                 clock.stop.set()
 
     clock.progress = Stopping()
-    rollout = roll_out(COMPONENTS, lambda: transformer, request(**LONG), clock)
-    made = []
+    generator = WindowGenerator(COMPONENTS, lambda: transformer, request(**LONG), clock=clock)
+    shown = []
     with pytest.raises(Stopped):
-        for frames in frames_in_turn(rollout):
-            made.extend(frames)
+        for frames in stream_frames(generator):
+            shown.extend(frames)
     # The second window was finished; the third was not.
-    assert len(made) == 29
+    assert len(shown) == 29
 
 
 def test_settings_of_a_long_video_say_all():

@@ -12,9 +12,8 @@ from skyreels_jax.components.protocols import Components
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve import resolve
-from skyreels_jax.generation.rollout import roll_out, starting_noise
+from skyreels_jax.generation.window_generator import WindowGenerator, starting_noise
 from skyreels_jax.sampling.denoiser import Denoiser
-from skyreels_jax.sampling.progress import Clock
 
 LONG = {"num_frames": 41, "base_num_frames": 17, "overlap_history": 5}
 IMAGE = np.zeros((32, 48, 3), np.uint8)
@@ -76,8 +75,8 @@ def test_pytorchs_noise_can_be_had_by_itself():
 def denoised(asked: ResolvedRequest) -> np.ndarray:
     components = Components(standins.Words(), standins.Blocks(), None)
     denoiser = Denoiser(standins.transformer(standins.config()))
-    rollout = roll_out(components, lambda: denoiser, asked, Clock())
-    return rollout.latents(asked.windows[0], rollout.prefix())
+    generator = WindowGenerator(components, lambda: denoiser, asked)
+    return generator.make(asked.windows[0], generator.known.prefix)
 
 
 def test_latents_are_rounded_in_every_step():

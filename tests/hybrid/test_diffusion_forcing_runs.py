@@ -18,9 +18,9 @@ from tests.fabricate import Checkpoints
 from tests.hybrid import oracle
 
 from skyreels_jax.diffusion.sigmas import flow_sigmas
-from skyreels_jax.generation.api import generate_long
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.video import generate
 from skyreels_jax.hybrid import HybridPipeline
 
 STEPS, SHIFT = 4, 5.0
@@ -106,7 +106,7 @@ def ours(checkpoints: Checkpoints) -> Callable[..., np.ndarray]:
             settings["causal_attention"] = settings["causal_block_size"]
         settings |= {"steps": STEPS, "shift": SHIFT, "guidance_scale": 5.0, **changes}
         request = Request(seed=0, dtype="float32", **settings)
-        return generate_long(
+        return generate(
             pipeline.components,
             lambda: pipeline.denoiser,
             resolve(request, pipeline.checkpoint),

@@ -19,9 +19,9 @@ from tests.fabricate import Checkpoints
 from tests.hybrid import oracle
 
 from skyreels_jax.diffusion.sigmas import flow_sigmas
-from skyreels_jax.generation.api import generate
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.video import generate
 from skyreels_jax.hybrid import HybridPipeline
 from skyreels_jax.models import transformer
 from skyreels_jax.ops.positions import RopeTable
@@ -108,8 +108,9 @@ def theirs(checkpoints: Checkpoints) -> Callable[[Kind, int], np.ndarray]:
 
 def ours(pipeline: HybridPipeline, **changes: Any) -> np.ndarray:
     request = request_for(pipeline, **changes)
+    start = jnp.asarray(noise())
     return generate(
-        pipeline.components, pipeline.denoiser, request, noise=jnp.asarray(noise())
+        pipeline.components, lambda: pipeline.denoiser, request, noise=lambda _: start
     ).frames
 
 

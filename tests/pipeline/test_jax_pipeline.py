@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import diffusers
@@ -22,16 +22,16 @@ from tests.fabricate import Checkpoints
 from tests.hybrid import oracle
 
 from skyreels_jax import backends
-from skyreels_jax.backends import PARTS, Backend
+from skyreels_jax.backends import LOADERS, Backend
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
-from skyreels_jax.components.autoencoder import WanVideoCodec
+from skyreels_jax.components.autoencoder import WanAutoencoder
 from skyreels_jax.components.encoders import ClipImageEncoder, Umt5TextEncoder
 from skyreels_jax.components.protocols import Components
 from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.errors import RequestError, WeightsError
-from skyreels_jax.generation.api import generate
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.video import generate
 from skyreels_jax.models.vae_layers import CausalConv
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.prompts import Tokenizer
@@ -77,9 +77,9 @@ def by_backend(folder: Path, backend: Backend) -> Components:
     """Parts as :class:`Pipeline` has them."""
     checkpoint = Checkpoint.open(folder)
     float32 = jnp.dtype(jnp.float32)
-    parts = PARTS[backend](checkpoint, float32, float32, "cpu", "off")
+    parts = LOADERS[backend](checkpoint, float32, float32, "cpu", "off")
     image = parts.image_encoder() if checkpoint.config.image_dim else None
-    return Components(parts.text_encoder(), parts.codec(), image)
+    return Components(parts.text_encoder(), parts.vae(), image)
 
 
 def in_jax(folder: Path, changed: str | None = None) -> Components:
@@ -94,12 +94,12 @@ def in_jax(folder: Path, changed: str | None = None) -> Components:
         shift_one(text.blocks.attn.v.kernel)
     image = None
     if checkpoint.config.image_dim:
-        tower = stored_image_encoder(layout).load(jnp.float32)
+        encoder = stored_image_encoder(layout).load(jnp.float32)
         if changed == "image_encoder":
-            shift_one(tower.pre_norm.bias)
-        image = ClipImageEncoder(tower, "diffusers")
+            shift_one(encoder.pre_norm.bias)
+        image = ClipImageEncoder(encoder, "diffusers")
     tokenizer = Tokenizer.from_folder(checkpoint.tokenizer)
-    return Components(Umt5TextEncoder(text, tokenizer), WanVideoCodec(vae), image)
+    return Components(Umt5TextEncoder(text, tokenizer), WanAutoencoder(vae), image)
 
 
 def shift_one(parameter: nnx.Param) -> None:
@@ -125,7 +125,9 @@ def video(components: Components, folder: Path) -> np.ndarray:
         dtype="float32",
     )
     resolved = resolve(request, checkpoint)
-    return generate(components, denoiser(folder), resolved, noise=jnp.asarray(noise())).frames
+    start = jnp.asarray(noise())
+    load = partial(denoiser, folder)
+    return generate(components, load, resolved, noise=lambda _: start).frames
 
 
 def by_diffusers(pipeline: diffusers.DiffusionPipeline, kind: Kind) -> np.ndarray:
@@ -276,8 +278,8 @@ def test_the_vae_has_a_dtype_of_its_own(checkpoints):
     folder = checkpoints("t2v", "original")
 
     def first(**options: str) -> CausalConv:
-        codec = Pipeline.from_pretrained(folder, **options).components.codec
-        return codec.load().model.decoder.conv_in
+        vae = Pipeline.from_pretrained(folder, **options).components.vae
+        return vae.load().model.decoder.conv_in
 
     for options, dtype in (
         ({}, "float32"),

@@ -83,7 +83,7 @@ def test_memory_that_runs_out_in_any_stage_is_an_error_of_ours(
         monkeypatch.setattr(pipeline_module, "load_transformer", refuse)
         advice = "fewer frames"
     else:
-        monkeypatch.setattr(backends, "WanVideoCodec", refuse)
+        monkeypatch.setattr(backends, "WanAutoencoder", refuse)
         advice = "--vae-tiling on"
     with pytest.raises(UnsupportedError, match=advice):
         pipe("a fox", **SMALL)

@@ -12,6 +12,7 @@ from tests.fabricate import Checkpoints
 
 from skyreels_jax import pipeline as pipeline_module
 from skyreels_jax.checkpoints import load_transformer
+from skyreels_jax.memory import estimate
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.weights.parts import StoredPart
 
@@ -62,7 +63,7 @@ IN_TURN = ["Umt5Encoder", "ClipVision", "WanVae", "WanModel", "WanVae"]
 
 
 def test_every_model_is_gone_before_the_next_one_comes(checkpoints: Checkpoints, watch: Watch):
-    pipe = Pipeline.from_pretrained(checkpoints("i2v", "original"))
+    pipe = Pipeline.from_pretrained(checkpoints("i2v", "original"), keep=False)
     pipe("a fox", image=IMAGE, **SMALL)
     # Where parts are kept (below), they are seen to be there.
     assert watch.loads == [(name, set()) for name in IN_TURN]
@@ -71,14 +72,24 @@ def test_every_model_is_gone_before_the_next_one_comes(checkpoints: Checkpoints,
 def test_the_transformer_is_gone_before_a_file_is_decoded(
     checkpoints: Checkpoints, watch: Watch, tmp_path
 ):
-    """As the command line does it, in two calls."""
-    pipe = Pipeline.from_pretrained(checkpoints("t2v", "diffusers"))
-    request = pipeline_module.resolve(
-        pipeline_module.Request(prompt="a fox", dtype=pipe.dtype, **SMALL), pipe.checkpoint
-    )
-    sampled = pipe.sample(request)
-    pipe.write(sampled, tmp_path / "x.mp4")
+    pipe = Pipeline.from_pretrained(checkpoints("t2v", "diffusers"), keep=False)
+    pipe.write(pipe.resolve("a fox", **SMALL), tmp_path / "x.mp4")
     assert watch.loads == [(name, set()) for name in ("Umt5Encoder", "WanModel", "WanVae")]
+
+
+def test_two_windows_keep_the_transformer_beside_the_vae_which_is_loaded_once(
+    checkpoints: Checkpoints, watch: Watch
+):
+    pipe = Pipeline.from_pretrained(checkpoints("df", "diffusers"), keep=False)
+    long = SMALL | {"num_frames": 9, "base_num_frames": 5, "overlap_history": 1}
+    for continuation in ("latents", "pixels"):
+        watch.loads.clear()
+        pipe("a fox", **long, hand_over=continuation)
+        assert watch.loads == [
+            ("Umt5Encoder", set()),
+            ("WanModel", set()),
+            ("WanVae", {"WanModel"}),
+        ]
 
 
 def test_what_is_kept_is_loaded_once(checkpoints: Checkpoints, watch: Watch):
@@ -89,11 +100,52 @@ def test_what_is_kept_is_loaded_once(checkpoints: Checkpoints, watch: Watch):
     np.testing.assert_array_equal(first.frames, again.frames)
 
 
-def test_without_keeping_a_second_video_loads_again(checkpoints: Checkpoints, watch: Watch):
-    pipe = Pipeline.from_pretrained(checkpoints("t2v", "diffusers"))
-    for _ in range(2):
-        pipe("a fox", **SMALL)
+def test_without_keeping_a_second_video_loads_again_and_compiles_nothing(
+    checkpoints: Checkpoints, watch: Watch
+):
+    pipe = Pipeline.from_pretrained(checkpoints("t2v", "diffusers"), keep=False)
+    first, again = (pipe("a fox", **SMALL) for _ in range(2))
     assert [name for name, _ in watch.loads] == 2 * ["Umt5Encoder", "WanModel", "WanVae"]
+    assert "compile" in first.timings.stages
+    assert "compile" not in again.timings.stages
+    np.testing.assert_array_equal(first.frames, again.frames)
+    # Of another size it does.
+    assert "compile" in pipe("a fox", **SMALL | {"num_frames": 9}).timings.stages
+
+
+@pytest.mark.parametrize("free", [None, 10**6, 2**40])
+def test_by_default_components_stay_where_there_is_room(
+    checkpoints: Checkpoints, watch: Watch, monkeypatch, caplog, free: int | None
+):
+    monkeypatch.setattr(pipeline_module, "available_memory", lambda: free)
+    pipe = Pipeline.from_pretrained(checkpoints("t2v", "diffusers"))
+    with caplog.at_level("INFO", "skyreels_jax.pipeline"):
+        first, again = (pipe("a fox", **SMALL) for _ in range(2))
+    names = ["Umt5Encoder", "WanModel", "WanVae"]
+    kept = free == 2**40
+    assert [name for name, _ in watch.loads] == names * (1 if kept else 2)
+    assert ("components stay in memory between calls" in caplog.text) is kept
+    np.testing.assert_array_equal(first.frames, again.frames)
+
+
+def test_what_was_kept_makes_room_for_a_video_that_takes_it(
+    checkpoints: Checkpoints, watch: Watch, monkeypatch, caplog
+):
+    pipe = Pipeline.from_pretrained(checkpoints("t2v", "diffusers"))
+    pipe("a fox", **SMALL)
+    assert watch.resident() == {"Umt5Encoder", "WanModel", "WanVae"}
+    # Kept components count as free: the larger video fits, but not beside all of them.
+    larger = SMALL | {"num_frames": 33, "height": 64, "width": 96}
+    request = pipe.resolve("a fox", **larger)
+    least = estimate(pipe.checkpoint.config, request.window_shape, dtype=pipe.dtype)
+    free = least.total - least.weights
+    monkeypatch.setattr(pipeline_module, "available_memory", lambda: free)
+    watch.loads.clear()
+    with caplog.at_level("INFO", "skyreels_jax.pipeline"):
+        pipe("a fox", **larger)
+    assert watch.loads == [(name, set()) for name in ("Umt5Encoder", "WanModel", "WanVae")]
+    assert "components are loaded anew between calls" in caplog.text
+    assert watch.resident() == set()
 
 
 def test_a_checkpoint_is_proved_complete_once_and_before_anything_is_loaded(

@@ -124,7 +124,7 @@ def test_a_grey_frame_squashes_to_the_same_grey():
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_latents_and_frames_are_those_of_diffusers(checkpoints: Checkpoints, dialect: Dialect):
-    codec = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", dialect)), "cpu")
+    vae = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", dialect)), "cpu")
     vae = AutoencoderKLWan.from_pretrained(
         checkpoints("t2v", "diffusers") / "vae", low_cpu_mem_usage=False
     ).eval()
@@ -137,36 +137,36 @@ def test_latents_and_frames_are_those_of_diffusers(checkpoints: Checkpoints, dia
     with torch.no_grad():
         latents = (vae.encode(video).latent_dist.mean - mean) / std
         frames = vae.decode(latents * std + mean).sample
-    ours = codec.encode(video[0].numpy())
+    ours = vae.encode(video[0].numpy())
     assert ours.shape == (16, 2, 4, 6)
     np.testing.assert_allclose(ours, latents[0].numpy(), atol=2e-6)  # measured 0
-    decoded = np.concatenate(list(codec.decode_pieces([latents[0].numpy()])), axis=1)
+    decoded = np.concatenate(list(vae.decode_pieces([latents[0].numpy()])), axis=1)
     np.testing.assert_allclose(decoded, frames[0].numpy(), atol=2e-5)  # measured 0
     assert np.abs(decoded - video[0].numpy()).max() > 0.1
 
 
 def test_frames_come_one_by_one_and_are_those_of_diffusers(checkpoints: Checkpoints):
-    codec = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
+    vae = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
     latents = np.random.default_rng(0).standard_normal((16, 5, 4, 6)).astype(np.float32)
-    mean, std = codec._statistics()
+    mean, std = vae._statistics()
     z = torch.from_numpy(latents * std + mean)[None]
     with torch.inference_mode():
-        expected = codec.model.decode(z).sample[0].numpy()
-    chunks = list(codec.decode_pieces([latents]))
+        expected = vae.model.decode(z).sample[0].numpy()
+    chunks = list(vae.decode_pieces([latents]))
     assert [chunk.shape for chunk in chunks] == [(3, 1, 32, 48)] + 4 * [(3, 4, 32, 48)]
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), expected)
     # Each of them depends on those before; what was kept of another video would show.
-    later = np.concatenate(list(codec.decode_pieces([latents[:, 1:]])), axis=1)
+    later = np.concatenate(list(vae.decode_pieces([latents[:, 1:]])), axis=1)
     assert np.abs(later[:, 1:] - expected[:, 5:]).max() > 0.01
 
 
 def test_two_videos_can_be_decoded_in_turn(checkpoints: Checkpoints):
     """Nothing of a decode under way is kept in the model."""
-    codec = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
+    vae = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
     rng = np.random.default_rng(1)
     one, two = rng.standard_normal((2, 16, 3, 4, 4)).astype(np.float32)
-    in_turn = zip(codec.decode_pieces([one]), codec.decode_pieces([two]), strict=True)
-    alone = zip(list(codec.decode_pieces([one])), list(codec.decode_pieces([two])), strict=True)
+    in_turn = zip(vae.decode_pieces([one]), vae.decode_pieces([two]), strict=True)
+    alone = zip(list(vae.decode_pieces([one])), list(vae.decode_pieces([two])), strict=True)
     for (a, b), (c, d) in zip(in_turn, alone, strict=True):
         np.testing.assert_array_equal(a, c)
         np.testing.assert_array_equal(b, d)
@@ -174,8 +174,8 @@ def test_two_videos_can_be_decoded_in_turn(checkpoints: Checkpoints):
 
 
 def test_consumers_of_frames_are_not_in_inference_mode(checkpoints: Checkpoints):
-    codec = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
-    for _ in codec.decode_pieces([np.zeros((16, 2, 4, 4), np.float32)]):
+    vae = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", "diffusers")), "cpu")
+    for _ in vae.decode_pieces([np.zeros((16, 2, 4, 4), np.float32)]):
         assert not torch.is_inference_mode_enabled()
 
 

@@ -11,20 +11,17 @@ from pathlib import Path
 from typing import Final
 
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.cli import dry_run, long
+from skyreels_jax.cli import dry_run
 from skyreels_jax.cli.flags import LATENTS_SUFFIX, add_flags
-from skyreels_jax.cli.opening import open_pipeline
-from skyreels_jax.cli.progress import console_progress
-from skyreels_jax.cli.report import describe, summarise
-from skyreels_jax.errors import RequestError, SkyReelsError, UnsupportedError
-from skyreels_jax.generation.api import Sample
-from skyreels_jax.generation.latents_file import load_latents, save_latents
+from skyreels_jax.cli.job import begin, decode_file, open_pipeline
+from skyreels_jax.cli.report import describe
+from skyreels_jax.errors import RequestError, UnsupportedError
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve import resolve
-from skyreels_jax.media import check_output, write_settings
+from skyreels_jax.generation.store import SavedLatents
+from skyreels_jax.media import check_output
 from skyreels_jax.ops.attention import PATHS
 from skyreels_jax.ops.kernels.contract import AttentionCall, this_device
-from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.weights.parts import stored_vae
 
 # A dry run tells what does not fit by itself, stage by stage.
@@ -48,9 +45,12 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run and args.resume_latents:
         raise RequestError("--dry-run plans a whole generation: leave --resume-latents out")
     check_output(args.output)
-    latents = args.resume_latents or args.output.with_suffix(LATENTS_SUFFIX)
-    made = [args.output, *([args.output.with_suffix(".json")] if args.sidecar else [])]
-    for path in made if args.resume_latents else [*made, latents]:
+    made = [args.output]
+    if args.sidecar:
+        made.append(args.output.with_suffix(".json"))
+    if args.keep_latents and not args.resume_latents:
+        made.append(args.output.with_suffix(LATENTS_SUFFIX))
+    for path in made:
         check_not_there(path, args.overwrite)
     pipeline = open_pipeline(vars(args))
     checkpoint = pipeline.checkpoint
@@ -60,31 +60,10 @@ def run(args: argparse.Namespace) -> int:
         vae = (args.vae_tiling, args.vae_dtype)
         return dry_run.report(checkpoint, request, args.backend, *vae)
     if args.resume_latents:
-        return finish(args, pipeline, load_latents(latents), latents)
-    request = settle(args, checkpoint)
-    if request.is_long:
-        return long.begin(args, pipeline, request)
-    with console_progress() as progress:
-        sampled = pipeline.sample(request, progress)
-        save_latents(latents, sampled)
-    return finish(args, pipeline, sampled, latents)
-
-
-def finish(args: argparse.Namespace, pipeline: Pipeline, sampled: Sample, latents: Path) -> int:
-    """Decode, write and report."""
-    if args.resume_latents:
-        stored_vae(pipeline.checkpoint.layout).verify()
-    with console_progress() as progress:
-        sampled.clock.progress = progress
-        decode(pipeline, sampled, args.output, latents, metadata=not args.no_metadata)
-    if args.sidecar:
-        write_settings(args.output.with_suffix(".json"), sampled.settings)
-    if not (args.keep_latents or args.resume_latents):
-        latents.unlink(missing_ok=True)
-    for line in summarise(sampled.timings):
-        print(line)
-    print(f"wrote {args.output} ({sampled.num_frames} frames, {sampled.fps} frames a second)")
-    return 0
+        saved = SavedLatents.open(args.resume_latents)
+        stored_vae(checkpoint.layout).verify()
+        return decode_file(args, pipeline, saved)
+    return begin(args, pipeline, settle(args, checkpoint))
 
 
 def check_not_there(path: Path, overwrite: bool) -> None:
@@ -118,20 +97,6 @@ def check_attention(checkpoint: Checkpoint, request: ResolvedRequest) -> None:
         AttentionCall(this_device(), request.dtype, query, tokens)
     ):
         raise UnsupportedError(f"--attention {request.attention} cannot be used: {reason}")
-
-
-def decode(
-    pipeline: Pipeline, sampled: Sample, output: Path, latents: Path, *, metadata: bool
-) -> None:
-    """Decode into ``output``; what stops it leaves ``latents`` and says how to go on from there."""
-    again = f"the denoised latents are kept; decode them again with --resume-latents {latents}"
-    try:
-        pipeline.write(sampled, output, metadata=metadata)
-    except (SkyReelsError, OSError, MemoryError, RuntimeError) as error:
-        raise SkyReelsError(f"decoding failed: {error}; {again}") from error
-    except KeyboardInterrupt:
-        print(again, file=sys.stderr)
-        raise
 
 
 def request_of(args: argparse.Namespace) -> Request:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Final, Literal, get_args
 
+from skyreels_jax.geometry import PIXELS_PER_LATENT
 from skyreels_jax.memory import Direction, available_memory, vae_work
 from skyreels_jax.models import vae
 from skyreels_jax.models.vae import WanVae
-from skyreels_jax.models.vae_config import PIXEL_STRIDE
 from skyreels_jax.models.vae_tiling import WHOLE, Tiles, Tiling
 from skyreels_jax.shapes import HostLatents, Pixels
 
@@ -36,8 +36,8 @@ def tiling_for(choice: VaeTiling, needed: int, free: int | None) -> Tiling:
 
 
 @dataclass(frozen=True, eq=False)
-class WanVideoCodec:
-    """Pixels to latents and back: a :class:`~skyreels_jax.components.protocols.VideoCodec`.
+class WanAutoencoder:
+    """Pixels to latents and back: a :class:`~skyreels_jax.components.protocols.Autoencoder`.
 
     Attributes:
         model: the VAE.
@@ -57,7 +57,7 @@ class WanVideoCodec:
         """Frames in [-1, 1] as they are ready, in memory that does not grow with their number."""
         pieces = iter(pieces)
         first = next(pieces)
-        height, width = (PIXEL_STRIDE * side for side in first.shape[-2:])
+        height, width = (PIXELS_PER_LATENT * side for side in first.shape[-2:])
         tiling = self._tiling("decode", height, width)
         batches = (piece[None] for piece in chain([first], pieces))
         for chunk in vae.decode_pieces(self.model, batches, tiling=tiling):

@@ -1,4 +1,4 @@
-"""An image as CLIP's vision tower takes it, prepared as the original does or as diffusers does."""
+"""An image as CLIP takes it, prepared as the original does or as diffusers does."""
 
 from collections.abc import Callable
 from types import MappingProxyType

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from skyreels_jax.components.protocols import ImageCondition, VideoCodec
+from skyreels_jax.components.protocols import Autoencoder, ImageCondition
 from skyreels_jax.geometry import FRAMES_PER_LATENT
 from skyreels_jax.media import RgbImage, stream_video
 from skyreels_jax.shapes import Frames, HostLatents, Pixels
@@ -47,7 +47,7 @@ def _centre_box(image: RgbImage, height: int, width: int) -> tuple[float, float,
 
 
 def condition_latents(
-    codec: VideoCodec, first: ImageCondition, last: ImageCondition | None, num_frames: int
+    vae: Autoencoder, first: ImageCondition, last: ImageCondition | None, num_frames: int
 ) -> Float[np.ndarray, "Y F H W"]:
     """Mask and latents of a video of which only the first frame (and the last) is known.
 
@@ -59,7 +59,7 @@ def condition_latents(
     video[:, 0], known[0] = first.pixels, 1
     if last is not None:
         video[:, -1], known[-1] = last.pixels, 1
-    latents = codec.encode(video).astype(np.float32)
+    latents = vae.encode(video).astype(np.float32)
     by_latent = np.concatenate([np.repeat(known[:1], FRAMES_PER_LATENT), known[1:]])
     mask = by_latent.reshape(-1, FRAMES_PER_LATENT).T[:, :, None, None]
     return np.concatenate([np.broadcast_to(mask, (FRAMES_PER_LATENT, *latents.shape[1:])), latents])
@@ -74,13 +74,13 @@ def to_frames(pixels: Pixels) -> Frames:
     return np.ascontiguousarray(np.moveaxis(levels.astype(np.uint8), 0, -1))
 
 
-def encode_first_frame(codec: VideoCodec, image: ImageCondition) -> HostLatents:
+def encode_first_frame(vae: Autoencoder, image: ImageCondition) -> HostLatents:
     """The single latent frame of an image, as diffusion forcing continues it."""
-    return codec.encode(image.pixels[:, None]).astype(np.float32)
+    return vae.encode(image.pixels[:, None]).astype(np.float32)
 
 
 def encode_last_frames(
-    codec: VideoCodec, video: Path, count: int, size: tuple[int, int], fps: int | Fraction
+    vae: Autoencoder, video: Path, count: int, size: tuple[int, int], fps: int | Fraction
 ) -> HostLatents:
     """Latents of the last ``count`` frames (``4k + 1``) of a file, as a video of their own.
 
@@ -89,4 +89,4 @@ def encode_last_frames(
     """
     last = deque(stream_video(video, fps), maxlen=count)
     images = [prepare_image(frame, *size, Image.Resampling.BICUBIC) for frame in last]
-    return codec.encode(np.stack([image.pixels for image in images], axis=1)).astype(np.float32)
+    return vae.encode(np.stack([image.pixels for image in images], axis=1)).astype(np.float32)

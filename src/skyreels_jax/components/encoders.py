@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from skyreels_jax.components.clip_preprocessing import PREPROCESSING, ClipPreprocessing
 from skyreels_jax.components.protocols import ImageCondition
@@ -22,9 +22,7 @@ from skyreels_jax.prompts import TEXT_LEN, Tokenizer
 LENGTHS: Final = (128, 256, TEXT_LEN)
 
 
-@partial(jax.jit, static_argnums=0)
-def _apply(graph: nnx.GraphDef, state: nnx.State, *inputs: Array) -> Array:
-    return nnx.merge(graph, state)(*inputs)
+_apply = jax.jit(lambda graph, state, *inputs: nnx.merge(graph, state)(*inputs), static_argnums=0)
 
 
 class Umt5TextEncoder:
@@ -48,20 +46,20 @@ class Umt5TextEncoder:
         states may depend on its company.
         """
         batch = self._tokenizer.encode(prompts)
-        return np.stack([self._encode(*row) for row in zip(batch.ids, batch.mask, strict=True)])
-
-    def _encode(self, ids: np.ndarray, mask: np.ndarray) -> Float[np.ndarray, "S text_dim"]:
-        length = next(n for n in LENGTHS if mask.sum() <= n)
-        inputs = (jnp.asarray(row[None, :length]) for row in (ids, mask))
-        states = np.asarray(_apply(self._graph, self._state, *inputs))[0]
-        return np.pad(states, ((0, TEXT_LEN - length), (0, 0)))
+        encoded = []
+        for ids, mask in zip(batch.ids, batch.mask, strict=True):
+            length = next(n for n in LENGTHS if mask.sum() <= n)
+            inputs = (jnp.asarray(row[None, :length]) for row in (ids, mask))
+            states = np.asarray(_apply(self._graph, self._state, *inputs))[0]
+            encoded.append(np.pad(states, ((0, TEXT_LEN - length), (0, 0))))
+        return np.stack(encoded)
 
 
 class ClipImageEncoder:
     """An image to CLIP's features: a :class:`~skyreels_jax.components.protocols.ImageEncoder`."""
 
     def __init__(self, model: ClipVision, preprocessing: ClipPreprocessing = "original"):
-        """``preprocessing`` chooses between the two ways of :mod:`.clip_input`."""
+        """``preprocessing`` chooses between the two ways of :mod:`.clip_preprocessing`."""
         self._prepare = partial(PREPROCESSING[preprocessing], side=model.config.image_size)
         self._graph, self._state = nnx.split(model)
 

@@ -1,70 +1,97 @@
-"""Components that are in memory only while they work."""
+"""Components that are loaded when they are first needed, and prompts that are encoded once.
+
+A component is let go of after each use, so that memory holds one large model at a time, unless it
+is kept for the next one.
+"""
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Float
 
+from skyreels_jax.components.prompt_cache import PromptCache
 from skyreels_jax.components.protocols import (
+    Autoencoder,
     ImageCondition,
     ImageEncoder,
     TextEncoder,
-    VideoCodec,
 )
 from skyreels_jax.shapes import HostLatents, Pixels
 
 T = TypeVar("T")
 
 
-def making_room(load: Callable[[], T]) -> Callable[[], T]:
-    """``load``, once all that nobody holds any more has really left memory.
+@dataclass(eq=False)
+class Lazy(Generic[T]):
+    """A model that ``load`` makes when it is needed.
 
-    Flax flattens a model's state with a function that refers to itself, which leaves every
-    parameter in a cycle: without a collection a model of many gigabytes may stay for long.
+    Attributes:
+        load: reads it.
+        keep: whether it stays in memory afterwards.
+        loaded: the model that was kept.
     """
 
-    def collected() -> T:
+    load: Callable[[], T]
+    keep: bool = False
+    loaded: T | None = None
+
+    def get(self) -> T:
+        """The model, loaded now unless it was kept.
+
+        What nobody holds any more has left memory before: Flax flattens a model's state with a
+        function that refers to itself, which leaves every parameter in a cycle, and without a
+        collection a model of many gigabytes may stay for long.
+        """
+        if self.loaded is not None:
+            return self.loaded
         gc.collect()
-        return load()
+        model = self.load()
+        if self.keep:
+            self.loaded = model
+        return model
 
-    return collected
 
+@dataclass(eq=False)
+class LazyTextEncoder(Lazy[TextEncoder]):
+    """A text encoder that is loaded for prompts that ``cache``, where there is one, does not hold.
 
-@dataclass(frozen=True)
-class TextOnDemand:
-    """A text encoder that is in memory only while it encodes."""
+    ``cache`` is called at every use: an entry's name depends on the encoder's files as they are.
+    """
 
-    load: Callable[[], TextEncoder]
+    cache: Callable[[], PromptCache] | None = None
 
     def encode(self, prompts: Sequence[str]) -> Float[np.ndarray, "B S text_dim"]:
-        """Load, encode, let go."""
-        return self.load().encode(prompts)
+        """States as :class:`TextEncoder` has them."""
+        if self.cache is None:
+            return self.get().encode(prompts)
+        return self.cache().encode(prompts, self.get)
 
 
-@dataclass(frozen=True)
-class ImageOnDemand:
-    """An image encoder that is in memory only while it encodes."""
-
-    load: Callable[[], ImageEncoder]
+@dataclass(eq=False)
+class LazyImageEncoder(Lazy[ImageEncoder]):
+    """An image encoder that is loaded when an image is encoded."""
 
     def encode(self, image: ImageCondition) -> Float[np.ndarray, "S image_dim"]:
-        """Load, encode, let go."""
-        return self.load().encode(image)
+        """Features as :class:`ImageEncoder` has them."""
+        return self.get().encode(image)
 
 
-@dataclass(frozen=True)
-class CodecOnDemand:
-    """A VAE that is in memory only while it encodes or decodes."""
-
-    load: Callable[[], VideoCodec]
+@dataclass(eq=False)
+class LazyAutoencoder(Lazy[Autoencoder]):
+    """A VAE that is loaded when it encodes or decodes."""
 
     def encode(self, pixels: Pixels) -> HostLatents:
-        """Load, encode, let go."""
-        return self.load().encode(pixels)
+        """Latents as :class:`Autoencoder` has them."""
+        return self.get().encode(pixels)
 
     def decode_pieces(self, pieces: Iterable[HostLatents]) -> Iterator[Pixels]:
-        """Load, decode, let go."""
-        yield from self.load().decode_pieces(pieces)
+        """Frames as :class:`Autoencoder` has them."""
+        yield from self.get().decode_pieces(pieces)
+
+
+def loaded_vae(vae: Autoencoder) -> Autoencoder:
+    """The VAE in memory, for as long as the result is held: where it is used several times."""
+    return vae.get() if isinstance(vae, LazyAutoencoder) else vae

@@ -20,9 +20,9 @@ from skyreels_jax.components.protocols import TextEncoder
 from skyreels_jax.files import whole_file
 
 # Change when the meaning of an entry changes.
-FORMAT: Final = "prompt-embedding-1"
-SAMPLES: Final = 4096
-SAMPLE_BYTES: Final = 256
+_FORMAT: Final = "prompt-embedding-1"
+_SAMPLES: Final = 4096
+_SAMPLE_BYTES: Final = 256
 
 
 def fingerprint(files: Iterable[Path], *settings: str) -> str:
@@ -31,7 +31,7 @@ def fingerprint(files: Iterable[Path], *settings: str) -> str:
     It covers every file's name, size and time of change, its first mebibyte (the names and shapes)
     and 4096 samples of 256 bytes spread over the rest: 2 MB read of the 11 GB of UMT5-XXL.
     """
-    digest = hashlib.sha256(FORMAT.encode())
+    digest = hashlib.sha256(_FORMAT.encode())
     for setting in settings:
         digest.update(b"\0" + setting.encode())
     for path in sorted(files):
@@ -39,38 +39,30 @@ def fingerprint(files: Iterable[Path], *settings: str) -> str:
         digest.update(f"\0{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
         with path.open("rb") as file:
             digest.update(file.read(1 << 20))
-            for offset in np.linspace(0, stat.st_size, SAMPLES, endpoint=False, dtype=np.int64):
+            for offset in np.linspace(0, stat.st_size, _SAMPLES, endpoint=False, dtype=np.int64):
                 file.seek(int(offset))
-                digest.update(file.read(SAMPLE_BYTES))
+                digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 
 @dataclass(frozen=True)
-class CachedTextEncoder:
-    """A :class:`TextEncoder` that looks into ``folder`` first, and loads the real one if it must.
+class PromptCache:
+    """Encoded prompts in ``folder``, by an encoder whose :func:`fingerprint` is ``weights``."""
 
-    ``load`` makes the encoder; ``weights`` is the :func:`fingerprint` of what it would load.
-    """
-
-    load: Callable[[], TextEncoder]
     folder: Path
     weights: str
 
-    def encode(self, prompts: Sequence[str]) -> Float[np.ndarray, "B S text_dim"]:
-        """As the real encoder; entries that cannot be read are made anew."""
-        found = [read_entry(self.path_of(prompt)) for prompt in prompts]
-        missing = [p for p, entry in zip(prompts, found, strict=True) if entry is None]
-        made: dict[str, np.ndarray] = {}
-        if missing:
-            unique = list(dict.fromkeys(missing))
-            made = dict(zip(unique, self.load().encode(unique), strict=True))
-            for prompt, states in made.items():
-                write_entry(self.path_of(prompt), states)
-        rows = [
-            made[prompt] if entry is None else entry
-            for prompt, entry in zip(prompts, found, strict=True)
-        ]
-        return np.stack(rows)
+    def encode(
+        self, prompts: Sequence[str], load: Callable[[], TextEncoder]
+    ) -> Float[np.ndarray, "B S text_dim"]:
+        """States of all prompts; ``load`` is called if one is missing or cannot be read."""
+        found = {prompt: _read_entry(self.path_of(prompt)) for prompt in prompts}
+        states = {prompt: entry for prompt, entry in found.items() if entry is not None}
+        if missing := [prompt for prompt in found if prompt not in states]:
+            for prompt, made in zip(missing, load().encode(missing), strict=True):
+                states[prompt] = made
+                _write_entry(self.path_of(prompt), made)
+        return np.stack([states[prompt] for prompt in prompts])
 
     def path_of(self, prompt: str) -> Path:
         """The entry's file."""
@@ -78,7 +70,7 @@ class CachedTextEncoder:
         return self.folder / f"{key.hexdigest()}.safetensors"
 
 
-def read_entry(path: Path) -> Float[np.ndarray, "S text_dim"] | None:
+def _read_entry(path: Path) -> Float[np.ndarray, "S text_dim"] | None:
     """An entry with its zero rows restored, or ``None`` where there is none that can be read."""
     try:
         entry = load_file(path)
@@ -89,7 +81,7 @@ def read_entry(path: Path) -> Float[np.ndarray, "S text_dim"] | None:
     return states
 
 
-def write_entry(path: Path, states: Float[np.ndarray, "S text_dim"]) -> None:
+def _write_entry(path: Path, states: Float[np.ndarray, "S text_dim"]) -> None:
     """Write the rows up to the last that is not zero, under a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     used = np.flatnonzero(np.any(states != 0, axis=1))

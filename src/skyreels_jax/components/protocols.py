@@ -44,8 +44,8 @@ class ImageEncoder(Protocol):
 
 
 @runtime_checkable
-class VideoCodec(Protocol):
-    """Pixels to normalised latents and back."""
+class Autoencoder(Protocol):
+    """Pixels to normalised latents and back: the VAE."""
 
     def encode(self, pixels: Pixels) -> HostLatents:
         """Posterior mean of ``4k + 1`` frames in [-1, 1], normalised: ``(mu - mean) / std``."""
@@ -62,8 +62,8 @@ class VideoCodec(Protocol):
 
 @dataclass(frozen=True)
 class Components:
-    """All parts but the transformer; ``image_encoder`` only where the checkpoint has one."""
+    """All components but the transformer; ``image_encoder`` only where the checkpoint has one."""
 
     text_encoder: TextEncoder
-    codec: VideoCodec
+    vae: Autoencoder
     image_encoder: ImageEncoder | None = None

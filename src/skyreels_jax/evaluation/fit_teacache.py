@@ -24,9 +24,9 @@ from jaxtyping import Array, Bool, Float
 from skyreels_jax.cache_dirs import enable_compilation_cache
 from skyreels_jax.diffusion.step_cache import Position, StagedForward, Velocity
 from skyreels_jax.evaluation.scores import MINI_CLIP, first_frame, held_out_scenes
-from skyreels_jax.generation import api
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.window_generator import WindowGenerator
 from skyreels_jax.moving_shapes.captions import plain_caption
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.presets import CacheCoefficients
@@ -127,7 +127,8 @@ def record_changes(pipeline: Pipeline, requests: Iterable[Mapping[str, Any]]) ->
     recording = _RecordingDenoiser(plain.model, plain.block_length, record=append)
     for given in requests:
         request = resolve(Request(dtype=pipeline.dtype, **given), pipeline.checkpoint)
-        api.sample(pipeline.components, lambda: recording, request)
+        generator = WindowGenerator(pipeline.components, lambda: recording, request)
+        generator.make(request.windows[0], generator.known.prefix)
         jax.effects_barrier()
     return Changes(*np.array(found).T)
 

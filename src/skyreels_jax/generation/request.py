@@ -13,7 +13,8 @@ from typing import Any, Final, Literal, get_args
 
 from skyreels_jax import geometry
 from skyreels_jax.diffusion.cache_settings import CacheSettings
-from skyreels_jax.generation.windows import Window, latent_frames, plan_windows
+from skyreels_jax.generation.windows import Window, plan_windows
+from skyreels_jax.geometry import latent_frames
 from skyreels_jax.media import ImageInput, RgbImage, Sound
 from skyreels_jax.presets import Task
 

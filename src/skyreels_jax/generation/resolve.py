@@ -18,7 +18,8 @@ from skyreels_jax.generation.draft import Draft
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve_forcing import listed, resolve_forcing
 from skyreels_jax.generation.resolve_reference import reference_violations
-from skyreels_jax.generation.windows import pixel_frames, prompts_by_window
+from skyreels_jax.generation.windows import prompts_by_window
+from skyreels_jax.geometry import pixel_frames
 from skyreels_jax.media import check_output
 from skyreels_jax.memory import available_memory, estimate
 from skyreels_jax.ops.attention import PATHS

@@ -8,7 +8,7 @@ from skyreels_jax.checkpoints import Default
 from skyreels_jax.diffusion.sigmas import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.generation.draft import Draft
 from skyreels_jax.generation.request import HAND_OVERS, Forcing, Request
-from skyreels_jax.generation.windows import latent_frames
+from skyreels_jax.geometry import latent_frames
 
 # As in the original's examples; of short windows less than half.
 OVERLAP: Final = 17

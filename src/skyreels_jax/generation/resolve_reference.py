@@ -12,7 +12,7 @@ import numpy as np
 from skyreels_jax import geometry
 from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.generation.request import Forcing
-from skyreels_jax.generation.windows import latent_frames
+from skyreels_jax.geometry import latent_frames
 
 
 def reference_violations(values: Mapping[str, Any]) -> list[str]:

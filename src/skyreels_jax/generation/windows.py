@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from skyreels_jax.errors import RequestError
-from skyreels_jax.geometry import FRAMES_PER_LATENT
+from skyreels_jax.geometry import pixel_frames
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,6 @@ def plan_windows(
         )
         for i in range(count)
     )
-
-
-def latent_frames(pixel_frames: int) -> int:
-    """Latent frames of ``4 k + 1`` pixel frames."""
-    return (pixel_frames - 1) // FRAMES_PER_LATENT + 1
-
-
-def pixel_frames(latent_frames: int) -> int:
-    """Pixel frames of some latent frames from the start of a video; 0 for none."""
-    return FRAMES_PER_LATENT * (latent_frames - 1) + 1 if latent_frames else 0
 
 
 def prompts_by_window(

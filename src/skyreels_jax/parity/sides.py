@@ -23,8 +23,8 @@ from PIL import Image
 from skyreels_jax.components.conditioning import prepare_image
 from skyreels_jax.diffusion.guidance import guidance_of
 from skyreels_jax.diffusion.sigmas import flow_sigmas
-from skyreels_jax.generation import api
-from skyreels_jax.generation.rollout import encode
+from skyreels_jax.generation.video import generate
+from skyreels_jax.generation.window_generator import encode_inputs
 from skyreels_jax.geometry import LATENT_CHANNELS, latent_shape
 from skyreels_jax.media import RgbImage
 from skyreels_jax.models.transformer import WanModel
@@ -216,7 +216,13 @@ class JaxSide:
         components = self.pipeline.components
         noise = jnp.asarray(_noise(self.plan, test))
         schedule = flow_sigmas(request.steps, request.shift)
-        video = api.generate(components, self.denoiser, request, noise=noise, schedule=schedule)
+        video = generate(
+            components,
+            lambda: self.denoiser,
+            request,
+            noise=lambda _: noise,
+            schedule=schedule,
+        )
         times = video.timings.stages
         seconds: dict[str, float | list[float]] = {
             "compile": times.get("compile", 0.0),
@@ -224,7 +230,7 @@ class JaxSide:
             "encode": sum(times.get(name, 0.0) for name in ("text", "image", "condition")),
             "decode": times.get("decode", 0.0),
         }
-        encoded = encode(components, request, guidance_of(request.guidance_scale), Clock())
+        encoded = encode_inputs(components, request, guidance_of(request.guidance_scale), Clock())
         stages = {"text": np.asarray(encoded.positive[request.prompt], np.float32)}
         if encoded.negative is not None:
             stages["text.negative"] = np.asarray(encoded.negative, np.float32)
@@ -249,8 +255,7 @@ class JaxSide:
 
     def decode(self, latents: np.ndarray) -> Frames:
         """Decode latents ``[1, 16, F, H, W]``."""
-        sampled = api.Sample(latents[0], {}, self.plan.fps, Clock())
-        return np.concatenate(list(api.decode(self.pipeline.components.codec, sampled)))
+        return np.concatenate(list(self.pipeline.decode(latents[0])))
 
 
 def _image_stages(features: ArrayLike, y: np.ndarray) -> dict[str, np.ndarray]:

@@ -202,7 +202,7 @@ def torch_components(
     takes_image = checkpoint.config.model_type == "i2v"
     return Components(
         text_encoder=TorchTextEncoder.load(checkpoint, device, dtype),
-        codec=TorchAutoencoder.load(checkpoint, device),
+        vae=TorchAutoencoder.load(checkpoint, device),
         image_encoder=TorchImageEncoder.load(checkpoint, device, dtype, preprocessing)
         if takes_image
         else None,

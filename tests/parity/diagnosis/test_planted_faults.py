@@ -20,7 +20,7 @@ from tests.fabricate import Checkpoints
 
 from skyreels_jax.components import conditioning
 from skyreels_jax.diffusion import guidance, unipc
-from skyreels_jax.generation import rollout
+from skyreels_jax.generation import window_generator
 from skyreels_jax.models import layers, transformer, transformer_layers
 from skyreels_jax.ops.positions import rope_table
 from skyreels_jax.parity import capture, sides
@@ -445,12 +445,12 @@ def inverted_mask(patch, case):
         y[:4] = 1 - y[:4]
         return y
 
-    patch.setattr(rollout, "condition_latents", inverted)
+    patch.setattr(window_generator, "condition_latents", inverted)
     return case.side
 
 
 class Unnormalised:
-    """A codec that has the VAE's mean and standard deviation exchanged."""
+    """An autoencoder that has the VAE's mean and standard deviation exchanged."""
 
     def __init__(self, true, mean, std):
         self.true, self.mean, self.std = true, mean, std
@@ -471,8 +471,8 @@ def statistics(patch, case):
         np.asarray(values, np.float32).reshape(-1, 1, 1, 1)
         for values in (WAN_VAE.latents_mean, WAN_VAE.latents_std)
     )
-    codec = case.side.pipeline.components.codec
-    return with_parts(case, codec=Unnormalised(codec, mean, std))
+    vae = case.side.pipeline.components.vae
+    return with_parts(case, vae=Unnormalised(vae, mean, std))
 
 
 def other_shift(patch, case):

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from jax import ShapeDtypeStruct as Abstract
 
-from skyreels_jax.generation.operations import operations
+from skyreels_jax.generation.dry_run.operations import operations
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.umt5 import Umt5Config, Umt5Encoder
 from skyreels_jax.weights.transformer_folder import abstract_transformer

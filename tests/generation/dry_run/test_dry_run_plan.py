@@ -13,10 +13,10 @@ from safetensors import safe_open
 from tests.fabricate import Checkpoints
 
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.generation.plan_memory import Memory, StagePlan, plan, plan_vae, size_of
+from skyreels_jax.generation.dry_run.plan import Memory, StagePlan, plan, plan_vae
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve import resolve
-from skyreels_jax.memory import Direction, vae_work
+from skyreels_jax.memory import Direction, size_of, vae_work
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_config import WAN_VAE, Residual, VaeConfig
 from skyreels_jax.testing.random_checkpoint import CLIP, TEXT_DIM, VAE, Kind, transformer_of

@@ -21,13 +21,13 @@ from skyreels_jax.components.autoencoder import VaeTiling, tiling_for
 from skyreels_jax.diffusion.cache_settings import step_cache
 from skyreels_jax.diffusion.guidance import NoGuidance, guidance_of
 from skyreels_jax.diffusion.sigmas import flow_sigmas
-from skyreels_jax.generation.operations import operations
+from skyreels_jax.generation.dry_run.operations import operations
 from skyreels_jax.generation.request import ResolvedRequest
-from skyreels_jax.generation.rollout import conditioning_noise, frame_schedule_for
-from skyreels_jax.generation.windows import Window, latent_frames
-from skyreels_jax.memory import Direction, vae_work
+from skyreels_jax.generation.window_generator import conditioning_noise, frame_schedule_for
+from skyreels_jax.generation.windows import Window
+from skyreels_jax.geometry import latent_frames
+from skyreels_jax.memory import Direction, size_of, vae_work
 from skyreels_jax.models.vae import WanVae
-from skyreels_jax.models.vae_config import FRAME_STRIDE, PIXEL_STRIDE
 from skyreels_jax.prompts import TEXT_LEN
 from skyreels_jax.sampling.denoiser import AbstractInputs, Denoiser, Sampling
 from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
@@ -123,9 +123,9 @@ def plan(
     tokens = (Abstract((1, TEXT_LEN), kind) for kind in (jnp.int32, jnp.bool_))
     yield part("text", stored_text_encoder(layout).abstract(dtype), prompts, *tokens)
     if on_images:
-        tower = stored_image_encoder(layout).abstract(dtype)
-        side = tower.config.image_size
-        yield part("image", tower, images, Abstract((1, 3, side, side), jnp.float32))
+        encoder = stored_image_encoder(layout).abstract(dtype)
+        side = encoder.config.image_size
+        yield part("image", encoder, images, Abstract((1, 3, side, side), jnp.float32))
     vae = stored_vae(layout).abstract(jnp.dtype(vae_dtype))
     size = (request.height, request.width)
 
@@ -136,8 +136,8 @@ def plan(
             return StagePlan(stage, vae_weights + beside, None, 0)
         return plan_vae(stage, vae, direction, (size, chunks), memory, beside)
 
-    if given := _given_latents(request):
-        yield video("condition", "encode", given)
+    if known := _known_latents(request):
+        yield video("condition", "encode", known)
     # Windows of a long video are decoded in turn: both models are in memory all the while.
     denoising = plan_denoising(checkpoint, request)
     if request.is_long:
@@ -148,7 +148,7 @@ def plan(
     yield video("decode", "decode", request.latent_shape[0], beside)
 
 
-def _given_latents(request: ResolvedRequest) -> int:
+def _known_latents(request: ResolvedRequest) -> int:
     """Latent frames that are encoded before anything is denoised."""
     if request.task in ("i2v", "flf2v"):
         return request.latent_shape[0]
@@ -209,11 +209,6 @@ def analysed(traced: jax.stages.Traced, parameters: Any) -> Work:
     return Work(state, memory.temp_size_in_bytes + max(0, fresh), seconds)
 
 
-def size_of(tree: Any) -> int:
-    """Bytes of all arrays in ``tree``, which may be abstract."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def _plan_module(stage: str, model: nnx.Module, calls: int, *inputs: Abstract) -> StagePlan:
     """A model that is one function of its inputs."""
     graph, parameters = nnx.split(model)
@@ -250,9 +245,13 @@ def plan_vae(
     free = None if memory.free is None else memory.free - weights
     tiling = tiling_for(memory.tiling, needed, free)
     if direction == "encode":
-        step, unit, chunk = WanVae.encode_chunk, 1, (1, 3, FRAME_STRIDE, height, width)
+        step, unit, chunk = (
+            WanVae.encode_chunk,
+            1,
+            (1, 3, geometry.FRAMES_PER_LATENT, height, width),
+        )
     else:
-        step, unit = WanVae.decode_chunk, PIXEL_STRIDE
+        step, unit = WanVae.decode_chunk, geometry.PIXELS_PER_LATENT
         chunk = (1, vae.config.z_dim, 1, height // unit, width // unit)
     # One number seen from everywhere: of the shape of a chunk, and without its memory.
     rows = tiling.cut(np.broadcast_to(np.float32(0), chunk), unit)

@@ -1,8 +1,8 @@
-"""A long video under way, as a folder: what was asked for, and each window once it is finished.
+"""Where finished windows of a video are kept: nowhere, in memory, or in a folder on disk.
 
-::
+A folder is a job: what was asked for, and each window once it is finished. ::
 
-    job.json                  the settled request, and how to go on (model, backend, output)
+    job.json                  the resolved request, and how to go on (model, backend, output)
     image.png, last_image.png what was given, without loss
     window-0000.safetensors   latents of a finished window
     partial.mp4               after a stop: the frames that were finished
@@ -16,9 +16,10 @@ been.
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -33,21 +34,69 @@ from skyreels_jax.generation.windows import Window
 from skyreels_jax.media import read_image, write_image
 from skyreels_jax.shapes import HostLatents
 
-FORMAT: Final = 1
-RECORD: Final = "job.json"
-TENSOR: Final = "latents"
-IMAGES: Final = ("image", "last_image")
+_FORMAT: Final = 1
+_RECORD: Final = "job.json"
+_TENSOR: Final = "latents"
+_SETTINGS: Final = "settings"
+_IMAGES: Final = ("image", "last_image")
 # Everything a job may hold, beside temporary files; nothing else is ever removed.
-OWN: Final = ("job.json", "*image.png", "window-*.safetensors", "partial.mp4")
+_OWN: Final = ("job.json", "*image.png", "window-*.safetensors", "partial.mp4")
+
+
+@runtime_checkable
+class WindowStore(Protocol):
+    """Where finished windows are kept, so that an interruption costs none of them."""
+
+    def load(self, window: Window) -> HostLatents | None:
+        """The latents that were saved of a window, if they were."""
+        ...
+
+    def save(self, window: Window, latents: HostLatents) -> None:
+        """Keep a finished window, all its frames but an end frame."""
+        ...
+
+
+class NoStore:
+    """Keeps nothing: every window is made."""
+
+    def load(self, window: Window) -> None:
+        """Find nothing."""
+
+    def save(self, window: Window, latents: HostLatents) -> None:
+        """Keep nothing."""
+
+
+@dataclass(eq=False)
+class MemoryStore:
+    """Keeps windows for this process."""
+
+    windows: dict[Window, HostLatents] = field(default_factory=dict)
+
+    def load(self, window: Window) -> HostLatents | None:
+        """The latents of a window that was made."""
+        return self.windows.get(window)
+
+    def save(self, window: Window, latents: HostLatents) -> None:
+        """Keep a finished window."""
+        self.windows[window] = latents
+
+    @property
+    def latents(self) -> HostLatents:
+        """All of the first window, of later ones what is new: ``[16, F, H, W]``."""
+        pieces = (
+            latents[:, window.prefix if window.number else 0 :]
+            for window, latents in self.windows.items()
+        )
+        return np.concatenate(list(pieces), axis=1)
 
 
 @dataclass(frozen=True)
-class Job:
-    """An opened job folder; keeps finished windows (:class:`.rollout.Kept`).
+class FolderStore:
+    """Keeps windows in a job folder.
 
     Attributes:
         folder: where it is.
-        request: settled, as it was when the job began.
+        request: resolved, as it was when the job began.
         how: what else is needed to go on, as JSON values.
     """
 
@@ -56,7 +105,9 @@ class Job:
     how: Mapping[str, Any]
 
     @classmethod
-    def create(cls, folder: Path, request: ResolvedRequest, how: Mapping[str, Any]) -> "Job":
+    def create(
+        cls, folder: Path, request: ResolvedRequest, how: Mapping[str, Any]
+    ) -> "FolderStore":
         """A new folder for a request.
 
         Raises:
@@ -71,36 +122,36 @@ class Job:
             ) from error
         except OSError as error:
             raise RequestError(f"job folder {folder} cannot be made: {error}") from error
-        for name in IMAGES:
+        for name in _IMAGES:
             if (image := getattr(request, name)) is not None:
                 write_image(folder / f"{name}.png", image)
         # The record last: a folder that has it is complete.
-        record = {"format": FORMAT, "request": to_json(request), "how": dict(how)}
-        write_json(folder / RECORD, record)
+        record = {"format": _FORMAT, "request": _to_json(request), "how": dict(how)}
+        write_json(folder / _RECORD, record)
         return cls(folder, request, how)
 
     @classmethod
-    def open(cls, folder: Path) -> "Job":
+    def open(cls, folder: Path) -> "FolderStore":
         """A job that was created before; what an interruption left half written is removed.
 
         Raises:
             RequestError: it is no job folder, or one of another version.
         """
-        path = folder / RECORD
+        path = folder / _RECORD
         if not path.is_file():
-            raise RequestError(f"{folder} is no job folder: it has no {RECORD}")
+            raise RequestError(f"{folder} is no job folder: it has no {_RECORD}")
         try:
             record = json.loads(path.read_text("utf-8"))
-            if record["format"] != FORMAT:
+            if record["format"] != _FORMAT:
                 raise RequestError(
-                    f"{path} has format {record['format']}; this version reads {FORMAT}"
+                    f"{path} has format {record['format']}; this version reads {_FORMAT}"
                 )
             images = {
                 name: read_image(folder / f"{name}.png")
-                for name in IMAGES
+                for name in _IMAGES
                 if record["request"].pop(name) is not None
             }
-            request = from_json(record["request"], images)
+            request = _from_json(record["request"], images)
             how = dict(record["how"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RequestError(f"{path} cannot be understood ({error}); start anew") from error
@@ -129,7 +180,7 @@ class Job:
         expected = (geometry.LATENT_CHANNELS, window.frames, *self.request.latent_shape[1:])
         try:
             with safe_open(path, framework="np") as file:
-                latents = file.get_tensor(TENSOR)
+                latents = file.get_tensor(_TENSOR)
         except (SafetensorError, OSError) as error:
             raise RequestError(f"{path} is damaged ({error}); remove it to make it anew") from error
         if latents.shape != expected or latents.dtype != np.float32:
@@ -142,12 +193,12 @@ class Job:
     def save(self, window: Window, latents: HostLatents) -> None:
         """Keep a finished window."""
         with whole_file(self._path(window)) as temporary:
-            save_file({TENSOR: np.ascontiguousarray(latents)}, temporary)
+            save_file({_TENSOR: np.ascontiguousarray(latents)}, temporary)
 
     def remove(self) -> None:
         """Remove the job's files, and the folder if nothing else is in it."""
         remove_temporary(self.folder)
-        for pattern in OWN:
+        for pattern in _OWN:
             for file in self.folder.glob(pattern):
                 file.unlink()
         if not any(self.folder.iterdir()):
@@ -157,14 +208,14 @@ class Job:
         return self.folder / f"window-{window.number:04d}.safetensors"
 
 
-def to_json(request: ResolvedRequest) -> dict[str, Any]:
+def _to_json(request: ResolvedRequest) -> dict[str, Any]:
     """All fields of a request as JSON values; of images only that they are there."""
     values = {
         entry.name: getattr(request, entry.name)
         for entry in dataclasses.fields(request)
-        if entry.name not in IMAGES
+        if entry.name not in _IMAGES
     }
-    for name in IMAGES:
+    for name in _IMAGES:
         values[name] = None if getattr(request, name) is None else f"{name}.png"
     values["fps"] = request.fps if isinstance(request.fps, int) else str(request.fps)
     values["cache"] = dataclasses.asdict(request.cache)
@@ -175,8 +226,8 @@ def to_json(request: ResolvedRequest) -> dict[str, Any]:
     return values
 
 
-def from_json(values: Mapping[str, Any], images: Mapping[str, Any]) -> ResolvedRequest:
-    """The request that :func:`to_json` wrote.
+def _from_json(values: Mapping[str, Any], images: Mapping[str, Any]) -> ResolvedRequest:
+    """The request that :func:`_to_json` wrote.
 
     Raises:
         TypeError: fields are missing or unknown.
@@ -198,3 +249,59 @@ def from_json(values: Mapping[str, Any], images: Mapping[str, Any]) -> ResolvedR
         image=images.get("image"),
         last_image=images.get("last_image"),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class SavedLatents:
+    """The latents of a finished video of one window, and the settings that decided them.
+
+    Attributes:
+        latents: ``[16, F, H, W]``.
+        settings: JSON values; ``fps`` is one of them.
+    """
+
+    latents: HostLatents
+    settings: Mapping[str, Any]
+
+    @property
+    def fps(self) -> int | Fraction:
+        """Frames a second."""
+        return geometry.frame_rate(self.settings["fps"])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels, once decoded."""
+        _, _, rows, columns = self.latents.shape
+        return rows * geometry.PIXELS_PER_LATENT, columns * geometry.PIXELS_PER_LATENT
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file."""
+        metadata = {_SETTINGS: json.dumps(dict(self.settings), ensure_ascii=False)}
+        with whole_file(path) as temporary:
+            save_file({_TENSOR: np.ascontiguousarray(self.latents)}, temporary, metadata)
+
+    @classmethod
+    def open(cls, path: Path) -> "SavedLatents":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            RequestError: the file is missing, or is not such a file.
+        """
+        if not path.is_file():
+            raise RequestError(f"--resume-latents {path}: there is no such file")
+        try:
+            with safe_open(path, framework="np") as file:
+                settings = json.loads((file.metadata() or {})[_SETTINGS])
+                saved = cls(file.get_tensor(_TENSOR), settings)
+                _ = saved.fps  # Checked here, for all that follows.
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            raise RequestError(
+                f"--resume-latents {path}: not a latents file of this program ({error})"
+            ) from error
+        shape, dtype = saved.latents.shape, saved.latents.dtype
+        if len(shape) != 4 or shape[0] != geometry.LATENT_CHANNELS or dtype != np.float32:
+            raise RequestError(
+                f"--resume-latents {path}: latents are {shape} of {dtype}; expected "
+                f"({geometry.LATENT_CHANNELS}, frames, height, width) of float32"
+            )
+        return saved

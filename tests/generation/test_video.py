@@ -15,10 +15,10 @@ from skyreels_jax.components.protocols import Components
 from skyreels_jax.diffusion.guidance import guidance_of
 from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.errors import NumericsError, RequestError
-from skyreels_jax.generation.api import generate
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
-from skyreels_jax.generation.rollout import starting_noise
+from skyreels_jax.generation.video import generate
+from skyreels_jax.generation.window_generator import starting_noise
 from skyreels_jax.sampling.denoiser import Denoiser, Sampling
 
 COMPONENTS = Components(standins.Words(), standins.Blocks(), standins.Glance())
@@ -60,7 +60,7 @@ def by_hand(denoiser, asked, *, clip_fea=None, y=None, fps=1):
 
 
 def test_text_becomes_a_video(text_denoiser):
-    video = generate(COMPONENTS, text_denoiser, request())
+    video = generate(COMPONENTS, lambda: text_denoiser, request())
     assert video.frames.shape == (9, 32, 48, 3)
     assert video.frames.dtype == np.uint8
     assert video.latents.shape == (16, 3, 4, 6)
@@ -70,7 +70,7 @@ def test_text_becomes_a_video(text_denoiser):
 
 def test_an_image_reaches_the_model_twice(image_denoiser):
     asked = request("i2v", image=picture())
-    video = generate(COMPONENTS, image_denoiser, asked)
+    video = generate(COMPONENTS, lambda: image_denoiser, asked)
     prepared = prepare_image(picture(), 32, 48)
     clip_fea = jnp.asarray(standins.Glance().encode(prepared))[None]
     y = jnp.asarray(condition_latents(standins.Blocks(), prepared, None, 9))[None]
@@ -87,7 +87,7 @@ def test_two_images_reach_a_first_last_frame_model():
     shape = standins.image_config(pos_embed_seq_len=514)
     denoiser = Denoiser(standins.transformer(shape))
     asked = request("flf2v", image=picture(), last_image=picture() // 2)
-    video = generate(COMPONENTS, denoiser, asked)
+    video = generate(COMPONENTS, lambda: denoiser, asked)
     images = [prepare_image(image, 32, 48) for image in (picture(), picture() // 2)]
     features = np.concatenate([standins.Glance().encode(image) for image in images])
     y = condition_latents(standins.Blocks(), *images, 9)
@@ -97,11 +97,11 @@ def test_two_images_reach_a_first_last_frame_model():
 
 def test_diffusion_forcing_keeps_an_image_as_its_first_frame(text_denoiser):
     asked = request("df", image=picture())
-    video = generate(COMPONENTS, text_denoiser, asked)
+    video = generate(COMPONENTS, lambda: text_denoiser, asked)
     prepared = prepare_image(picture(), 32, 48, Image.Resampling.BICUBIC)
     first = standins.Blocks().encode(prepared.pixels[:, None])
     np.testing.assert_array_equal(video.latents[:, :1], first)
-    without = generate(COMPONENTS, text_denoiser, request("df"))
+    without = generate(COMPONENTS, lambda: text_denoiser, request("df"))
     assert not np.allclose(video.latents[:, 1:], without.latents[:, 1:], atol=0.01)
 
 
@@ -109,7 +109,7 @@ def test_the_frame_rate_reaches_a_model_that_knows_it():
     denoiser = Denoiser(standins.transformer(standins.config(inject_sample_info=True)))
     for fps, index in ((16, 0), (24, 1), (30, 1)):
         asked = request("df", fps=fps)
-        video = generate(COMPONENTS, denoiser, asked)
+        video = generate(COMPONENTS, lambda: denoiser, asked)
         assert video.fps == fps
         np.testing.assert_array_equal(video.frames, by_hand(denoiser, asked, fps=index))
         assert not np.array_equal(video.frames, by_hand(denoiser, asked, fps=1 - index))
@@ -121,16 +121,16 @@ def test_the_frame_rate_reaches_a_model_that_knows_it():
     + [{"guidance_scale": 2.0}, {"guidance_scale": 1.0}],
 )
 def test_every_setting_changes_the_video(text_denoiser, change: dict):
-    base = generate(COMPONENTS, text_denoiser, request())
-    changed = generate(COMPONENTS, text_denoiser, request(**change))
+    base = generate(COMPONENTS, lambda: text_denoiser, request())
+    changed = generate(COMPONENTS, lambda: text_denoiser, request(**change))
     assert not np.array_equal(base.latents, changed.latents)
-    again = generate(COMPONENTS, text_denoiser, request())
+    again = generate(COMPONENTS, lambda: text_denoiser, request())
     np.testing.assert_array_equal(base.latents, again.latents)
 
 
 def test_batched_guidance_gives_the_same_video(text_denoiser):
-    one_by_one = generate(COMPONENTS, text_denoiser, request())
-    at_once = generate(COMPONENTS, text_denoiser, request(batched_guidance=True))
+    one_by_one = generate(COMPONENTS, lambda: text_denoiser, request())
+    at_once = generate(COMPONENTS, lambda: text_denoiser, request(batched_guidance=True))
     # Measured 5.0e-6 on latents of size 5.
     np.testing.assert_allclose(at_once.latents, one_by_one.latents, atol=2e-5)
 
@@ -142,19 +142,31 @@ def test_guidance_of_one_never_encodes_the_negative_prompt(text_denoiser):
             return super().encode(prompts)
 
     words = Listening()
-    generate(Components(words, standins.Blocks()), text_denoiser, request(guidance_scale=1.0))
+    generate(
+        Components(words, standins.Blocks()), lambda: text_denoiser, request(guidance_scale=1.0)
+    )
     assert words.heard == ["a fox"]
 
 
 def test_noise_and_levels_can_be_given(text_denoiser):
-    base = generate(COMPONENTS, text_denoiser, request())
-    same = generate(COMPONENTS, text_denoiser, request(seed=8), noise=starting_noise(request()))
+    base = generate(COMPONENTS, lambda: text_denoiser, request())
+    same = generate(
+        COMPONENTS,
+        lambda: text_denoiser,
+        request(seed=8),
+        noise=lambda _: starting_noise(request()),
+    )
     np.testing.assert_array_equal(base.latents, same.latents)
     levels = diffusers_sigmas(3, 8.0)
-    other = generate(COMPONENTS, text_denoiser, request(), schedule=levels)
+    other = generate(COMPONENTS, lambda: text_denoiser, request(), schedule=levels)
     assert not np.array_equal(base.latents, other.latents)
     with pytest.raises(ValueError, match=r"\(1, 16, 3, 4, 6\)"):
-        generate(COMPONENTS, text_denoiser, request(), noise=jnp.zeros((1, 16, 2, 4, 6)))
+        generate(
+            COMPONENTS,
+            lambda: text_denoiser,
+            request(),
+            noise=lambda _: jnp.zeros((1, 16, 2, 4, 6)),
+        )
 
 
 class Stages:
@@ -175,7 +187,7 @@ def test_stages_come_in_order_are_counted_and_timed():
     denoiser = Denoiser(standins.transformer(standins.image_config()))
     stages = Stages()
     asked = request("i2v", image=picture())
-    video = generate(COMPONENTS, denoiser, asked, progress=stages)
+    video = generate(COMPONENTS, lambda: denoiser, asked, progress=stages)
     expected = ["text", "image", "condition", "load", "compile", "compile", "denoise", "decode"]
     assert [stage for stage, _ in stages.begun] == stages.ended == expected
     assert dict(stages.begun)["denoise"] == 3
@@ -186,7 +198,7 @@ def test_stages_come_in_order_are_counted_and_timed():
 
 
 def test_a_saved_video_carries_its_settings(text_denoiser, tmp_path: Path):
-    video = generate(COMPONENTS, text_denoiser, request())
+    video = generate(COMPONENTS, lambda: text_denoiser, request())
     assert video.save(tmp_path / "out.mp4", sidecar=True) == tmp_path / "out.mp4"
     settings = media.read_settings(tmp_path / "out.mp4")
     assert settings == video.settings
@@ -212,10 +224,10 @@ class Damaged(standins.Blocks):
 def test_a_decoder_that_gives_nan_is_an_error_that_says_so(text_denoiser):
     components = Components(standins.Words(), Damaged())
     with pytest.raises(NumericsError, match="after frame 1 of 9"):
-        generate(components, text_denoiser, request())
+        generate(components, lambda: text_denoiser, request())
 
 
 def test_image_requests_need_an_image_encoder(image_denoiser):
     components = Components(standins.Words(), standins.Blocks())
     with pytest.raises(ValueError, match="image encoder"):
-        generate(components, image_denoiser, request("i2v", image=picture()))
+        generate(components, lambda: image_denoiser, request("i2v", image=picture()))

@@ -1,0 +1,1 @@
+"""What a generation will take, without making it."""

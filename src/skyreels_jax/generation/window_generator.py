@@ -1,0 +1,311 @@
+"""The windows of a video, one after the other: the inputs of each, and its run of the transformer.
+
+A video that the transformer sees at once is one window; all tasks take this path.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from PIL import Image
+
+from skyreels_jax import geometry
+from skyreels_jax.components.conditioning import (
+    condition_latents,
+    encode_first_frame,
+    encode_last_frames,
+    prepare_image,
+)
+from skyreels_jax.components.protocols import Components
+from skyreels_jax.diffusion.cache_settings import step_cache
+from skyreels_jax.diffusion.frame_schedule import (
+    FrameSchedule,
+    plan_blocks,
+    schedule_frames,
+    synchronous_schedule,
+)
+from skyreels_jax.diffusion.guidance import Guidance, NoGuidance, guidance_of
+from skyreels_jax.diffusion.sigmas import FlowSchedule, flow_sigmas
+from skyreels_jax.generation.request import ResolvedRequest
+from skyreels_jax.generation.store import NoStore, WindowStore
+from skyreels_jax.generation.windows import Window
+from skyreels_jax.sampling.denoiser import Denoiser, Sampling
+from skyreels_jax.sampling.noise import draw_noise, draw_torch_noise, noise_key
+from skyreels_jax.sampling.progress import Clock
+from skyreels_jax.sampling.step import Conditioning, ConditioningNoise
+from skyreels_jax.shapes import Context, HostLatents, Latents
+
+# Latents of known frames, beside those of the window that they begin or follow.
+KnownLatents = Float[np.ndarray, "C known H W"]
+# The frame rate that fps embeddings know as their first entry; every other is the second.
+_FIRST_FPS: Final = 16
+# Apart from all window numbers, so that the noise over known frames is no window's own.
+_CONDITIONING_STREAM: Final = 2**31
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodedInputs:
+    """Prompts and images as the transformer takes them, with a batch of one."""
+
+    positive: Mapping[str, Context]
+    negative: Context | None
+    clip_fea: Float[Array, "B I image_dim"] | None
+    y: Float[Array, "B Y F H W"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class KnownFrames:
+    """Latents that are known before anything is made: before the first window, and after all."""
+
+    prefix: KnownLatents | None = None
+    end: KnownLatents | None = None
+
+
+@dataclass(eq=False)
+class _Loaded:
+    """The transformer with what it is conditioned on; prepared for one prompt at a time."""
+
+    denoiser: Denoiser
+    inputs: EncodedInputs
+    guidance: Guidance
+    prompt: str | None = None
+    conditioning: Conditioning | None = None
+
+    def condition(self, prompt: str, fps: int | Fraction, clock: Clock) -> Conditioning:
+        """Keys and values of a prompt, and what does not depend on it."""
+        if self.conditioning is None or self.prompt != prompt:
+            self.conditioning = None  # No two are in memory.
+            self.conditioning = self.denoiser.condition(
+                self.guidance,
+                self.inputs.positive[prompt],
+                self.inputs.negative,
+                clip_fea=self.inputs.clip_fea,
+                y=self.inputs.y,
+                fps=jnp.array([0 if fps == _FIRST_FPS else 1], jnp.int32),
+                clock=clock,
+            )
+            self.prompt = prompt
+        return self.conditioning
+
+
+class WindowGenerator:
+    """Makes the latents of a request's windows, or takes them from where they are stored.
+
+    Attributes:
+        components: encoders and VAE.
+        request: resolved.
+        clock: times, reports, and may be asked to stop.
+        store: where finished windows are.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        load: Callable[[], Denoiser],
+        request: ResolvedRequest,
+        *,
+        clock: Clock | None = None,
+        store: WindowStore | None = None,
+        noise: Callable[[Window], Latents] | None = None,
+        schedule: FlowSchedule | None = None,
+    ):
+        """Nothing is loaded or encoded yet.
+
+        Args:
+            components: encoders and VAE.
+            load: gives the transformer. It is called once text and images are encoded, and what it
+                gives is let go of after the last window.
+            request: from :func:`skyreels_jax.generation.resolve.resolve`.
+            clock: times, reports, and may be asked to stop.
+            store: where finished windows are kept and taken from; ``None`` for nowhere.
+            noise: of a window, ``[1, 16, frames, H, W]`` with its known frames, in place of the
+                seed's.
+            schedule: sigmas in place of those of ``request.steps`` and ``request.shift``.
+        """
+        self.components = components
+        self.request = request
+        self.clock = clock or Clock()
+        self.store = store or NoStore()
+        self._load = load
+        self._noise = noise or (lambda window: starting_noise(request, window))
+        self._schedule = schedule or flow_sigmas(request.steps, request.shift)
+        self._known: KnownFrames | None = None
+        self._loaded: _Loaded | None = None
+
+    @property
+    def known(self) -> KnownFrames:
+        """Frames that the request gives: an image or the end of a video, and an end frame."""
+        if self._known is None:
+            self._known = encode_known_frames(self.components, self.request, self.clock)
+        return self._known
+
+    def make(self, window: Window, prefix: KnownLatents | None) -> HostLatents:
+        """The latents of a window, known frames included: ``[16, F, H, W]``.
+
+        Args:
+            window: the windows of a request come in their order.
+            prefix: its known frames.
+
+        Raises:
+            NumericsError: a prediction was not finite; says in which step.
+            Stopped: somebody asked the clock to.
+            ValueError: the noise has another shape than the window's latents.
+        """
+        latents = self.store.load(window)
+        if latents is None:
+            if self._loaded is None:
+                request = self.request
+                guidance = guidance_of(request.guidance_scale, batched=request.batched_guidance)
+                inputs = encode_inputs(self.components, request, guidance, self.clock)
+                with self.clock.stage("load"):
+                    self._loaded = _Loaded(self._load(), inputs, guidance)
+            latents = self._denoise(self._loaded, window, prefix)
+            self.store.save(window, latents)
+        if window == self.request.windows[-1]:
+            self._loaded = None
+        return latents
+
+    def _start(self, window: Window, prefix: KnownLatents | None) -> Latents:
+        """Noise of all frames but those that are known."""
+        noise = self._noise(window)
+        shape = (1, geometry.LATENT_CHANNELS, window.frames, *self.request.latent_shape[1:])
+        if noise.shape != shape:
+            raise ValueError(f"noise has shape {noise.shape}; this window's latents are {shape}")
+        if prefix is not None:
+            noise = noise.at[0, :, : window.prefix].set(jnp.asarray(prefix))
+        if window.end:
+            assert self.known.end is not None
+            noise = jnp.concatenate([noise, jnp.asarray(self.known.end)[None]], axis=2)
+        return noise
+
+    def _denoise(self, loaded: _Loaded, window: Window, prefix: KnownLatents | None) -> HostLatents:
+        request, denoiser = self.request, loaded.denoiser
+        if request.forcing is not None:
+            block_length = request.forcing.causal_attention
+            denoiser = dataclasses.replace(denoiser, block_length=block_length)
+        frame_schedule = frame_schedule_for(request, self._schedule, window)
+        denoised = denoiser.run(
+            self._start(window, prefix),
+            loaded.condition(request.prompts[window.number], request.fps, self.clock),
+            Sampling(
+                self._schedule,
+                loaded.guidance,
+                request.attention,
+                step_cache(request.cache, request.steps, frame_schedule.iterations),
+                latents=request.latent_dtype,
+            ),
+            frame_schedule=frame_schedule,
+            conditioning_noise=conditioning_noise(request, window),
+            clock=self.clock,
+        )
+        self.clock.ran(
+            denoised.step_seconds, denoised.computed, denoised.calls, denoised.block_counts
+        )
+        return np.asarray(denoised.latents[0, :, : window.frames])
+
+
+def starting_noise(request: ResolvedRequest, window: Window | None = None) -> Latents:
+    """The noise of the request's seed for a window; by default its first."""
+    window = window or request.windows[0]
+    one = (1, geometry.LATENT_CHANNELS, 1, *request.latent_shape[1:])
+    shape = (*one[:2], window.frames, *one[3:])
+    if request.noise == "torch":
+        earlier = sum(before.frames for before in request.windows[: window.number])
+        return draw_torch_noise(request.seed, shape, skip=earlier * math.prod(one))
+    return draw_noise(request.seed, shape, window.number)
+
+
+def conditioning_noise(request: ResolvedRequest, window: Window) -> ConditioningNoise | None:
+    """Noise that the model sees over known frames, where the request has it so."""
+    if request.forcing is None or not (window.prefix and request.forcing.addnoise_condition):
+        return None
+    key = jax.random.fold_in(noise_key(request.seed, window.number), _CONDITIONING_STREAM)
+    forcing = request.forcing
+    return ConditioningNoise(forcing.addnoise_condition, window.prefix, key, forcing.addnoise_once)
+
+
+def frame_schedule_for(
+    request: ResolvedRequest, schedule: FlowSchedule, window: Window | None = None
+) -> FrameSchedule:
+    """When each frame of a window moves (by default of the largest, which decides the memory)."""
+    window = window or max(request.windows, key=lambda window: window.columns)
+    forcing = request.forcing
+    if forcing is None:
+        return synchronous_schedule(schedule.timesteps)
+    # Windows of one video are alike, so that they share one compiled step.
+    alone = len(request.windows) == 1
+    if alone and not (window.prefix or window.end or forcing.ar_step):
+        return synchronous_schedule(schedule.timesteps)
+    blocks = plan_blocks(
+        window.frames, forcing.causal_block_size, prefix=window.prefix, end=int(window.end)
+    )
+    return schedule_frames(blocks, schedule.timesteps, ar_step=forcing.ar_step)
+
+
+def encode_known_frames(
+    components: Components, request: ResolvedRequest, clock: Clock
+) -> KnownFrames:
+    """Encode the frames that diffusion forcing continues, and the one that it leads to."""
+    forcing, prefix, end = request.forcing, None, None
+    if forcing is None or not (request.windows[0].prefix or request.last_image is not None):
+        return KnownFrames()
+    size = request.height, request.width
+    with clock.stage("condition"):
+        if request.video is not None:
+            prefix = encode_last_frames(
+                components.vae, request.video.path, forcing.overlap_history, size, request.fps
+            )
+        elif request.image is not None:
+            image = prepare_image(request.image, *size, Image.Resampling.BICUBIC)
+            prefix = encode_first_frame(components.vae, image)
+        if request.last_image is not None:
+            image = prepare_image(request.last_image, *size, Image.Resampling.BICUBIC)
+            end = encode_first_frame(components.vae, image)
+    return KnownFrames(prefix, end)
+
+
+def encode_inputs(
+    components: Components, request: ResolvedRequest, guidance: Guidance, clock: Clock
+) -> EncodedInputs:
+    """Encode the prompts that guidance needs and, for image-to-video checkpoints, the images."""
+    prompts = list(dict.fromkeys(request.prompts))
+    texts = prompts if isinstance(guidance, NoGuidance) else [*prompts, request.negative_prompt]
+    with clock.stage("text"):
+        states = jnp.asarray(components.text_encoder.encode(texts))
+    logger.debug("text states %s %s", states.shape, states.dtype)
+    clip_fea, y = None, None
+    if request.task in ("i2v", "flf2v"):
+        clip_fea, y = _encode_images(components, request, clock)
+    positive = {prompt: states[i : i + 1] for i, prompt in enumerate(prompts)}
+    negative = states[len(prompts) :] if len(texts) > len(prompts) else None
+    return EncodedInputs(positive, negative, clip_fea, y)
+
+
+def _encode_images(
+    components: Components, request: ResolvedRequest, clock: Clock
+) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """Image features, those of a last image after the first's, and mask with latents."""
+    if components.image_encoder is None:
+        raise ValueError(f"a request of task {request.task} takes an image encoder")
+    with clock.stage("image"):
+        images = [
+            prepare_image(image, request.height, request.width)
+            for image in (request.image, request.last_image)
+            if image is not None
+        ]
+        features = np.concatenate([components.image_encoder.encode(image) for image in images])
+    with clock.stage("condition"):
+        last = images[1] if len(images) > 1 else None
+        y = condition_latents(components.vae, images[0], last, request.num_frames)
+    logger.debug("image features %s, condition %s", features.shape, y.shape)
+    return jnp.asarray(features)[None], jnp.asarray(y)[None]
