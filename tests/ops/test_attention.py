@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 
 from skyreels_jax.errors import UnsupportedError
-from skyreels_jax.ops.attention import PATHS, SMALL_SCORES, attention, choose_path, paths_with_past
+from skyreels_jax.ops.attention import (
+    ATTENTION_PATHS,
+    SMALL_SCORES,
+    attention,
+    choose_path,
+    paths_with_past,
+)
 from skyreels_jax.ops.kernels.chunked import ScoreTiling, chunked_attention, even_tile
 from skyreels_jax.ops.kernels.contract import (
     AttentionCall,
@@ -36,7 +42,7 @@ def prefix_calls(query, key, value, *, mask, scale):
 
 
 WAYS: dict[str, Attention] = {
-    "xla": PATHS["xla"].compute,
+    "xla": ATTENTION_PATHS["xla"].compute,
     "chunked in small tiles": partial(chunked_attention, tiling=ScoreTiling(4, 6)),
     "chunked with heads together": partial(chunked_attention, tiling=ScoreTiling(5, 3, True)),
     "calls on prefixes": prefix_calls,
@@ -262,7 +268,7 @@ def with_changes(call: AttentionCall, **changes) -> AttentionCall:
 )
 def test_the_choice_follows_from_device_and_shape(call: AttentionCall, expected: str):
     assert choose_path(call) == expected
-    assert PATHS[expected].refusal(call) is None
+    assert ATTENTION_PATHS[expected].refusal(call) is None
 
 
 def test_the_plain_path_ends_where_its_scores_grow_large():
@@ -287,7 +293,7 @@ def test_the_plain_path_ends_where_its_scores_grow_large():
     ],
 )
 def test_a_path_says_why_it_refuses(name: str, call: AttentionCall, reason: str):
-    refusal = PATHS[name].refusal(call)
+    refusal = ATTENTION_PATHS[name].refusal(call)
     assert refusal is not None
     assert reason in refusal
 
@@ -307,7 +313,7 @@ def test_an_unknown_path_is_refused_with_the_known_ones():
 
 def test_the_table_cannot_be_changed():
     with pytest.raises(TypeError):
-        PATHS["xla"] = PATHS["chunked"]  # pyright: ignore[reportIndexIssue]
+        ATTENTION_PATHS["xla"] = ATTENTION_PATHS["chunked"]  # pyright: ignore[reportIndexIssue]
 
 
 def test_the_scale_defaults_to_the_root_of_the_head_width():
@@ -358,7 +364,7 @@ def test_tokamax_is_asked_once_a_block_and_never_with_a_mask(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", package)
     case = CASES["blocks of one frame"]
     arrays = operands(case, jnp.float32)
-    found = PATHS["tokamax"].compute(*arrays, mask=case[-1], scale=0.3)
+    found = ATTENTION_PATHS["tokamax"].compute(*arrays, mask=case[-1], scale=0.3)
     assert fused.calls == [(3, 3), (3, 6), (3, 9), (3, 12), (3, 15)]
     assert fused.options == [{}] * 5
     assert furthest(found, in_float64(*arrays, case[-1], 0.3)[0]) < F32_TOL
@@ -412,8 +418,8 @@ def test_one_earlier_key_too_many_is_caught(way):
 
 
 def test_paths_that_cannot_take_earlier_keys_say_so(monkeypatch):
-    bare = {"bare": dataclasses.replace(PATHS["xla"], takes_past=False)}
-    monkeypatch.setattr("skyreels_jax.ops.attention.PATHS", {**PATHS, **bare})
+    bare = {"bare": dataclasses.replace(ATTENTION_PATHS["xla"], takes_past=False)}
+    monkeypatch.setattr("skyreels_jax.ops.attention.ATTENTION_PATHS", {**ATTENTION_PATHS, **bare})
     query, key, value = operands(CASES["odd"], jnp.float32)
     past = PastKeyValues(key, value, jnp.int32(2))
     with pytest.raises(UnsupportedError, match="choose one of xla, chunked, cudnn"):

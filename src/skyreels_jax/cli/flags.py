@@ -10,7 +10,7 @@ from skyreels_jax.generation.caching import CACHES
 from skyreels_jax.generation.request import HAND_OVERS
 from skyreels_jax.generation.resolve import DTYPES
 from skyreels_jax.geometry import RESOLUTIONS
-from skyreels_jax.ops.attention import PATHS
+from skyreels_jax.ops.attention import ATTENTION_PATHS
 from skyreels_jax.sampling.noise import NOISES
 
 DEFAULT_OUTPUT: Final = Path("out.mp4")
@@ -136,7 +136,7 @@ def _add_running(group: Any) -> None:
     group.add_argument(
         "--attention",
         metavar="PATH",
-        help=f"{', '.join(PATHS)}; chosen by device and shape if not given",
+        help=f"{', '.join(ATTENTION_PATHS)}; chosen by device and shape if not given",
     )
     group.add_argument(
         "--cache",

@@ -20,7 +20,7 @@ from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve import resolve
 from skyreels_jax.generation.store import SavedLatents
 from skyreels_jax.media import check_output
-from skyreels_jax.ops.attention import PATHS
+from skyreels_jax.ops.attention import ATTENTION_PATHS
 from skyreels_jax.ops.kernels.contract import AttentionCall, this_device
 from skyreels_jax.weights.parts import stored_vae
 
@@ -93,7 +93,7 @@ def check_attention(checkpoint: Checkpoint, request: ResolvedRequest) -> None:
     config = checkpoint.config
     tokens = math.prod(request.latent_shape) // math.prod(config.patch_size)
     query = (1, tokens, config.num_heads, config.head_dim)
-    if reason := PATHS[request.attention].refusal(
+    if reason := ATTENTION_PATHS[request.attention].refusal(
         AttentionCall(this_device(), request.dtype, query, tokens)
     ):
         raise UnsupportedError(f"--attention {request.attention} cannot be used: {reason}")

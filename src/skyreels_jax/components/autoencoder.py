@@ -51,7 +51,7 @@ class WanAutoencoder:
     def encode(self, pixels: Pixels) -> HostLatents:
         """Posterior mean of ``4k + 1`` frames in [-1, 1], normalised: ``(mu - mean) / std``."""
         tiling = self._tiling("encode", *pixels.shape[-2:])
-        return vae.encode(self.model, pixels[None], tiling=tiling)[0]
+        return vae.encode_pixels(self.model, pixels[None], tiling=tiling)[0]
 
     def decode_pieces(self, pieces: Iterable[HostLatents]) -> Iterator[Pixels]:
         """Frames in [-1, 1] as they are ready, in memory that does not grow with their number."""

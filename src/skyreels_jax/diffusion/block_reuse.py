@@ -20,7 +20,7 @@ from skyreels_jax.diffusion.frame_schedule import FrameSchedule
 
 # Each length is a program to compile, two where the last block is short. Five blocks, the common
 # case, have none more.
-MAX_LENGTHS: Final = 5
+_MAX_LENGTHS: Final = 5
 
 
 class BlockRange(NamedTuple):
@@ -76,7 +76,7 @@ def plan_block_reuse(
     block: int,
     *,
     reusable: bool = True,
-    most: int = MAX_LENGTHS,
+    most: int = _MAX_LENGTHS,
 ) -> BlockReuse:
     """What must be computed so that every frame that moves is as if everything were.
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 from skyreels_jax.diffusion.step_cache import Number, Position, StagedForward, Velocity
 
 
-class EasyState(NamedTuple):
+class _EasyState(NamedTuple):
     """What one model call of a step remembers: three arrays of the size of the latents."""
 
     expected: Float[Array, ""]
@@ -51,20 +51,20 @@ class EasyCache:
     first: Number
     last: Number
 
-    def init(self, staged: StagedForward) -> EasyState:
+    def init(self, staged: StagedForward) -> _EasyState:
         """Shapes of the latents."""
         zeros = jnp.zeros_like(staged.latents)
-        return EasyState(jnp.zeros(()), jnp.zeros(()), zeros, zeros, zeros)
+        return _EasyState(jnp.zeros(()), jnp.zeros(()), zeros, zeros, zeros)
 
     def call(
-        self, state: EasyState, position: Position, staged: StagedForward
-    ) -> tuple[Velocity, EasyState, Bool[Array, ""]]:
+        self, state: _EasyState, position: Position, staged: StagedForward
+    ) -> tuple[Velocity, _EasyState, Bool[Array, ""]]:
         """The prediction, of a call that ran or from the last one's."""
         x = staged.latents
         moved = jnp.any(x != state.x, axis=(1, 3, 4), keepdims=True)
 
         def mean(values: Velocity) -> Float[Array, ""]:
-            """Of the magnitude, over frames that moved; their number cancels in every ratio."""
+            """Mean magnitude over frames that moved; their number cancels in every ratio."""
             return jnp.sum(jnp.where(moved, jnp.abs(values), 0.0))
 
         step = jnp.asarray(position.step)
@@ -78,7 +78,7 @@ class EasyCache:
             lambda: x + state.shift,
         )
         rate = mean(velocity - state.velocity) / change
-        after = EasyState(
+        after = _EasyState(
             expected=jnp.where(runs, jnp.zeros(()), expected),
             # A step in which nothing moved has no rate of its own.
             rate=jnp.where(runs & (change > 0), rate, state.rate),

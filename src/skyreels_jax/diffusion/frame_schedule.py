@@ -20,8 +20,8 @@ from jaxtyping import Bool, Int
 from skyreels_jax.errors import RequestError
 
 # The timestep of a frame that has not started: pure noise.
-NOT_STARTED_TIMESTEP: Final = 999
-CLEAN_TIMESTEP: Final = 0
+_NOT_STARTED_TIMESTEP: Final = 999
+_CLEAN_TIMESTEP: Final = 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def schedule_frames(
     index = np.where(clean, steps + 1, np.clip(started, 0, steps + 1))
     before = np.vstack([np.where(clean, steps + 1, 0), index[:-1]])
     update = (index != before) & (index <= steps)
-    by_index = np.array([NOT_STARTED_TIMESTEP, *timesteps, CLEAN_TIMESTEP], np.int32)
+    by_index = np.array([_NOT_STARTED_TIMESTEP, *timesteps, _CLEAN_TIMESTEP], np.int32)
     frame = plan.block_of_frame
     return FrameSchedule(
         index=index[:, frame].astype(np.int32),

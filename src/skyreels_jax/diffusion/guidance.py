@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 from skyreels_jax.shapes import Context, Latents
 
 # One model call's: ``rows`` is B, or 2 B with both prompts in it.
-CallContext = Float[Array, "rows S D"]
-CallLatents = Float[Array, "rows C F H W"]
+_CallContext = Float[Array, "rows S D"]
+_CallLatents = Float[Array, "rows C F H W"]
 
 
 @runtime_checkable
@@ -26,11 +26,11 @@ class Guidance(Protocol):
         """How many times every video stands in the batch of one model call."""
         ...
 
-    def contexts(self, positive: Context, negative: Context | None) -> tuple[CallContext, ...]:
+    def contexts(self, positive: Context, negative: Context | None) -> tuple[_CallContext, ...]:
         """The text states of each model call of a step, ``copies * B`` rows each."""
         ...
 
-    def combine(self, predictions: tuple[CallLatents, ...]) -> Latents:
+    def combine(self, predictions: tuple[_CallLatents, ...]) -> Latents:
         """One prediction a video, from those of the calls in the order of :meth:`contexts`."""
         ...
 
@@ -43,12 +43,12 @@ class NoGuidance(NamedTuple):
         """One."""
         return 1
 
-    def contexts(self, positive: Context, negative: Context | None) -> tuple[CallContext, ...]:
+    def contexts(self, positive: Context, negative: Context | None) -> tuple[_CallContext, ...]:
         """The positive text only; a negative one has no effect."""
         del negative
         return (positive,)
 
-    def combine(self, predictions: tuple[CallLatents, ...]) -> Latents:
+    def combine(self, predictions: tuple[_CallLatents, ...]) -> Latents:
         """The prediction as it is."""
         (prediction,) = predictions
         return prediction
@@ -67,7 +67,7 @@ class ClassifierFree(NamedTuple):
         """One."""
         return 1
 
-    def contexts(self, positive: Context, negative: Context | None) -> tuple[CallContext, ...]:
+    def contexts(self, positive: Context, negative: Context | None) -> tuple[_CallContext, ...]:
         """Positive and negative.
 
         Raises:
@@ -75,7 +75,7 @@ class ClassifierFree(NamedTuple):
         """
         return (positive, _required(negative))
 
-    def combine(self, predictions: tuple[CallLatents, ...]) -> Latents:
+    def combine(self, predictions: tuple[_CallLatents, ...]) -> Latents:
         """``negative + scale * (positive - negative)``."""
         positive, negative = predictions
         return negative + self.scale * (positive - negative)
@@ -94,7 +94,7 @@ class BatchedClassifierFree(NamedTuple):
         """Two."""
         return 2
 
-    def contexts(self, positive: Context, negative: Context | None) -> tuple[CallContext, ...]:
+    def contexts(self, positive: Context, negative: Context | None) -> tuple[_CallContext, ...]:
         """Positive and negative in one batch.
 
         Raises:
@@ -102,7 +102,7 @@ class BatchedClassifierFree(NamedTuple):
         """
         return (jnp.concatenate([positive, _required(negative)]),)
 
-    def combine(self, predictions: tuple[CallLatents, ...]) -> Latents:
+    def combine(self, predictions: tuple[_CallLatents, ...]) -> Latents:
         """``negative + scale * (positive - negative)``."""
         (both,) = predictions
         positive, negative = jnp.split(both, 2)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 # The models were trained on 1000 discrete timesteps.
 NUM_TRAIN_TIMESTEPS: Final = 1000
 # Start of the original's grid: 1 - 1/1000, which its scheduler keeps as a float32.
-SIGMA_MAX: Final = float(np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS))
+_SIGMA_MAX: Final = float(np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ def flow_sigmas(num_steps: int, shift: float) -> FlowSchedule:
 
     Source: ``set_timesteps`` of SkyReels-V2's ``FlowUniPCMultistepScheduler``.
     """
-    return schedule_from_sigmas(_shifted(np.linspace(SIGMA_MAX, 0.0, num_steps + 1)[:-1], shift))
+    return schedule_from_sigmas(_shifted(np.linspace(_SIGMA_MAX, 0.0, num_steps + 1)[:-1], shift))
 
 
 def _shifted(base: Float[np.ndarray, " N"], shift: float) -> Float[np.ndarray, " N"]:

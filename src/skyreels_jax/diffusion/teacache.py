@@ -21,10 +21,10 @@ from jaxtyping import Array, Bool, Float
 from skyreels_jax.diffusion.step_cache import Number, Position, StagedForward, Velocity
 
 # A step of the original is two calls: of the prompt and of the negative prompt.
-CALLS: Final = 2
+_CALLS: Final = 2
 
 
-class TeaState(NamedTuple):
+class _TeaState(NamedTuple):
     """What one model call of a step remembers: sum of estimates, embedding, residual."""
 
     estimate: Float[Array, ""]
@@ -58,14 +58,14 @@ class TeaCache:
     wrap: Number
     projected: bool
 
-    def init(self, staged: StagedForward) -> TeaState:
+    def init(self, staged: StagedForward) -> _TeaState:
         """Shapes of embedding and residual; the latter is as large as the tokens."""
         embedding = jnp.zeros_like(self._embedding(staged))
-        return TeaState(jnp.zeros(()), embedding, jnp.zeros_like(staged.tokens))
+        return _TeaState(jnp.zeros(()), embedding, jnp.zeros_like(staged.tokens))
 
     def call(
-        self, state: TeaState, position: Position, staged: StagedForward
-    ) -> tuple[Velocity, TeaState, Bool[Array, ""]]:
+        self, state: _TeaState, position: Position, staged: StagedForward
+    ) -> tuple[Velocity, _TeaState, Bool[Array, ""]]:
         """The prediction, from blocks that ran or from the last residual."""
         embedding = self._embedding(staged)
         change = jnp.mean(jnp.abs(embedding - state.embedding))
@@ -82,7 +82,7 @@ class TeaCache:
 
         tokens, residual = jax.lax.cond(runs, run, reuse)
         velocity = staged.head(tokens)
-        after = TeaState(jnp.where(runs, jnp.zeros(()), estimate), embedding, residual)
+        after = _TeaState(jnp.where(runs, jnp.zeros(()), estimate), embedding, residual)
         return velocity, after, runs
 
     def _embedding(self, staged: StagedForward) -> Array:
@@ -92,5 +92,5 @@ class TeaCache:
         """Whether the step is one of those at the ends."""
         step, steps = jnp.asarray(position.step), jnp.asarray(position.steps)
         whole = (step < self.first) | (step >= steps - self.last)
-        counter = (CALLS * step + position.call) % jnp.maximum(self.wrap, 1)
-        return jnp.where(jnp.asarray(self.wrap) > 0, counter < CALLS * self.first, whole)
+        counter = (_CALLS * step + position.call) % jnp.maximum(self.wrap, 1)
+        return jnp.where(jnp.asarray(self.wrap) > 0, counter < _CALLS * self.first, whole)

@@ -22,7 +22,7 @@ from skyreels_jax.generation.windows import prompts_by_window
 from skyreels_jax.geometry import pixel_frames
 from skyreels_jax.media import check_output
 from skyreels_jax.memory import available_memory, estimate
-from skyreels_jax.ops.attention import PATHS
+from skyreels_jax.ops.attention import ATTENTION_PATHS
 from skyreels_jax.prompts import NEGATIVE_PROMPT_EN, NEGATIVE_PROMPT_ZH
 from skyreels_jax.sampling.noise import NOISES
 
@@ -154,7 +154,7 @@ def _choice_violations(request: Request) -> list[str]:
     found = []
     for name, value, choices in (
         ("dtype", request.dtype, DTYPES),
-        ("attention", request.attention, tuple(PATHS)),
+        ("attention", request.attention, tuple(ATTENTION_PATHS)),
         ("noise", request.noise, NOISES),
     ):
         if value is not None and value not in choices:

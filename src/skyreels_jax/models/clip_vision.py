@@ -1,4 +1,4 @@
-"""The vision tower of CLIP, up to its last block but one."""
+"""The vision encoder of CLIP, up to its last block but one."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -15,7 +15,7 @@ from skyreels_jax.ops.attention import attention
 from skyreels_jax.ops.linear import linear
 from skyreels_jax.ops.scan_layers import scan_layers
 
-States = Float[Array, "B S D"]
+_States = Float[Array, "B S D"]
 
 # Of CLIP's training images, red, green, blue, from 0 to 1: what is subtracted and divided by.
 PIXEL_MEAN: Final = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -24,7 +24,7 @@ PIXEL_STD: Final = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 @dataclass(frozen=True, kw_only=True)
 class ClipVisionConfig:
-    """The shape of one CLIP vision tower; :data:`CLIP_VIT_H` is the one of all I2V checkpoints.
+    """The shape of one CLIP vision encoder; :data:`CLIP_VIT_H` is the one of all I2V checkpoints.
 
     Attributes:
         dim: width of the states.
@@ -68,7 +68,7 @@ CLIP_VIT_H: Final = ClipVisionConfig(
 )
 
 
-class ClipAttention(nnx.Module):
+class _ClipAttention(nnx.Module):
     """Self-attention over all tokens, scores scaled by ``head_dim ** -0.5``."""
 
     def __init__(self, config: ClipVisionConfig, *, numerics: Numerics, rngs: nnx.Rngs):
@@ -79,7 +79,7 @@ class ClipAttention(nnx.Module):
         self.proj = Linear(dim, dim, numerics=numerics, rngs=rngs)
         self.num_heads = config.num_heads
 
-    def __call__(self, x: States) -> States:
+    def __call__(self, x: _States) -> _States:
         """``x`` normalised."""
         query, key, value = (
             part(x).reshape(*x.shape[:2], self.num_heads, -1) for part in (self.q, self.k, self.v)
@@ -87,23 +87,23 @@ class ClipAttention(nnx.Module):
         return self.proj(attention(query, key, value).reshape(x.shape))
 
 
-class ClipBlock(nnx.Module):
+class _ClipBlock(nnx.Module):
     """Attention and feed-forward, each normalised before and added after, in float32."""
 
     def __init__(self, config: ClipVisionConfig, *, numerics: Numerics, rngs: nnx.Rngs):
         widths = (config.dim, config.ffn_dim, config.dim)
         self.norm1 = WanLayerNorm(config.dim, config.eps, numerics=numerics)
-        self.attn = ClipAttention(config, numerics=numerics, rngs=rngs)
+        self.attn = _ClipAttention(config, numerics=numerics, rngs=rngs)
         self.norm2 = WanLayerNorm(config.dim, config.eps, numerics=numerics)
         self.mlp = Mlp(widths, gelu_exact, numerics=numerics, rngs=rngs)
 
-    def __call__(self, x: States) -> States:
+    def __call__(self, x: _States) -> _States:
         """``x`` is the residual, float32 in and out."""
         x = x + self.attn(self.norm1(x)).astype(jnp.float32)
         return x + self.mlp(self.norm2(x)).astype(jnp.float32)
 
 
-class PatchKernel(nnx.Module):
+class _PatchKernel(nnx.Module):
     """A convolution without bias whose stride is its kernel: each patch times one matrix."""
 
     def __init__(self, config: ClipVisionConfig, *, numerics: Numerics, rngs: nnx.Rngs):
@@ -111,7 +111,7 @@ class PatchKernel(nnx.Module):
         self.kernel = nnx.Param(NORMAL(rngs.params(), shape, numerics.params))
         self.dtype = numerics.compute
 
-    def __call__(self, pixels: Float[Array, "B 3 height width"]) -> States:
+    def __call__(self, pixels: Float[Array, "B 3 height width"]) -> _States:
         """One token a patch, row by row."""
         kernel = self.kernel[...]
         size = kernel.shape[0]
@@ -147,20 +147,20 @@ class ClipVision(nnx.Module):
         self.config = config
         self.cls_embedding = table(dim)
         self.pos_embedding = table(config.tokens, dim)
-        self.patch_embedding = PatchKernel(config, numerics=numerics, rngs=rngs)
+        self.patch_embedding = _PatchKernel(config, numerics=numerics, rngs=rngs)
         self.pre_norm = WanLayerNorm(dim, config.eps, numerics=numerics)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> ClipBlock:
-            return ClipBlock(config, numerics=numerics, rngs=rngs)
+        def stack(rngs: nnx.Rngs) -> _ClipBlock:
+            return _ClipBlock(config, numerics=numerics, rngs=rngs)
 
         self.blocks = stack(rngs)
         self.post_norm = WanLayerNorm(dim, config.eps, numerics=numerics)
         if config.projection_dim is not None:
             self.head = table(dim, config.projection_dim)
 
-    def __call__(self, pixels: Float[Array, "B 3 height width"]) -> States:
+    def __call__(self, pixels: Float[Array, "B 3 height width"]) -> _States:
         """Features ``[B, 257, D]``, class token first, float32.
 
         Args:
@@ -171,7 +171,7 @@ class ClipVision(nnx.Module):
         """
         size = self.config.image_size
         if pixels.shape[2:] != (size, size):
-            raise ValueError(f"image of {pixels.shape[2:]}; this tower takes {(size, size)}")
+            raise ValueError(f"image of {pixels.shape[2:]}; this encoder takes {(size, size)}")
         patches = self.patch_embedding(pixels).astype(jnp.float32)
         first = jnp.broadcast_to(
             self.cls_embedding[...].astype(jnp.float32), (patches.shape[0], 1, patches.shape[2])

@@ -138,17 +138,18 @@ class WanModel(nnx.Module):
         Raises:
             ValueError: if shapes do not fit the configuration or each other.
         """
-        staged = self.staged(
-            x, t, context, clip_fea, y, fps, block_length=block_length, attention=attention
-        )
+        if not isinstance(context, CrossContext):
+            context = self.prepare_context(context, clip_fea)
+        elif clip_fea is not None:
+            raise ValueError("clip_fea is part of a prepared context: give it there, not here")
+        staged = self.staged(x, t, context, y, fps, block_length=block_length, attention=attention)
         return staged.head(staged.blocks(staged.tokens))
 
     def staged(
         self,
         x: Latents,
         t: Timesteps,
-        context: Float[Array, "B S text_dim"] | CrossContext,
-        clip_fea: Float[Array, "B I image_dim"] | None = None,
+        context: CrossContext,
         y: Float[Array, "B Y F H W"] | None = None,
         fps: Int[Array, " B"] | None = None,
         *,
@@ -158,15 +159,11 @@ class WanModel(nnx.Module):
     ) -> StagedForward:
         """Cut a call into stages, between which a step cache may come.
 
-        Arguments and errors are those of a call. With ``past`` the frames of ``x`` follow others,
-        of which it has the keys and values ``[layers, B, S, N, K]``; both are whole blocks of
-        block-causal attention, but for the video's last.
+        Arguments and errors are those of a call, with a prepared context. With ``past`` the frames
+        of ``x`` follow others, of which it has the keys and values ``[layers, B, S, N, K]``; both
+        are whole blocks of block-causal attention, but for the video's last.
         """
         self.config.check_video(x, t, y)
-        if not isinstance(context, CrossContext):
-            context = self.prepare_context(context, clip_fea)
-        elif clip_fea is not None:
-            raise ValueError("clip_fea is part of a prepared context: give it there, not here")
         e, e0 = self.embed_time(t, fps)
         tokens, grid = self.embed_patches(x, y)
         mask = None if block_length is None else BlockCausal(tokens.shape[2], block_length)

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from skyreels_jax.errors import UnsupportedError
 
 # CLIP ViT-H/14 at 224 pixels: 16 x 16 patches and the class token.
-IMAGE_TOKENS: Final = 257
+_IMAGE_TOKENS: Final = 257
 # Image-to-video models see 16 noise, 4 mask and 16 image channels.
 CONDITION_CHANNELS: Final = 20
 
@@ -96,7 +96,7 @@ class TransformerConfig:
         """Image tokens that cross-attention sees; 0 without an image."""
         if self.model_type == "t2v":
             return 0
-        return self.pos_embed_seq_len or IMAGE_TOKENS
+        return self.pos_embed_seq_len or _IMAGE_TOKENS
 
     def check_video(self, x: Array, t: Array, y: Array | None) -> None:
         """Raise ``ValueError`` unless latents, timesteps and image condition fit each other."""
@@ -149,8 +149,8 @@ DF_1_3B: Final = dataclasses.replace(T2V_1_3B, inject_sample_info=True)
 DF_14B: Final = T2V_14B
 I2V_1_3B: Final = dataclasses.replace(T2V_1_3B, model_type="i2v", in_dim=36, image_dim=1280)
 I2V_14B: Final = dataclasses.replace(T2V_14B, model_type="i2v", in_dim=36, image_dim=1280)
-FLF2V_1_3B: Final = dataclasses.replace(I2V_1_3B, pos_embed_seq_len=2 * IMAGE_TOKENS)
-FLF2V_14B: Final = dataclasses.replace(I2V_14B, pos_embed_seq_len=2 * IMAGE_TOKENS)
+FLF2V_1_3B: Final = dataclasses.replace(I2V_1_3B, pos_embed_seq_len=2 * _IMAGE_TOKENS)
+FLF2V_14B: Final = dataclasses.replace(I2V_14B, pos_embed_seq_len=2 * _IMAGE_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from skyreels_jax.ops.norms import layer_norm, mul_add, mul_add_add
 from skyreels_jax.ops.positions import RopeTable, rope_apply
 from skyreels_jax.shapes import Context, Tokens
 
-Heads = Float[Array, "B L N K"]
+_Heads = Float[Array, "B L N K"]
 FrameTokens = Float[Array, "B F P D"]
 
 
@@ -62,7 +62,7 @@ def last_counts(states: KeyValues, count: int) -> KeyValues:
     return KeyValues(jnp.concatenate([states.key, share], axis=-1), states.value)
 
 
-def _attend_text(query: Heads, text: KeyValues, implementation: str | None) -> Heads:
+def _attend_text(query: _Heads, text: KeyValues, implementation: str | None) -> _Heads:
     """Attention to text states, whose last may stand for many (:func:`last_counts`)."""
     width = query.shape[-1]
     if text.key.shape[-1] == width:
@@ -90,13 +90,13 @@ class _Projections(nnx.Module):
         self.num_heads = num_heads
         self.dtype = numerics.compute
 
-    def split(self, x: Context) -> Heads:
+    def split(self, x: Context) -> _Heads:
         return x.reshape(*x.shape[:2], self.num_heads, -1)
 
-    def in_compute_dtype(self, key: Heads, value: Heads) -> KeyValues:
+    def in_compute_dtype(self, key: _Heads, value: _Heads) -> KeyValues:
         return KeyValues(key.astype(self.dtype), value.astype(self.dtype))
 
-    def merge(self, heads: Heads) -> Tokens:
+    def merge(self, heads: _Heads) -> Tokens:
         return self.o(heads.reshape(*heads.shape[:2], -1))
 
 
@@ -195,7 +195,7 @@ class Modulation(NamedTuple):
     gate: Float[Array, "B steps 1 D"]
 
 
-class BlockOutput(NamedTuple):
+class _BlockOutput(NamedTuple):
     """A block's tokens, and the keys and values of its self-attention."""
 
     tokens: FrameTokens
@@ -234,7 +234,7 @@ class WanAttentionBlock(nnx.Module):
         mask: BlockCausal | None = None,
         implementation: str | None = None,
         past: PastKeyValues | None = None,
-    ) -> BlockOutput:
+    ) -> _BlockOutput:
         """Run the block; the residual is float32 inside and rounded at the end.
 
         Args:
@@ -261,7 +261,7 @@ class WanAttentionBlock(nnx.Module):
 
         h = mul_add_add(layer_norm(x, eps=self.eps), ffn.scale, ffn.shift)
         x = mul_add(x, self.ffn(h), ffn.gate)
-        return BlockOutput(x.astype(self.dtype), own)
+        return _BlockOutput(x.astype(self.dtype), own)
 
 
 class PatchEmbedding(nnx.Module):

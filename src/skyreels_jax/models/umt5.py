@@ -19,8 +19,8 @@ from skyreels_jax.ops.scan_layers import scan_layers
 BUCKETS: Final = 32
 MAX_DISTANCE: Final = 128
 
-States = Float[Array, "B S D"]
-Heads = Float[Array, "B S N K"]
+_States = Float[Array, "B S D"]
+_Heads = Float[Array, "B S N K"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def position_buckets(distance: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*s
     return np.where(distance > 0, half, 0) + row
 
 
-class Projection(nnx.Module):
+class _Projection(nnx.Module):
     """``x @ kernel`` with ``kernel [in, out]`` and no bias, in the compute dtype."""
 
     def __init__(self, in_features: int, out_features: int, *, numerics: Numerics, rngs: nnx.Rngs):
@@ -93,7 +93,7 @@ class Projection(nnx.Module):
         return linear(x, self.kernel[...], dtype=self.dtype)
 
 
-class PositionBias(nnx.Module):
+class _PositionBias(nnx.Module):
     """What a layer adds to its scores for the distance between two tokens, per head."""
 
     def __init__(self, num_heads: int, *, numerics: Numerics, rngs: nnx.Rngs):
@@ -101,7 +101,7 @@ class PositionBias(nnx.Module):
         self.embedding = nnx.Param(NORMAL(rngs.params(), shape, numerics.params))
 
     def __call__(self, length: int) -> Float[Array, "N S S"]:
-        """Of every query (rows) and key (columns) of ``length`` tokens, float32.
+        """Bias of every query (rows) and key (columns) of ``length`` tokens, float32.
 
         The bias depends on the distance alone: each query's row is a window of one line, which is
         faster than looking up every pair.
@@ -115,20 +115,22 @@ class PositionBias(nnx.Module):
         return jax.vmap(row, out_axes=1)(jnp.arange(length))
 
 
-class Umt5Attention(nnx.Module):
+class _Umt5Attention(nnx.Module):
     """Attention with a position bias and no scaling of the scores; softmax in float32."""
 
     def __init__(self, config: Umt5Config, *, numerics: Numerics, rngs: nnx.Rngs):
         outer, inner = config.dim, config.attention_dim
-        self.q = Projection(outer, inner, numerics=numerics, rngs=rngs)
-        self.k = Projection(outer, inner, numerics=numerics, rngs=rngs)
-        self.v = Projection(outer, inner, numerics=numerics, rngs=rngs)
-        self.o = Projection(inner, outer, numerics=numerics, rngs=rngs)
+        self.q = _Projection(outer, inner, numerics=numerics, rngs=rngs)
+        self.k = _Projection(outer, inner, numerics=numerics, rngs=rngs)
+        self.v = _Projection(outer, inner, numerics=numerics, rngs=rngs)
+        self.o = _Projection(inner, outer, numerics=numerics, rngs=rngs)
         self.num_heads = config.num_heads
         self.dtype = numerics.compute
 
     @jax.named_scope("attention")
-    def __call__(self, x: States, bias: Float[Array, "N S S"], mask: Bool[Array, "B S"]) -> States:
+    def __call__(
+        self, x: _States, bias: Float[Array, "N S S"], mask: Bool[Array, "B S"]
+    ) -> _States:
         """``x`` normalised; ``mask`` is False for keys that must not be attended."""
         query, key, value = (
             part(x).reshape(*x.shape[:2], self.num_heads, -1) for part in (self.q, self.k, self.v)
@@ -151,31 +153,31 @@ class Umt5Attention(nnx.Module):
         return self.o(heads.reshape(*x.shape[:2], -1))
 
 
-class Umt5FeedForward(nnx.Module):
+class _Umt5FeedForward(nnx.Module):
     """``fc2(gelu(gate(x)) * fc1(x))``."""
 
     def __init__(self, config: Umt5Config, *, numerics: Numerics, rngs: nnx.Rngs):
-        self.gate = Projection(config.dim, config.ffn_dim, numerics=numerics, rngs=rngs)
-        self.fc1 = Projection(config.dim, config.ffn_dim, numerics=numerics, rngs=rngs)
-        self.fc2 = Projection(config.ffn_dim, config.dim, numerics=numerics, rngs=rngs)
+        self.gate = _Projection(config.dim, config.ffn_dim, numerics=numerics, rngs=rngs)
+        self.fc1 = _Projection(config.dim, config.ffn_dim, numerics=numerics, rngs=rngs)
+        self.fc2 = _Projection(config.ffn_dim, config.dim, numerics=numerics, rngs=rngs)
 
     @jax.named_scope("feed_forward")
-    def __call__(self, x: States) -> States:
+    def __call__(self, x: _States) -> _States:
         """``x`` normalised; the product of the two branches is float32."""
         return self.fc2(gelu_tanh(self.gate(x)) * self.fc1(x).astype(jnp.float32))
 
 
-class Umt5Block(nnx.Module):
+class _Umt5Block(nnx.Module):
     """Attention and feed-forward, each normalised before and added after, in float32."""
 
     def __init__(self, config: Umt5Config, *, numerics: Numerics, rngs: nnx.Rngs):
         self.norm1 = WanRMSNorm(config.dim, config.eps, numerics=numerics)
-        self.attn = Umt5Attention(config, numerics=numerics, rngs=rngs)
-        self.pos_embedding = PositionBias(config.num_heads, numerics=numerics, rngs=rngs)
+        self.attn = _Umt5Attention(config, numerics=numerics, rngs=rngs)
+        self.pos_embedding = _PositionBias(config.num_heads, numerics=numerics, rngs=rngs)
         self.norm2 = WanRMSNorm(config.dim, config.eps, numerics=numerics)
-        self.ffn = Umt5FeedForward(config, numerics=numerics, rngs=rngs)
+        self.ffn = _Umt5FeedForward(config, numerics=numerics, rngs=rngs)
 
-    def __call__(self, x: States, mask: Bool[Array, "B S"]) -> States:
+    def __call__(self, x: _States, mask: Bool[Array, "B S"]) -> _States:
         """``x`` is the residual, float32 in and out."""
         bias = self.pos_embedding(x.shape[1])
         x = x + self.attn(self.norm1(x), bias, mask).astype(jnp.float32)
@@ -205,14 +207,14 @@ class Umt5Encoder(nnx.Module):
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> Umt5Block:
-            return Umt5Block(config, numerics=numerics, rngs=rngs)
+        def stack(rngs: nnx.Rngs) -> _Umt5Block:
+            return _Umt5Block(config, numerics=numerics, rngs=rngs)
 
         self.blocks = stack(rngs)
         self.norm = WanRMSNorm(config.dim, config.eps, numerics=numerics)
 
-    def __call__(self, ids: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> States:
-        """States of all tokens, float32; rows where ``mask`` is False are exactly zero.
+    def __call__(self, ids: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> _States:
+        """_States of all tokens, float32; rows where ``mask`` is False are exactly zero.
 
         Padding is never attended and distances are relative, so a prompt's states do not depend on
         how far it is padded.

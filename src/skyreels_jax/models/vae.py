@@ -7,7 +7,6 @@ memory of a chunk do not depend on the length of the video, and no frame depends
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,20 +28,20 @@ from skyreels_jax.models.vae_layers import (
     AttentionBlock,
     Cache,
     CausalConv,
+    ChunkFrames,
     Downsample,
-    Frames,
-    Head,
+    LayerFrames,
     Pointwise,
     ResidualBlock,
-    Result,
     Upsample,
-    run,
+    VaeHead,
     run_by_frame,
+    run_layers,
 )
 from skyreels_jax.models.vae_tiling import WHOLE, Tiling
 
-Pixels = Float[np.ndarray | Array, "B 3 T height width"]
-Latents = Float[np.ndarray | Array, "B C F H W"]
+_Pixels = Float[np.ndarray | Array, "B 3 T height width"]
+_Latents = Float[np.ndarray | Array, "B C F H W"]
 
 
 class Encoder(nnx.Module):
@@ -59,25 +58,27 @@ class Encoder(nnx.Module):
             for place in places
         )
         self.middle = _middle(config.top_dim, **kinds)
-        self.head = Head(config.top_dim, 2 * config.z_dim, **kinds)
+        self.head = VaeHead(config.top_dim, 2 * config.z_dim, **kinds)
         # Layers up to here see as many frames as there are pixels of; from here on, fewer.
         self.large = [_is_temporal(place) for place in places].index(True)
 
-    def __call__(self, x: Frames, cache: Cache, *, at_once: bool = False) -> tuple[Result, Cache]:
+    def __call__(
+        self, x: ChunkFrames, cache: Cache, *, at_once: bool = False
+    ) -> tuple[LayerFrames, Cache]:
         """A chunk of 1 or ``4k`` frames to 1 or ``k``: means, then log variances.
 
         ``at_once`` holds all frames of the large layers together: faster, for so many times the
         memory.
         """
         large, small = (None, None) if cache is None else cache
-        run_large = run if at_once else run_by_frame
+        run_large = run_layers if at_once else run_by_frame
         x, large = run_large((self.conv_in, *self.downsamples[: self.large]), x, large)
-        x, small = run((*self.downsamples[self.large :], *self.middle, self.head), x, small)
+        x, small = run_layers((*self.downsamples[self.large :], *self.middle, self.head), x, small)
         return x, (large, small)
 
 
 class Decoder(nnx.Module):
-    """Latents, on their own scale, to frames of pixels."""
+    """_Latents, on their own scale, to frames of pixels."""
 
     def __init__(self, config: VaeConfig, *, numerics: Numerics, rngs: nnx.Rngs):
         kinds = {"numerics": numerics, "rngs": rngs}
@@ -90,15 +91,17 @@ class Decoder(nnx.Module):
             else Upsample(place, **kinds)
             for place in places
         )
-        self.head = Head(places[-1].out_dim, 3, **kinds)
+        self.head = VaeHead(places[-1].out_dim, 3, **kinds)
         # From here on layers see as many frames as there will be pixels of.
         self.large = len(places) - [_is_temporal(place) for place in places[::-1]].index(True)
 
-    def __call__(self, x: Frames, cache: Cache, *, at_once: bool = False) -> tuple[Result, Cache]:
+    def __call__(
+        self, x: ChunkFrames, cache: Cache, *, at_once: bool = False
+    ) -> tuple[LayerFrames, Cache]:
         """One latent frame to 1 frame (the video's first), or ``k`` to ``4k``; see Encoder."""
         small, large = (None, None) if cache is None else cache
-        x, small = run((self.conv_in, *self.middle, *self.upsamples[: self.large]), x, small)
-        run_large = run if at_once else run_by_frame
+        x, small = run_layers((self.conv_in, *self.middle, *self.upsamples[: self.large]), x, small)
+        run_large = run_layers if at_once else run_by_frame
         x, large = run_large((*self.upsamples[self.large :], self.head), x, large)
         return x, (small, large)
 
@@ -171,8 +174,8 @@ class WanVae(nnx.Module):
         return mean, std
 
 
-def encode(
-    vae: WanVae, pixels: Pixels, *, tiling: Tiling = WHOLE
+def encode_pixels(
+    vae: WanVae, pixels: _Pixels, *, tiling: Tiling = WHOLE
 ) -> Float[np.ndarray, "B C F H W"]:
     """Normalised means of the latents' distribution: ``(mean - latents_mean) / latents_std``.
 
@@ -195,12 +198,12 @@ def encode(
 
 
 def decode_chunks(
-    vae: WanVae, latents: Latents, *, tiling: Tiling = WHOLE
+    vae: WanVae, latents: _Latents, *, tiling: Tiling = WHOLE
 ) -> Iterator[Float[np.ndarray, "B 3 T height width"]]:
     """Frames in [-1, 1] as they are ready: one, then four at a time, float32.
 
     Memory does not depend on the number of frames. Concatenated, the chunks are bit for bit what
-    :func:`decode` returns; and those of the first latents do not depend on the rest.
+    :func:`decode_latents` returns; and those of the first latents do not depend on the rest.
 
     Args:
         vae: the model.
@@ -214,14 +217,14 @@ def decode_chunks(
 
 
 def decode_pieces(
-    vae: WanVae, pieces: Iterable[Latents], *, tiling: Tiling = WHOLE
+    vae: WanVae, pieces: Iterable[_Latents], *, tiling: Tiling = WHOLE
 ) -> Iterator[Float[np.ndarray, "B 3 T height width"]]:
     """As :func:`decode_chunks`, of latents that are given piece by piece.
 
     A piece is asked for when the frames of those before it are taken; its frames continue theirs.
     """
 
-    def chunks() -> Iterator[Latents]:
+    def chunks() -> Iterator[_Latents]:
         for latents in pieces:
             if latents.shape[1] != vae.config.z_dim:
                 raise RequestError(
@@ -232,8 +235,8 @@ def decode_pieces(
     return _stream(_decode_step, vae, chunks(), tiling, units=(PIXEL_STRIDE, 1))
 
 
-def decode(
-    vae: WanVae, latents: Latents, *, tiling: Tiling = WHOLE
+def decode_latents(
+    vae: WanVae, latents: _Latents, *, tiling: Tiling = WHOLE
 ) -> Float[np.ndarray, "B 3 T height width"]:
     """All ``4F - 3`` frames in host memory; see :func:`decode_chunks`."""
     batch, _, count, height, width = latents.shape
@@ -246,25 +249,27 @@ def decode(
     return video
 
 
-Step = Callable[[nnx.GraphDef[Any], nnx.State, Any, Cache], tuple[Array, Cache]]
+_ChunkStep = Callable[
+    [nnx.GraphDef[WanVae], nnx.State, np.ndarray | Array, Cache], tuple[Array, Cache]
+]
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _encode_step(
-    graph: nnx.GraphDef[Any], parameters: nnx.State, pixels: Array, cache: Cache
+    graph: nnx.GraphDef[WanVae], parameters: nnx.State, pixels: Array, cache: Cache
 ) -> tuple[Array, Cache]:
     return nnx.merge(graph, parameters).encode_chunk(pixels, cache)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _decode_step(
-    graph: nnx.GraphDef[Any], parameters: nnx.State, latents: Array, cache: Cache
+    graph: nnx.GraphDef[WanVae], parameters: nnx.State, latents: Array, cache: Cache
 ) -> tuple[Array, Cache]:
     return nnx.merge(graph, parameters).decode_chunk(latents, cache)
 
 
 def _stream(
-    step: Step,
+    step: _ChunkStep,
     vae: WanVae,
     chunks: Iterable[np.ndarray | Array],
     tiling: Tiling,
@@ -285,7 +290,7 @@ def _stream(
         yield tiling.join(rows, units[1])
 
 
-def _check_pixels(pixels: Pixels) -> None:
+def _check_pixels(pixels: _Pixels) -> None:
     _, _, frames, height, width = pixels.shape
     if frames % FRAME_STRIDE != 1:
         below = (frames - 1) // FRAME_STRIDE * FRAME_STRIDE + 1

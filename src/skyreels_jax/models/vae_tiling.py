@@ -6,24 +6,24 @@ results overlap, the later fades in linearly. As in diffusers, so that results a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.models.vae_config import PIXEL_STRIDE
 
 Chunk = np.ndarray | Array
-Grid = Sequence[Sequence[Chunk]]
+_Grid = Sequence[Sequence[Chunk]]
 
 
 @runtime_checkable
 class Tiling(Protocol):
     """How a chunk ``[B, C, T, height, width]`` is cut into rows of tiles, and put together."""
 
-    def cut(self, chunk: Chunk, unit: int) -> Grid:
+    def cut(self, chunk: Chunk, unit: int) -> _Grid:
         """Rows of tiles; ``unit`` is how many pixels one element of the chunk is wide."""
         ...
 
@@ -31,7 +31,7 @@ class Tiling(Protocol):
         """The chunk again, from one result a tile; ``unit`` is that of the results."""
         ...
 
-    def park(self, cache: Any) -> Any:
+    def park(self, cache: PyTree) -> PyTree:
         """Where a tile's cache waits while the others are computed."""
         ...
 
@@ -40,7 +40,7 @@ class Tiling(Protocol):
 class Whole:
     """No tiles."""
 
-    def cut(self, chunk: Chunk, unit: int) -> Grid:
+    def cut(self, chunk: Chunk, unit: int) -> _Grid:
         """The chunk itself."""
         del unit
         return [[chunk]]
@@ -50,7 +50,7 @@ class Whole:
         del unit
         return rows[0][0]
 
-    def park(self, cache: Any) -> Any:
+    def park(self, cache: PyTree) -> PyTree:
         """Where it is."""
         return cache
 
@@ -76,7 +76,7 @@ class Tiles:
         if not self.size // 2 <= self.stride <= self.size:
             raise RequestError(f"{self} must have a stride of half its size to all of it")
 
-    def cut(self, chunk: Chunk, unit: int) -> Grid:
+    def cut(self, chunk: Chunk, unit: int) -> _Grid:
         """Tiles from the upper left; those at the right and lower border may be smaller."""
         size, stride = self.size // unit, self.stride // unit
         height, width = chunk.shape[-2:]
@@ -106,7 +106,7 @@ class Tiles:
             axis=-2,
         )
 
-    def park(self, cache: Any) -> Any:
+    def park(self, cache: PyTree) -> PyTree:
         """On the host."""
         return jax.device_get(cache)
 

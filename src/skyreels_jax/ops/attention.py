@@ -13,7 +13,7 @@ from skyreels_jax.ops.kernels.contract import (
     AttentionCall,
     AttentionPath,
     PastKeyValues,
-    describe,
+    describe_call,
     serves_all,
 )
 from skyreels_jax.ops.kernels.cudnn import cudnn_attention, cudnn_refusal
@@ -22,7 +22,7 @@ from skyreels_jax.ops.kernels.splash import splash_attention, splash_refusal
 from skyreels_jax.ops.kernels.tokamax import tokamax_attention, tokamax_refusal
 from skyreels_jax.ops.masks import Mask
 
-PATHS: Final[Mapping[str, AttentionPath]] = MappingProxyType(
+ATTENTION_PATHS: Final[Mapping[str, AttentionPath]] = MappingProxyType(
     {
         "xla": AttentionPath(reference_attention, serves_all, takes_past=True),
         "chunked": AttentionPath(chunked_attention, serves_all, takes_past=True),
@@ -55,19 +55,19 @@ def attention(
         mask: which keys a query sees; ``None`` for all.
         scale: positive; ``K ** -0.5`` unless given.
         past: keys and values of tokens before these (``S`` is then ``L``), seen by every query.
-        implementation: a name in :data:`PATHS`; ``None`` leaves it to :func:`choose_path`.
+        implementation: a name in :data:`ATTENTION_PATHS`; ``None`` asks :func:`choose_path`.
 
     Raises:
         UnsupportedError: if the named implementation does not exist or cannot serve this call. It
             is never replaced by another.
     """
-    call = describe(query, key, past)
+    call = describe_call(query, key, past)
     name = choose_path(call) if implementation is None else implementation
-    if name not in PATHS:
+    if name not in ATTENTION_PATHS:
         raise UnsupportedError(
-            f"attention path {name!r} does not exist; choose one of {', '.join(PATHS)}"
+            f"attention path {name!r} does not exist; choose one of {', '.join(ATTENTION_PATHS)}"
         )
-    path = PATHS[name]
+    path = ATTENTION_PATHS[name]
     if reason := path.refusal(call):
         raise UnsupportedError(
             f"attention path {name!r} cannot serve this call: {reason}; "
@@ -87,7 +87,7 @@ def attention(
 
 def paths_with_past() -> tuple[str, ...]:
     """Names of the paths that can take ``past``; whatever :func:`choose_path` chooses is one."""
-    return tuple(name for name, path in PATHS.items() if path.takes_past)
+    return tuple(name for name, path in ATTENTION_PATHS.items() if path.takes_past)
 
 
 def choose_path(call: AttentionCall) -> str:
@@ -95,6 +95,6 @@ def choose_path(call: AttentionCall) -> str:
 
     ``cudnn`` wherever it can; else ``xla`` while all scores together are small, else ``chunked``.
     """
-    if PATHS["cudnn"].refusal(call) is None:
+    if ATTENTION_PATHS["cudnn"].refusal(call) is None:
         return "cudnn"
     return "xla" if call.score_bytes <= SMALL_SCORES else "chunked"

@@ -7,21 +7,21 @@ from jaxtyping import Array, Float
 
 from skyreels_jax.ops.linear import exact_precision
 
-Video = Float[Array, "B T height width I"]
-Kernel = Float[Array, "taps kernel_height kernel_width I O"]
-History = Float[Array, "B past height width I"]
-Convolved = Float[Array, "B U height width O"]
+_Video = Float[Array, "B T height width I"]
+_Kernel = Float[Array, "taps kernel_height kernel_width I O"]
+_History = Float[Array, "B past height width I"]
+_Convolved = Float[Array, "B U height width O"]
 
 
 def causal_conv(
-    x: Video,
-    kernel: Kernel,
+    x: _Video,
+    kernel: _Kernel,
     bias: Float[Array, " O"],
-    history: History | None = None,
+    history: _History | None = None,
     *,
     stride: int = 1,
     dtype: DTypeLike,
-) -> tuple[Convolved, History]:
+) -> tuple[_Convolved, _History]:
     """Convolve a chunk of frames; with its history, the result is that of the whole video.
 
     Frame ``t`` of the result is ``bias + sum_d kernel[d] * frames[t * stride + d]`` over the frames
@@ -79,7 +79,7 @@ def conv2d(
     )
 
 
-def _summed_over_taps(frames: Video, kernel: Kernel, stride: int, missing: int) -> Convolved:
+def _summed_over_taps(frames: _Video, kernel: _Kernel, stride: int, missing: int) -> _Convolved:
     """Without bias; ``missing`` is how many frames of zeros stand before ``frames``."""
     count = (frames.shape[1] + missing - kernel.shape[0]) // stride + 1
     parts = []
@@ -94,7 +94,7 @@ def _summed_over_taps(frames: Video, kernel: Kernel, stride: int, missing: int) 
     return sum(parts[1:], start=parts[0])
 
 
-def _in_space(frames: Video, kernel: Float[Array, "kh kw I O"]) -> Convolved:
+def _in_space(frames: _Video, kernel: Float[Array, "kh kw I O"]) -> _Convolved:
     size = kernel.shape[0]
     if size == 1:
         return lax.dot_general(

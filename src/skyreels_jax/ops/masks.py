@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-Indices = Int[Array, " L"] | Int[np.ndarray, " L"]
-
 
 @dataclass(frozen=True)
 class BlockCausal:

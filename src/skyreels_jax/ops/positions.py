@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Int
 
-THETA: Final = 10_000.0
+_THETA: Final = 10_000.0
 # Timesteps are ``1000 * sigma`` with sigma in [0, 1].
-MAX_TIMESTEP: Final = 1000
+_MAX_TIMESTEP: Final = 1000
 
 
 class RopeTable(NamedTuple):
@@ -24,7 +24,7 @@ class RopeTable(NamedTuple):
 
 
 @cache
-def rope_params(length: int, dim: int, theta: float = THETA) -> Complex[np.ndarray, "length half"]:
+def rope_params(length: int, dim: int, theta: float = _THETA) -> Complex[np.ndarray, "length half"]:
     """Unit rotations ``exp(i * position * theta^(-2j / dim))`` of one axis, in complex128.
 
     Angles are exact to float64. The original rounds them to float32, which moves its tables by up
@@ -116,12 +116,12 @@ def sinusoidal_embedding_1d(
 
 
 def _frequencies(half: int) -> Float[np.ndarray, " half"]:
-    return THETA ** (-np.arange(half, dtype=np.float64) / half)
+    return _THETA ** (-np.arange(half, dtype=np.float64) / half)
 
 
 @cache
 def _sinusoids(half: int) -> Float[np.ndarray, "rows dim"]:
-    angles = np.outer(np.arange(MAX_TIMESTEP + 1, dtype=np.float64), _frequencies(half))
+    angles = np.outer(np.arange(_MAX_TIMESTEP + 1, dtype=np.float64), _frequencies(half))
     table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     table.flags.writeable = False  # cached, hence shared
     return table

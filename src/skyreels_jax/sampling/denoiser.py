@@ -6,7 +6,7 @@ bounded number of iterations ahead of the device and looks at nothing but one fl
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,30 +18,23 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from skyreels_jax.diffusion import unipc
-from skyreels_jax.diffusion.block_reuse import BlockRange, BlockReuse, plan_block_reuse
+from skyreels_jax.diffusion.block_reuse import BlockReuse, plan_block_reuse
 from skyreels_jax.diffusion.frame_schedule import FrameSchedule, synchronous_schedule
 from skyreels_jax.diffusion.guidance import Guidance
 from skyreels_jax.diffusion.sigmas import FlowSchedule
 from skyreels_jax.diffusion.step_cache import NoCache, StepCache
 from skyreels_jax.ops.attention import paths_with_past
-from skyreels_jax.sampling.kv_cache import allocate
-from skyreels_jax.sampling.monitor import StepMonitor, StepReport
+from skyreels_jax.sampling.monitor import StepMonitor
 from skyreels_jax.sampling.progress import Clock
+from skyreels_jax.sampling.run_plan import RunPlan, work_items
 from skyreels_jax.sampling.step import (
     Conditioning,
     ConditioningNoise,
     DenoisingStep,
-    Iteration,
     PreparedContext,
-    SamplerState,
     iterations,
 )
 from skyreels_jax.shapes import Context, Latents
-
-# Of a :class:`DenoisingStep`: the next state, and a report if frames were moved.
-_Program = Callable[
-    [DenoisingStep, SamplerState, Iteration], tuple[SamplerState, StepReport | None]
-]
 
 
 @dataclass(frozen=True)
@@ -99,54 +92,6 @@ class Denoised:
     def block_counts(self) -> tuple[int, int]:
         """Blocks computed, and how many all of them in every iteration would have been; or 0."""
         return (0, 0) if self.reuse is None else (self.reuse.computed, self.reuse.total)
-
-
-class ProgramKey(NamedTuple):
-    """What decides a compiled program: columns of the iteration, and whether it fills the cache."""
-
-    columns: int
-    fills_cache: bool
-
-    @property
-    def function(self) -> _Program:
-        """What is compiled."""
-        return DenoisingStep.fill_cache if self.fills_cache else DenoisingStep.advance
-
-
-class _WorkItem(NamedTuple):
-    """An iteration, or part of one, to be carried out by the program of ``key``."""
-
-    iteration: Iteration
-    key: ProgramKey
-
-
-@dataclass(frozen=True, eq=False)
-class _RunPlan:
-    """A run before it is executed: the step, what it is given in turn, and the blocks reused."""
-
-    step: DenoisingStep
-    work: tuple[_WorkItem, ...]
-    reuse: BlockReuse | None
-    latents: str
-
-    @property
-    def programs(self) -> dict[ProgramKey, Iteration]:
-        """Each program that the run takes, with an iteration that it serves."""
-        return {item.key: item.iteration for item in reversed(self.work)}
-
-    def start(self, noise: Latents) -> SamplerState:
-        """The state before the first iteration."""
-        # A copy: programs donate the state, and the caller's noise must survive.
-        x = jnp.array(jnp.moveaxis(noise, 2, 0), dtype=self.latents, copy=True)
-        state = SamplerState(x, unipc.init(x), (), ())
-        if self.reuse is not None and self.reuse.cached:
-            block = next(item.iteration for item in self.work if item.key.fills_cache)
-            shapes = jax.eval_shape(DenoisingStep.key_values, self.step, state, block)
-            state = state._replace(kv_cache=allocate(shapes, self.reuse.cached))
-        first = self.work[0].iteration
-        shapes = jax.eval_shape(DenoisingStep.initial_caches, self.step, state, first)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return state._replace(caches=zeros)
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,7 +229,7 @@ class Denoiser:
         sampling: Sampling,
         schedule: FrameSchedule,
         noise: ConditioningNoise | None,
-    ) -> _RunPlan:
+    ) -> RunPlan:
         graph, parameters = nnx.split(self.model)
         step = DenoisingStep(
             graph,
@@ -297,7 +242,7 @@ class Denoiser:
         )
         reuse = self._plan_reuse(schedule, frames, sampling, noise)
         lines = iterations(schedule, sampling.coefficients, noise)
-        return _RunPlan(step, tuple(_work(lines, reuse)), reuse, sampling.latents)
+        return RunPlan(step, tuple(work_items(lines, reuse)), reuse, sampling.latents)
 
     def _plan_reuse(
         self,
@@ -333,21 +278,6 @@ class Denoiser:
                 lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
                 self._executables[key] = lowered.compile()
         return self._executables[key]
-
-
-def _work(lines: Iterator[Iteration], reuse: BlockReuse | None) -> Iterator[_WorkItem]:
-    """What is carried out, in order: iterations, or the parts of them that must be computed."""
-    if reuse is None:
-        for iteration in lines:
-            yield _WorkItem(iteration, ProgramKey(len(iteration.timestep), False))
-        return
-    cached = 0
-    for iteration, computed in zip(lines, reuse.iterations, strict=True):
-        blocks = [BlockRange(number, 1) for number in range(cached, computed.first)]
-        for part in (*blocks, computed):
-            columns = iteration.columns(reuse.frames_of(part))
-            yield _WorkItem(columns, ProgramKey(len(columns.timestep), part is not computed))
-        cached = max(cached, computed.first)
 
 
 def _prepare(

@@ -13,10 +13,10 @@ from skyreels_jax.errors import NumericsError
 from skyreels_jax.sampling.progress import Clock
 
 # Steps handed to the device before the first of them is waited for: enough that it never idles.
-IN_FLIGHT: Final = 2
+_IN_FLIGHT: Final = 2
 
 
-class StepReport(NamedTuple):
+class IterationReport(NamedTuple):
     """What an iteration says to the host: are all predictions finite, and which calls ran.
 
     A call is ``computed`` if its blocks ran; a cache may answer in their place.
@@ -32,16 +32,16 @@ class StepMonitor:
 
     clock: Clock
     schedule: FrameSchedule
-    pending: deque[StepReport] = field(default_factory=deque)
+    pending: deque[IterationReport] = field(default_factory=deque)
     seconds: list[float] = field(default_factory=list)
     computed: int = 0
     calls: int = 0
     last: float = field(default_factory=time.perf_counter)
 
-    def submitted(self, report: StepReport) -> None:
+    def submitted(self, report: IterationReport) -> None:
         """A step was handed to the device."""
         self.pending.append(report)
-        if len(self.pending) > IN_FLIGHT:
+        if len(self.pending) > _IN_FLIGHT:
             self._wait_for_oldest()
 
     def finish(self) -> None:

@@ -12,7 +12,7 @@ from skyreels_jax.shapes import Latents
 
 NOISES: Final = ("jax", "torch")
 # PyTorch fills arrays in groups of this many numbers, one half from the other.
-GROUP: Final = 16
+_GROUP: Final = 16
 
 
 def draw_noise(seed: int, shape: tuple[int, ...], window: int = 0) -> Latents:
@@ -48,13 +48,13 @@ def draw_torch_noise(seed: int, shape: tuple[int, ...], skip: int = 0) -> Float[
         ValueError: sizes that PyTorch fills in another way.
     """
     count = math.prod(shape)
-    if count % GROUP or skip % GROUP:
-        raise ValueError(f"{count} numbers after {skip}: multiples of {GROUP} are needed")
+    if count % _GROUP or skip % _GROUP:
+        raise ValueError(f"{count} numbers after {skip}: multiples of {_GROUP} are needed")
     generator = np.random.RandomState(seed)
     for some in (skip, count):
         words = generator.randint(0, 2**32, some, dtype=np.uint32)
     uniform = (words & np.uint32(2**24 - 1)).astype(np.float32) * np.float32(2**-24)
-    first, second = uniform.reshape(-1, 2, GROUP // 2).swapaxes(0, 1)
+    first, second = uniform.reshape(-1, 2, _GROUP // 2).swapaxes(0, 1)
     radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - first))
     angle = np.float32(2 * np.pi) * second
     pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)

@@ -23,7 +23,7 @@ from skyreels_jax.diffusion.step_cache import CacheState, Position, StagedForwar
 from skyreels_jax.models.transformer_layers import KeyValues
 from skyreels_jax.ops.attention import PastKeyValues
 from skyreels_jax.sampling.kv_cache import KVCache, append_block
-from skyreels_jax.sampling.monitor import StepReport
+from skyreels_jax.sampling.monitor import IterationReport
 
 _Tree = TypeVar("_Tree")
 # Keys and values of cross-attention, as the model made them of text and image states.
@@ -64,7 +64,7 @@ class ConditioningNoise:
     once: bool = False
 
 
-class NoiseMix(NamedTuple):
+class _NoiseMix(NamedTuple):
     """Noise in the model's input of one iteration: ``weight`` of it in each frame."""
 
     weight: Float[np.ndarray, " F"]
@@ -81,7 +81,7 @@ class Iteration(NamedTuple):
     update: Bool[Array | np.ndarray, " P"]
     coefficients: unipc.Coefficients
     position: Position
-    noise: NoiseMix | None
+    noise: _NoiseMix | None
     first: Int[Array | np.ndarray, ""] | None = None
 
     def columns(self, frames: slice) -> "Iteration":
@@ -138,7 +138,9 @@ class DenoisingStep:
     block_length: int | None = None
     attention: str | None = None
 
-    def advance(self, state: SamplerState, iteration: Iteration) -> tuple[SamplerState, StepReport]:
+    def advance(
+        self, state: SamplerState, iteration: Iteration
+    ) -> tuple[SamplerState, IterationReport]:
         """Move the frames of ``iteration``; the report is for the host."""
         predictions, caches, computed = [], [], []
         calls = self.staged_calls(state, iteration)
@@ -153,7 +155,7 @@ class DenoisingStep:
         x, solver = read_frames(moving, iteration)
         moved = unipc.step(iteration.coefficients, solver, x, velocity, iteration.update)
         x, solver = write_frames(moving, moved, iteration)
-        report = StepReport(jnp.all(jnp.isfinite(velocity)), jnp.stack(computed))
+        report = IterationReport(jnp.all(jnp.isfinite(velocity)), jnp.stack(computed))
         return SamplerState(x, solver, tuple(caches), state.kv_cache), report
 
     def fill_cache(self, state: SamplerState, iteration: Iteration) -> tuple[SamplerState, None]:
@@ -236,7 +238,7 @@ def iterations(
             timestep = np.where(noised, np.int32(noise.timestep), timestep)
             sigma = np.float32(noise.timestep / NUM_TRAIN_TIMESTEPS)
             key = noise.key if noise.once else jax.random.fold_in(noise.key, number)
-            mix = NoiseMix(np.where(noised, sigma, np.float32(0)), key)
+            mix = _NoiseMix(np.where(noised, sigma, np.float32(0)), key)
         yield Iteration(timestep, update, coefficients, position, mix)
 
 

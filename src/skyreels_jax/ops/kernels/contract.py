@@ -1,4 +1,4 @@
-"""What a way to compute attention is told, and what it answers."""
+"""The contract of attention kernels: what a call consists of, and who can serve it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ def serves_all(call: AttentionCall) -> str | None:
     return None
 
 
-def describe(query: Array, key: Array, past: PastKeyValues | None = None) -> AttentionCall:
+def describe_call(query: Array, key: Array, past: PastKeyValues | None = None) -> AttentionCall:
     """The call with these operands on this machine."""
     batch, length, heads, width = query.shape
     key_len = key.shape[1] + (0 if past is None else past.key.shape[1])
