@@ -12,19 +12,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import jax.numpy as jnp
 from benchmarks.measure import head, row, versions
 
 from skyreels_jax.models.transformer_config import T2V_1_3B
 from skyreels_jax.parity.plan import plan_comparison
 from skyreels_jax.parity.run import validate
-from skyreels_jax.testing.random_checkpoint import TEXT_DIM, make_checkpoint, random_tensors
-from skyreels_jax.weights.convert import exported
-from skyreels_jax.weights.layout import CONFIG
-from skyreels_jax.weights.transformer_folder import abstract_transformer
-from skyreels_jax.weights.transformer_json import config_json
-from skyreels_jax.weights.transformer_rules import transformer_rules
-from skyreels_jax.weights.writer import TRANSFORMER_STEM, write_json, write_tensors
+from skyreels_jax.testing.random_checkpoint import TEXT_DIM, make_checkpoint, write_random
+from skyreels_jax.weights.components.transformer import TRANSFORMER
 
 WHO = {"either side": resource.RUSAGE_CHILDREN, "comparison": resource.RUSAGE_SELF}
 CONFIG_1_3B = dataclasses.replace(T2V_1_3B, text_dim=TEXT_DIM)
@@ -33,13 +27,8 @@ CONFIG_1_3B = dataclasses.replace(T2V_1_3B, text_dim=TEXT_DIM)
 def make(folder: Path) -> Path:
     """A small checkpoint with a large transformer."""
     make_checkpoint(folder, "t2v")
-    part = folder / "transformer"
-    shutil.rmtree(part)
-    part.mkdir()
-    write_json(part / CONFIG, config_json(CONFIG_1_3B, "diffusers"))
-    model = abstract_transformer(CONFIG_1_3B, jnp.float32)
-    specs = exported(model, transformer_rules(CONFIG_1_3B), "diffusers")
-    write_tensors(part, TRANSFORMER_STEM["diffusers"], specs, random_tensors(specs, 0))
+    shutil.rmtree(folder / "transformer")
+    write_random(folder / "transformer", TRANSFORMER, CONFIG_1_3B)
     return folder
 
 

@@ -19,46 +19,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from skyreels_jax.models.transformer_config import I2V_1_3B, TransformerConfig
-from skyreels_jax.weights.convert import exported, parameters
-from skyreels_jax.weights.layout import CONFIG, read_layout
-from skyreels_jax.weights.transformer_folder import (
-    abstract_transformer,
-    load_transformer_state,
-    read_config,
-)
-from skyreels_jax.weights.transformer_json import config_json
-from skyreels_jax.weights.transformer_rules import transformer_rules
-from skyreels_jax.weights.writer import write_json, write_tensors
+from skyreels_jax.weights.components.transformer import TRANSFORMER, stored_transformer
+from skyreels_jax.weights.engine import TensorStream, export, parameters
+from skyreels_jax.weights.layout import read_layout
 
 GIB = 1 << 30
 
 
 def write_random(folder: Path, config: TransformerConfig) -> None:
-    """A folder in the original layout, a tensor at a time."""
-    model = abstract_transformer(config, jnp.float32)
-    specs = exported(model, transformer_rules(config), "original")
+    """A folder in the original format, a tensor at a time."""
+    model = TRANSFORMER.abstract(config)
+    specs = export(model, TRANSFORMER.rules(config), "original").specs
     rng = np.random.default_rng(0)
 
     def values() -> Iterator[tuple[str, np.ndarray]]:
         for name, spec in specs.items():
             yield name, rng.standard_normal(spec.shape, np.float32)
 
-    write_json(folder / CONFIG, config_json(config, "original"))
-    write_tensors(folder, "model", specs, values())
+    TRANSFORMER.write(folder, config, TensorStream(specs, values()), format="original")
 
 
 def load(folder: Path) -> None:
     """Load in this process and print the peak, its bound and the time."""
     jax.device_put(np.zeros(1)).block_until_ready()  # the runtime itself
     before = _peak()
-    layout = read_layout(folder)
     start = time.perf_counter()
-    state = load_transformer_state(layout, read_config(layout), dtype=jnp.bfloat16)
+    stored = stored_transformer(read_layout(folder))
+    state = stored.load_state(jnp.bfloat16)
     seconds = time.perf_counter() - start
     sizes = [variable.get_value().nbytes for variable in parameters(state).values()]
-    stored = sum(info.nbytes for info in layout.tensors().tensors().values())
+    in_files = sum(info.nbytes for info in stored.source.tensors().values())
     bound = sum(sizes) + max(sizes) + GIB
-    print(f"files {stored / GIB:.2f} GiB, parameters {sum(sizes) / GIB:.2f} GiB")
+    print(f"files {in_files / GIB:.2f} GiB, parameters {sum(sizes) / GIB:.2f} GiB")
     print(f"largest parameter {max(sizes) / GIB:.2f} GiB, runtime before {before / GIB:.2f} GiB")
     print(f"peak {_peak() / GIB:.2f} GiB of {bound / GIB:.2f} GiB allowed, {seconds:.1f} s")
     sys.exit(_peak() >= bound)

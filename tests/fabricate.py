@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from skyreels_jax.testing.random_checkpoint import Kind, make_checkpoint
-from skyreels_jax.weights.rules import Dialect
+from skyreels_jax.weights.rules import Format
 
-Checkpoints = Callable[[Kind, Dialect], Path]
+Checkpoints = Callable[[Kind, Format], Path]
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     root = tmp_path_factory.mktemp("checkpoints")
 
     @cache
-    def make(kind: Kind, layout: Dialect) -> Path:
+    def make(kind: Kind, layout: Format) -> Path:
         return make_checkpoint(root / f"{kind}-{layout}", kind, layout)
 
     return make

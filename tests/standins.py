@@ -13,8 +13,8 @@ from skyreels_jax.components.protocols import ImageCondition
 from skyreels_jax.diffusion.step_cache import StagedForward
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.weights.components.transformer import TRANSFORMER
 from skyreels_jax.weights.layout import Layout
-from skyreels_jax.weights.transformer_folder import abstract_transformer
 
 TEXT_DIM = 8
 CHANNELS = 16
@@ -32,7 +32,7 @@ def image_config(**changes) -> TransformerConfig:
 
 def transformer(of: TransformerConfig, seed: int = 0) -> WanModel:
     """A float32 model with every parameter random, so that nothing passes by being zero."""
-    model = abstract_transformer(of, jnp.float32)
+    model = TRANSFORMER.abstract(of, jnp.float32)
     state = nnx.state(model, nnx.Param)
     leaves, structure = jax.tree.flatten(state)
     rng = np.random.default_rng(seed)
@@ -132,7 +132,7 @@ def checkpoint(task: str = "t2v", folder: Path = Path("model"), **changes) -> Ch
         "ar_step": Default(0, "all frames together"),
     }
     return Checkpoint(
-        layout=Layout(folder=folder, dialect="original", transformer=folder, config={}),
+        layout=Layout(folder=folder, format="original", transformer=folder, config={}),
         config=shape,
         task=task,
         guess=Guess(None, "made for a test"),

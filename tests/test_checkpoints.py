@@ -12,7 +12,7 @@ from skyreels_jax.checkpoints import Checkpoint, guess_preset, load_transformer
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.models.transformer_config import DF_14B, I2V_14B, T2V_1_3B, T2V_14B
 from skyreels_jax.presets import PRESETS
-from skyreels_jax.weights.convert import parameters
+from skyreels_jax.weights.engine import parameters
 from skyreels_jax.weights.layout import Layout
 
 
@@ -111,7 +111,7 @@ def test_a_transformers_own_folder_opens_and_loads(tmp_path, kind, layout):
     checkpoint = Checkpoint.open(save(tmp_path / "m", config, layout))
     assert checkpoint.config == config
     assert checkpoint.task == kind
-    assert checkpoint.layout.dialect == layout
+    assert checkpoint.layout.format == layout
     model = load_transformer(checkpoint, dtype=jnp.float32)
     expected = parameters(random_state(config))
     loaded = parameters(model)
@@ -199,7 +199,7 @@ def test_parts_are_paths_or_errors_that_name_the_path(tmp_path):
     with pytest.raises(WeightsError, match=r"google/umt5-xxl is missing"):
         checkpoint.tokenizer  # noqa: B018
     with pytest.raises(WeightsError, match="has no scheduler"):
-        checkpoint.layout.part("scheduler")
+        checkpoint.layout.component("scheduler")
 
 
 def test_an_id_is_remembered(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from flax import nnx
 
 from skyreels_jax.memory import available_memory, estimate
 from skyreels_jax.models.transformer_config import I2V_14B, T2V_1_3B, T2V_14B
-from skyreels_jax.weights.transformer_folder import abstract_transformer
+from skyreels_jax.weights.components.transformer import TRANSFORMER
 
 
 def test_weights_are_counted_exactly():
@@ -23,7 +23,7 @@ def test_a_second_video_in_the_batch_doubles_the_work_of_the_blocks():
 def test_the_estimate_stays_below_what_the_compiler_counts():
     """A lower bound, but not an idle one (float32, the model call of one step)."""
     shape, config = (3, 34, 60), T2V_1_3B
-    graph, state = nnx.split(abstract_transformer(config, jnp.float32))
+    graph, state = nnx.split(TRANSFORMER.abstract(config, jnp.float32))
 
     def call(state, x, t, text):
         return nnx.merge(graph, state)(x, t, text)

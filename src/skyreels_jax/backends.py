@@ -18,7 +18,9 @@ from skyreels_jax.torch_side.components import (
     TorchTextEncoder,
 )
 from skyreels_jax.torch_side.modules import require_torch
-from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
+from skyreels_jax.weights.components.clip import stored_image_encoder
+from skyreels_jax.weights.components.umt5 import stored_text_encoder
+from skyreels_jax.weights.components.vae import stored_vae
 
 # The transformer is in JAX with either; `hybrid` takes the extra `torch`.
 Backend = Literal["jax", "hybrid"]

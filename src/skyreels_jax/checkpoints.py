@@ -1,45 +1,26 @@
-"""What a checkpoint folder is: its layout, its transformer, and the settings it is made for."""
+"""What a checkpoint folder is: its files, its transformer, and the settings it is made for."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.hub import locate
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
-from skyreels_jax.presets import PRESETS, Preset, Task
-from skyreels_jax.weights.convert import Place, on_default_device
-from skyreels_jax.weights.diffusers_folder import About
-from skyreels_jax.weights.layout import Layout, read_json, read_layout
-from skyreels_jax.weights.transformer_folder import (
-    abstract_transformer,
-    load_transformer_state,
-    read_config,
-)
-
-# diffusers' pipelines by what they are for; `model_index.json` names one.
-PIPELINES: Final[Mapping[str, Task]] = {
-    "SkyReelsV2Pipeline": "t2v",
-    "SkyReelsV2ImageToVideoPipeline": "i2v",
-    "SkyReelsV2DiffusionForcingPipeline": "df",
-    "SkyReelsV2DiffusionForcingImageToVideoPipeline": "df",
-    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": "df",
-}
-
-# And the one to name in a folder that is written.
-PIPELINE_OF: Final[Mapping[Task, str]] = {
-    "t2v": "SkyReelsV2Pipeline",
-    "i2v": "SkyReelsV2ImageToVideoPipeline",
-    "flf2v": "SkyReelsV2ImageToVideoPipeline",
-    "df": "SkyReelsV2DiffusionForcingPipeline",
-}
+from skyreels_jax.presets import PIPELINE_OF_TASK, PRESETS, TASK_OF_PIPELINE, Preset, Task
+from skyreels_jax.weights.components.clip import stored_image_encoder
+from skyreels_jax.weights.components.transformer import stored_transformer
+from skyreels_jax.weights.components.umt5 import stored_text_encoder
+from skyreels_jax.weights.components.vae import stored_vae
+from skyreels_jax.weights.engine import Placement, on_default_device
+from skyreels_jax.weights.layout import ComponentName, Layout, read_layout, read_object
+from skyreels_jax.weights.pipeline_folder import About
 
 T = TypeVar("T")
 
@@ -100,7 +81,7 @@ class Checkpoint:
         """Understand a folder or Hugging Face id.
 
         Args:
-            path_or_id: a folder in either layout, a transformer's own folder, or an id.
+            path_or_id: a folder in either format, a transformer's own folder, or an id.
             revision: branch, tag or commit of an id.
             preset: name of the released checkpoint it is; overrides the guess.
 
@@ -110,7 +91,7 @@ class Checkpoint:
         """
         location = locate(path_or_id, revision)
         layout = read_layout(location.folder)
-        config = read_config(layout)
+        config = stored_transformer(layout).config
         guess = guess_preset(layout, config, repo=location.repo, preset=preset)
         return Checkpoint(
             layout=layout,
@@ -129,29 +110,57 @@ class Checkpoint:
     @property
     def vae(self) -> Path:
         """The VAE's file or folder; a WeightsError if it is missing, as for those below."""
-        return self.layout.part("vae")
+        return self.layout.component("vae")
 
     @property
     def text_encoder(self) -> Path:
         """The text encoder's file or folder."""
-        return self.layout.part("text_encoder")
+        return self.layout.component("text_encoder")
 
     @property
     def tokenizer(self) -> Path:
         """The tokenizer's folder."""
-        return self.layout.part("tokenizer")
+        return self.layout.component("tokenizer")
 
     @property
     def image_encoder(self) -> Path:
         """The image encoder's file or folder."""
-        return self.layout.part("image_encoder")
+        return self.layout.component("image_encoder")
+
+    def verify(self) -> None:
+        """Prove that the transformer, the VAE and the encoders are complete and fit one another.
+
+        Headers are enough for it. What this refuses would otherwise come up after minutes of
+        encoding and denoising.
+
+        Raises:
+            WeightsError: a component is missing, unsound or incomplete, or gives what the
+                transformer does not take.
+            UnsupportedError: the VAE is a variant that SkyReels-V2 does not use.
+        """
+        stored_transformer(self.layout).verify()
+        text = stored_text_encoder(self.layout)
+        text.verify()
+        self._check_width("text_encoder", text.config.dim, self.config.text_dim)
+        if self.config.image_dim is not None:
+            image = stored_image_encoder(self.layout)
+            image.verify()
+            self._check_width("image_encoder", image.config.dim, self.config.image_dim)
+        stored_vae(self.layout).verify()
+
+    def _check_width(self, name: ComponentName, given: int, taken: int) -> None:
+        if given != taken:
+            raise WeightsError(
+                f"{self.layout.component(name)} gives {given} features and "
+                f"{self.layout.config_file} takes {taken}: they belong to different checkpoints"
+            )
 
     @property
     def about(self) -> About:
         """What a pipeline folder made of this one says of itself."""
         return About(
             name=self.guess.preset.name if self.guess.preset else self.folder.resolve().name,
-            pipeline=PIPELINE_OF[self.task],
+            pipeline=PIPELINE_OF_TASK[self.task],
             flow_shift=self.defaults.shift.value,
         )
 
@@ -175,7 +184,7 @@ def load_transformer(
     *,
     dtype: DTypeLike = jnp.bfloat16,
     param_dtype: DTypeLike | None = None,
-    place: Place = on_default_device,
+    placement: Placement = on_default_device,
 ) -> WanModel:
     """Load a checkpoint's transformer; host memory holds each parameter once.
 
@@ -183,15 +192,13 @@ def load_transformer(
         checkpoint: to load from.
         dtype: to compute in.
         param_dtype: to store in; None stores in ``dtype``.
-        place: puts each finished parameter on its device or devices.
+        placement: puts each finished parameter on its device or devices.
 
     Raises:
         WeightsError: if the folder and the model do not cover each other, or a value is not finite.
     """
-    stored = dtype if param_dtype is None else param_dtype
-    graph, _ = nnx.split(abstract_transformer(checkpoint.config, dtype, stored))
-    state = load_transformer_state(checkpoint.layout, checkpoint.config, dtype=stored, place=place)
-    return nnx.merge(graph, state)
+    stored = stored_transformer(checkpoint.layout)
+    return stored.load(dtype, placement, param_dtype=param_dtype)
 
 
 def guess_preset(
@@ -214,7 +221,7 @@ def guess_preset(
         shape = f"{config.model_type}, width {config.dim}, {config.num_layers} layers"
         return Guess(found, "its configuration" if found else f"no release has its shape ({shape})")
     pipeline = layout.model_index.get("_class_name")
-    task = PIPELINES.get(pipeline) if isinstance(pipeline, str) else None
+    task = TASK_OF_PIPELINE.get(pipeline) if isinstance(pipeline, str) else None
     if task in {p.task for p in candidates}:
         candidates = [p for p in candidates if p.task == task]
     for source, name in _recorded_names(layout, repo):
@@ -240,7 +247,7 @@ def _same_shape(a: TransformerConfig, b: TransformerConfig) -> bool:
 
 
 def _recorded_names(layout: Layout, repo: str | None) -> Iterable[tuple[str, str]]:
-    """Names this folder goes by, most telling first, without owner and layout suffix."""
+    """Names this folder goes by, most telling first, without owner and format suffix."""
     recorded: list[tuple[str, Any]] = [
         ("its Hugging Face id", repo),
         ("_name_or_path in model_index.json", layout.model_index.get("_name_or_path")),
@@ -258,7 +265,7 @@ def _task(layout: Layout, config: TransformerConfig) -> Task:
     if config.model_type == "i2v":
         return "i2v" if config.pos_embed_seq_len is None else "flf2v"
     pipeline = layout.model_index.get("_class_name")
-    forcing = isinstance(pipeline, str) and PIPELINES.get(pipeline) == "df"
+    forcing = isinstance(pipeline, str) and TASK_OF_PIPELINE.get(pipeline) == "df"
     return "df" if forcing or config.inject_sample_info else "t2v"
 
 
@@ -285,11 +292,11 @@ def _defaults(layout: Layout, config: TransformerConfig, guess: Guess) -> Defaul
 
 def _stored_shift(layout: Layout) -> Default[float] | None:
     """``flow_shift`` of a diffusers scheduler, unless it is the 1.0 that converters leave there."""
-    folder = layout.parts.get("scheduler")
+    folder = layout.components.get("scheduler")
     file = folder / "scheduler_config.json" if folder else None
-    if file is None or not file.is_file():
+    if file is None or not file.exists():
         return None
-    shift = read_json(file).get("flow_shift", 1.0)
+    shift = read_object(file).get("flow_shift", 1.0)
     if type(shift) not in (int, float) or not 0 < shift < 1000:
         raise WeightsError(f"{file}: flow_shift = {shift!r} must be a positive number")
     return None if shift == 1.0 else Default(float(shift), "scheduler/scheduler_config.json")

@@ -23,11 +23,7 @@ from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.sampling.progress import Progress
 from skyreels_jax.torch_side.components import torch_components
-from skyreels_jax.weights.transformer_folder import (
-    abstract_transformer,
-    load_transformer_state,
-    verify_transformer,
-)
+from skyreels_jax.weights.components.transformer import TRANSFORMER, stored_transformer
 
 # Settings of a video by their names in diffusers and the original, and ours.
 SETTINGS: Final[Mapping[str, str]] = {
@@ -52,7 +48,7 @@ class StoredWeights:
         Raises:
             WeightsError: a value is not finite.
         """
-        return load_transformer_state(self.checkpoint.layout, self.checkpoint.config, dtype=dtype)
+        return stored_transformer(self.checkpoint.layout).load_state(dtype)
 
 
 def load_torch_weights(
@@ -69,7 +65,7 @@ def load_torch_weights(
         WeightsError: the folder is incomplete or contradicts itself.
     """
     checkpoint = Checkpoint.open(model_id, revision=revision)
-    verify_transformer(checkpoint.layout, checkpoint.config)
+    stored_transformer(checkpoint.layout).verify()
     return StoredWeights(checkpoint), checkpoint.config
 
 
@@ -90,7 +86,7 @@ def create_jax_model_from_config(
     Raises:
         WeightsError: the weights are of another configuration, or a value is not finite.
     """
-    model = abstract_transformer(config, dtype)
+    model = TRANSFORMER.abstract(config, dtype)
     if weights is not None:
         _fill(model, weights)
     return model

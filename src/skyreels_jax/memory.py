@@ -16,9 +16,11 @@ from jaxtyping import PyTree
 from skyreels_jax.errors import UnsupportedError
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.vae_config import VaeConfig
+from skyreels_jax.weights.components.clip import stored_image_encoder
+from skyreels_jax.weights.components.transformer import TRANSFORMER
+from skyreels_jax.weights.components.umt5 import stored_text_encoder
+from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.layout import Layout
-from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
-from skyreels_jax.weights.transformer_folder import abstract_transformer
 
 # How XLA's message begins where memory runs out.
 EXHAUSTED: Final = "RESOURCE_EXHAUSTED"
@@ -63,7 +65,7 @@ def estimate(
         dtype: of weights and matrix products.
         copies: videos in a batch (two under batched guidance).
     """
-    state = nnx.state(abstract_transformer(config), nnx.Param)
+    state = nnx.state(TRANSFORMER.abstract(config, "bfloat16"), nnx.Param)
     size = 4 if dtype == "float32" else 2
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state))
     frames, rows, columns = latents
@@ -91,7 +93,7 @@ def component_sizes(
         vae_dtype: of the VAE.
     """
     models: dict[str, nnx.Module] = {
-        "transformer": abstract_transformer(config, dtype),
+        "transformer": TRANSFORMER.abstract(config, dtype),
         "text_encoder": stored_text_encoder(layout).abstract(dtype),
         "vae": stored_vae(layout).abstract(vae_dtype),
     }

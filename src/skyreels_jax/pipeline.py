@@ -46,9 +46,8 @@ from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.sampling.progress import Clock, NoProgress, Progress
 from skyreels_jax.shapes import Frames, HostLatents
-from skyreels_jax.weights.complete import verify_checkpoint
 from skyreels_jax.weights.convert_folder import convert_folder
-from skyreels_jax.weights.diffusers_folder import require_parts
+from skyreels_jax.weights.pipeline_folder import require_components
 
 # Whether components stay in memory between calls; `auto` decides for each video by what is free.
 Keep = Literal["auto"] | bool
@@ -363,12 +362,12 @@ class Pipeline:
             RequestError: ``folder`` is there, or lies in the checkpoint or around it.
             WeightsError: a part is missing, unsound or incomplete, or the disk refuses.
         """
-        require_parts(self.checkpoint.layout, self.checkpoint.config)
+        require_components(self.checkpoint.layout, self.checkpoint.config)
         convert_folder(
             self.checkpoint.layout,
             self.checkpoint.config,
             Path(folder),
-            layout="diffusers",
+            format="diffusers",
             about=self.checkpoint.about,
             dtype=dtype,
             overwrite=overwrite,
@@ -403,4 +402,4 @@ def _verify_checkpoint(checkpoint: Checkpoint) -> None:
         WeightsError: a component is missing, unsound or incomplete.
     """
     Tokenizer.from_folder(checkpoint.tokenizer)
-    verify_checkpoint(checkpoint.layout, checkpoint.config)
+    checkpoint.verify()

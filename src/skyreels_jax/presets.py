@@ -23,6 +23,22 @@ from skyreels_jax.models.transformer_config import (
 # a first image, or a first and a last one.
 Task = Literal["t2v", "df", "i2v", "flf2v"]
 
+# diffusers' pipelines by what they are for; `model_index.json` names one.
+TASK_OF_PIPELINE: Final[Mapping[str, Task]] = {
+    "SkyReelsV2Pipeline": "t2v",
+    "SkyReelsV2ImageToVideoPipeline": "i2v",
+    "SkyReelsV2DiffusionForcingPipeline": "df",
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": "df",
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": "df",
+}
+# And the one to name in a folder that is written.
+PIPELINE_OF_TASK: Final[Mapping[Task, str]] = {
+    "t2v": "SkyReelsV2Pipeline",
+    "i2v": "SkyReelsV2ImageToVideoPipeline",
+    "flf2v": "SkyReelsV2ImageToVideoPipeline",
+    "df": "SkyReelsV2DiffusionForcingPipeline",
+}
+
 _Polynomial = tuple[float, float, float, float, float]
 
 

@@ -38,6 +38,7 @@ PAD: Final = "<pad>"
 EOS: Final = "</s>"
 # T5's sentinels, unless a folder's tokenizer_config.json says another number.
 EXTRA_IDS: Final = 100
+_UNKNOWN_TOKEN: Final = "<unk>"
 
 logger = logging.getLogger(__name__)
 
@@ -249,3 +250,38 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position + shift // 7 + 1
     raise ValueError(f"a number without end at byte {position}")
+
+
+def write_unigram(folder: Path, words: Sequence[str], characters: str) -> int:
+    """Write ``tokenizer.json`` and its settings; returns how many ids it has.
+
+    It splits into known words, else characters, else ``<unk>``, and ends a text with ``</s>``.
+
+    Args:
+        folder: to make.
+        words: to know as wholes, where they follow a space or begin a text.
+        characters: to fall back on.
+    """
+    # A unigram model takes the split of the highest sum of scores: whole words must win.
+    # In T5's order; their places are their ids.
+    special, sentinels = (PAD, EOS, _UNKNOWN_TOKEN), ("<extra_id_1>", "<extra_id_0>")
+    pieces = [(piece, 0.0) for piece in special]
+    pieces += [(f"▁{word}", -2.0 - 0.01 * i) for i, word in enumerate(words)]
+    pieces += [("▁", -3.0), *((c, -4.0 - 0.01 * i) for i, c in enumerate(characters))]
+    pieces += [(sentinel, 0.0) for sentinel in sentinels]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, special.index(_UNKNOWN_TOKEN), False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.add_special_tokens([*special, *sentinels])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, special.index(EOS))]
+    )
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": EOS, "extra_ids": len(sentinels), "pad_token": PAD}
+    settings |= {"tokenizer_class": "T5Tokenizer", "unk_token": _UNKNOWN_TOKEN}
+    text = json.dumps(settings, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    return len(pieces)

@@ -14,7 +14,7 @@ from skyreels_jax.components.autoencoder import RESERVE, WanAutoencoder, tiling_
 from skyreels_jax.memory import vae_work
 from skyreels_jax.models import vae
 from skyreels_jax.models.vae_tiling import WHOLE, Tiles
-from skyreels_jax.weights.parts import stored_vae
+from skyreels_jax.weights.components.vae import stored_vae
 
 # Two tiles of 256 pixels, side by side.
 LATENTS = np.random.default_rng(0).standard_normal((16, 1, 4, 40)).astype(np.float32)

@@ -22,7 +22,7 @@ from jax_implementation.utils.weight_converter import (
 )
 from skyreels_jax.errors import RequestError, UnsupportedError, WeightsError
 from skyreels_jax.testing.random_checkpoint import make_checkpoint
-from skyreels_jax.weights.rules import DIALECTS
+from skyreels_jax.weights.rules import FORMATS
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,7 +51,7 @@ def test_the_snippet_gives_the_same_video_from_both_layouts(
     checkpoints: Checkpoints, tmp_path: Path
 ):
     videos = []
-    for dialect in DIALECTS:
+    for dialect in FORMATS:
         names = {"folder": str(checkpoints("i2v", dialect)), "input_image": photo()}
         exec(SNIPPET, names)
         assert isinstance(names["jax_model"], WanModel)

@@ -26,7 +26,7 @@ from skyreels_jax.hybrid import HybridPipeline
 from skyreels_jax.models import transformer
 from skyreels_jax.ops.positions import RopeTable
 from skyreels_jax.testing.random_checkpoint import Kind
-from skyreels_jax.weights.rules import Dialect
+from skyreels_jax.weights.rules import Format
 
 STEPS, SHIFT, GUIDANCE = 10, 5.0, 5.0
 HEIGHT, WIDTH, FRAMES = 48, 64, 9
@@ -74,7 +74,7 @@ def request_for(pipeline: HybridPipeline, **changes: Any) -> ResolvedRequest:
 
 
 @pytest.fixture(scope="module")
-def hybrid(checkpoints: Checkpoints) -> Callable[[Kind, Dialect], HybridPipeline]:
+def hybrid(checkpoints: Checkpoints) -> Callable[[Kind, Format], HybridPipeline]:
     return cache(
         lambda kind, dialect="diffusers": HybridPipeline(
             checkpoints(kind, dialect), None, "cpu", jnp.float32, preprocessing="diffusers"

@@ -37,8 +37,9 @@ from skyreels_jax.moving_shapes.scene import (
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.training.optimizer import OptimizerConfig, make_optimizer
 from skyreels_jax.training.step import init_state, make_step
-from skyreels_jax.weights.layout import parts_of
-from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder
+from skyreels_jax.weights.components.clip import stored_image_encoder
+from skyreels_jax.weights.components.umt5 import stored_text_encoder
+from skyreels_jax.weights.layout import components_of
 
 MOVES = Thing("star", "blue", "move", "up left", "fast", 0.3, 0.5, 0.2)
 STILL = Thing("square", "red", "still", None, None, 0.7, 0.5, 0.2)
@@ -181,8 +182,8 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 def test_the_text_encoder_in_use_is_the_one_that_was_trained(text: TextTask, tmp_path: Path):
     params = text.init()
     text.export(params, tmp_path)
-    layout = parts_of(tmp_path)
-    tokenizer = Tokenizer.from_folder(layout.part("tokenizer"))
+    layout = components_of(tmp_path)
+    tokenizer = Tokenizer.from_folder(layout.component("tokenizer"))
     stored = stored_text_encoder(layout)
     assert stored.config == text.config
     encoder = Umt5TextEncoder(stored.load(jnp.float32), tokenizer)
@@ -199,7 +200,7 @@ def test_the_text_encoder_in_use_is_the_one_that_was_trained(text: TextTask, tmp
 def test_the_image_encoder_in_use_is_the_one_that_was_trained(image: ImageTask, tmp_path: Path):
     params = image.init()
     image.export(params, tmp_path)
-    stored = stored_image_encoder(parts_of(tmp_path))
+    stored = stored_image_encoder(components_of(tmp_path))
     assert stored.config == image.config
     encoder = ClipImageEncoder(stored.load(jnp.float32))
     scenes = [Scene((MOVES, STILL), "white"), Scene((STILL,), "gradient")]

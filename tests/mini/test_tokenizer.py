@@ -13,7 +13,7 @@ from skyreels_jax.mini.tasks import TOKENIZER_CHARACTERS, write_mini_tokenizer
 from skyreels_jax.moving_shapes.captions import caption, plain_caption, words
 from skyreels_jax.moving_shapes.scene import draw_scene
 from skyreels_jax.prompts import Tokenizer
-from skyreels_jax.testing.random_tokenizer import write_tokenizer
+from skyreels_jax.testing.random_checkpoint import write_tokenizer
 
 UNKNOWN = 2
 PROMPTS = ("a red hexagon waltzes!", "A RED CIRCLE", "red-green (blue) 3.5 & 'x'", "Moves;up,down.")

@@ -17,9 +17,8 @@ from transformers import (
 
 from skyreels_jax.models.clip_vision import ClipVision, ClipVisionConfig
 from skyreels_jax.models.umt5 import Umt5Config, Umt5Encoder
-from skyreels_jax.weights.clip_rules import CLIP_IGNORED, clip_rules
-from skyreels_jax.weights.convert import load_into
-from skyreels_jax.weights.umt5_rules import UMT5_IGNORED, UMT5_RULES
+from skyreels_jax.weights.components import clip, umt5
+from skyreels_jax.weights.engine import load_into
 
 UMT5 = Umt5Config(vocab_size=50, dim=24, head_dim=10, num_heads=3, ffn_dim=40, num_layers=3)
 CLIP = ClipVisionConfig(
@@ -82,7 +81,7 @@ def umt5_from(
     def make() -> Umt5Encoder:
         return Umt5Encoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
-    return filled(nnx.eval_shape(make), UMT5_RULES, tensors, UMT5_IGNORED, dtype)
+    return filled(nnx.eval_shape(make), umt5.UMT5.rules(config), tensors, umt5.UMT5.ignored, dtype)
 
 
 def clip_from(
@@ -91,7 +90,7 @@ def clip_from(
     def make() -> ClipVision:
         return ClipVision(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
-    return filled(nnx.eval_shape(make), clip_rules(config), tensors, CLIP_IGNORED, dtype)
+    return filled(nnx.eval_shape(make), clip.clip_rules(config), tensors, clip.CLIP.ignored, dtype)
 
 
 def filled(model, rules, tensors, ignored, dtype):

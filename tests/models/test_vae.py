@@ -15,9 +15,9 @@ from skyreels_jax.errors import RequestError
 from skyreels_jax.models import vae as module
 from skyreels_jax.models.vae import WanVae, decode_chunks, decode_latents, encode_pixels
 from skyreels_jax.models.vae_config import WAN_VAE, VaeConfig
-from skyreels_jax.weights.convert import export
-from skyreels_jax.weights.rules import DIALECTS, Dialect
-from skyreels_jax.weights.vae_rules import vae_rules
+from skyreels_jax.weights.components.vae import vae_rules
+from skyreels_jax.weights.engine import export
+from skyreels_jax.weights.rules import FORMATS, Format
 
 # Measured 8e-8 to 4e-6, most of it where few channels make a norm ill-conditioned: there PyTorch is
 # as far from float64 as we are.
@@ -269,8 +269,8 @@ def test_other_shapes_are_refused(vae: WanVae):
         decode_latents(vae, np.zeros((1, 4, 1, 3, 5), np.float32))
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_weights_survive_a_round_trip(dialect: Dialect):
+@pytest.mark.parametrize("dialect", FORMATS)
+def test_weights_survive_a_round_trip(dialect: Format):
     tensors = tensors_of(oracle(TINY))
     written = dict(export(ours(TINY, tensors), vae_rules(TINY), dialect))
     assert ("decoder.head.2.weight" in written) == (dialect == "original")

@@ -12,9 +12,9 @@ from flax import nnx
 
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
-from skyreels_jax.weights.convert import load_into
+from skyreels_jax.weights.components.transformer import TRANSFORMER, transformer_rules
+from skyreels_jax.weights.engine import load_into
 from skyreels_jax.weights.source import TensorInfo
-from skyreels_jax.weights.transformer_rules import TRANSFORMER_IGNORED, transformer_rules
 
 TEXT_DIM, IMAGE_DIM = 32, 16
 
@@ -113,7 +113,7 @@ def jax_model(
         source,
         "diffusers",
         dtype=dtype,
-        ignored=TRANSFORMER_IGNORED,
+        ignored=TRANSFORMER.ignored,
     )
     nnx.update(model, state)
     return model

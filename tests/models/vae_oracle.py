@@ -12,9 +12,9 @@ from tests.weights.fakes import InMemory
 
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_config import VaeConfig
-from skyreels_jax.weights.convert import load_into
-from skyreels_jax.weights.rules import Dialect
-from skyreels_jax.weights.vae_rules import vae_rules
+from skyreels_jax.weights.components.vae import vae_rules
+from skyreels_jax.weights.engine import load_into
+from skyreels_jax.weights.rules import Format
 
 TINY = VaeConfig(base_dim=4, z_dim=16, dim_mult=(1, 2, 2, 2), num_res_blocks=1)
 
@@ -48,7 +48,7 @@ def ours(
     config: VaeConfig,
     tensors: Mapping[str, np.ndarray],
     dtype: str = "float32",
-    dialect: Dialect = "diffusers",
+    dialect: Format = "diffusers",
 ) -> WanVae:
     def make() -> WanVae:
         return WanVae(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)

@@ -37,9 +37,11 @@ from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.testing.random_checkpoint import Kind, make_checkpoint
+from skyreels_jax.weights.components.clip import stored_image_encoder
+from skyreels_jax.weights.components.umt5 import stored_text_encoder
+from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.layout import Layout
-from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
-from skyreels_jax.weights.rules import DIALECTS
+from skyreels_jax.weights.rules import FORMATS
 
 STEPS, SHIFT, GUIDANCE = 6, 5.0, 5.0
 HEIGHT, WIDTH, FRAMES = 48, 64, 9
@@ -238,7 +240,7 @@ assert (videos[0] == videos[1]).all()
 
 
 def test_both_layouts_make_a_video_where_torch_cannot_be_imported(checkpoints):
-    folders = [str(checkpoints("i2v", layout)) for layout in DIALECTS]
+    folders = [str(checkpoints("i2v", layout)) for layout in FORMATS]
     code = WITHOUT_TORCH.format(small=SMALL)
     subprocess.run([sys.executable, "-c", code, *folders], check=True)
 

@@ -11,10 +11,10 @@ from flax import nnx
 from tests.fabricate import Checkpoints
 
 from skyreels_jax import pipeline as pipeline_module
-from skyreels_jax.checkpoints import load_transformer
+from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.memory import estimate
 from skyreels_jax.pipeline import Pipeline
-from skyreels_jax.weights.parts import StoredPart
+from skyreels_jax.weights.components.stored import StoredComponent
 
 SMALL = {"height": 32, "width": 48, "num_frames": 5, "steps": 2, "seed": 1}
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
@@ -46,16 +46,12 @@ class Watch:
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    watch, load = Watch(), StoredPart.load
+    watch, load = Watch(), StoredComponent.load
 
-    def load_part(self: StoredPart, *given: Any) -> nnx.Module:
-        return watch.load(self.model.__name__, lambda: load(self, *given))
+    def load_watched(self: StoredComponent, *given: Any, **settings: Any) -> nnx.Module:
+        return watch.load(self.spec.model.__name__, lambda: load(self, *given, **settings))
 
-    def load_main(checkpoint: Any, **given: Any) -> nnx.Module:
-        return watch.load("WanModel", lambda: load_transformer(checkpoint, **given))
-
-    monkeypatch.setattr(StoredPart, "load", load_part)
-    monkeypatch.setattr(pipeline_module, "load_transformer", load_main)
+    monkeypatch.setattr(StoredComponent, "load", load_watched)
     return watch
 
 
@@ -152,13 +148,13 @@ def test_a_checkpoint_is_proved_complete_once_and_before_anything_is_loaded(
     checkpoints: Checkpoints, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ):
     proved: list[int] = []
-    verify = pipeline_module.verify_checkpoint
+    verify = Checkpoint.verify
 
-    def counted(*given: Any) -> None:
+    def counted(self: Checkpoint) -> None:
         proved.append(len(watch.loads))
-        verify(*given)
+        verify(self)
 
-    monkeypatch.setattr(pipeline_module, "verify_checkpoint", counted)
+    monkeypatch.setattr(Checkpoint, "verify", counted)
     pipe = Pipeline.from_pretrained(checkpoints("t2v", "diffusers"))
     for _ in range(2):
         pipe("a fox", **SMALL)

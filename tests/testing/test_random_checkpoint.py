@@ -6,33 +6,34 @@ from tests.fabricate import Checkpoints
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.testing.random_checkpoint import KINDS, Kind, make_checkpoint
+from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.layout import read_layout, safetensors_of
-from skyreels_jax.weights.rules import DIALECTS, Dialect
-from skyreels_jax.weights.transformer_folder import read_config, verify_transformer
+from skyreels_jax.weights.rules import FORMATS, Format
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", FORMATS)
 def test_a_folder_has_every_part_of_its_layout(
-    checkpoints: Checkpoints, kind: Kind, dialect: Dialect
+    checkpoints: Checkpoints, kind: Kind, dialect: Format
 ):
     layout = read_layout(checkpoints(kind, dialect))
     parts = {"vae", "text_encoder", "tokenizer"}
     parts |= {"image_encoder"} if kind == "i2v" else set()
     if dialect == "diffusers":
         parts |= {"scheduler"} | ({"image_processor"} if kind == "i2v" else set())
-    assert layout.dialect == dialect
-    assert layout.parts.keys() == parts
-    config = read_config(layout)
+    assert layout.format == dialect
+    assert layout.components.keys() == parts
+    stored = stored_transformer(layout)
+    config = stored.config
     assert (config.model_type == "i2v") == (kind == "i2v")
     assert config.inject_sample_info == (kind == "df")
-    verify_transformer(layout, config)
+    stored.verify()
 
 
 def test_every_parameter_is_random_and_of_moderate_size(checkpoints: Checkpoints):
     layout = read_layout(checkpoints("i2v", "diffusers"))
-    folders = [layout.transformer, *(layout.part(p) for p in ("vae", "text_encoder"))]
-    for folder in [*folders, layout.part("image_encoder")]:
+    folders = [layout.transformer, *(layout.component(p) for p in ("vae", "text_encoder"))]
+    for folder in [*folders, layout.component("image_encoder")]:
         source = safetensors_of(folder)
         for name in source.tensors():
             value = source.read(name)

@@ -29,7 +29,7 @@ from skyreels_jax.torch_side.components import (
 )
 from skyreels_jax.torch_side.modules import to_torch, torch_device
 from skyreels_jax.weights.layout import PATHS
-from skyreels_jax.weights.rules import DIALECTS, Dialect
+from skyreels_jax.weights.rules import FORMATS, Format
 from skyreels_jax.weights.safetensors_file import SafetensorsSource
 
 PROMPTS = ["A cat  on the lake &amp; the sky", "你好 " * 300, ""]
@@ -43,11 +43,9 @@ def photo(height: int, width: int) -> ImageCondition:
     return ImageCondition(source, pixels)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_text_states_are_those_of_transformers(checkpoints: Checkpoints, dialect: Dialect):
-    encoder = TorchTextEncoder.load(
-        Checkpoint.open(checkpoints("i2v", dialect)), "cpu", jnp.float32
-    )
+@pytest.mark.parametrize("format", FORMATS)
+def test_text_states_are_those_of_transformers(checkpoints: Checkpoints, format: Format):
+    encoder = TorchTextEncoder.load(Checkpoint.open(checkpoints("i2v", format)), "cpu", jnp.float32)
     states = encoder.encode(PROMPTS)
 
     folder = checkpoints("i2v", "diffusers")
@@ -66,12 +64,12 @@ def test_text_states_are_those_of_transformers(checkpoints: Checkpoints, dialect
     assert states[1].any(axis=-1).all()
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("preprocessing", ["original", "diffusers"])
 def test_image_features_are_those_of_transformers(
-    checkpoints: Checkpoints, dialect: Dialect, preprocessing
+    checkpoints: Checkpoints, format: Format, preprocessing
 ):
-    checkpoint = Checkpoint.open(checkpoints("i2v", dialect))
+    checkpoint = Checkpoint.open(checkpoints("i2v", format))
     encoder = TorchImageEncoder.load(checkpoint, "cpu", jnp.float32, preprocessing)
     image = photo(64, 96)
     features = encoder.encode(image)
@@ -122,9 +120,9 @@ def test_a_grey_frame_squashes_to_the_same_grey():
     assert grey.shape == (3, 224, 224)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_latents_and_frames_are_those_of_diffusers(checkpoints: Checkpoints, dialect: Dialect):
-    vae = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", dialect)), "cpu")
+@pytest.mark.parametrize("format", FORMATS)
+def test_latents_and_frames_are_those_of_diffusers(checkpoints: Checkpoints, format: Format):
+    vae = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", format)), "cpu")
     vae = AutoencoderKLWan.from_pretrained(
         checkpoints("t2v", "diffusers") / "vae", low_cpu_mem_usage=False
     ).eval()

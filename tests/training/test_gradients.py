@@ -12,8 +12,8 @@ from flax import nnx
 from tests.models.transformer_oracle import Shape, diffusers_model, inputs, jax_model
 
 from skyreels_jax.training.objective import Batch, velocity_loss
-from skyreels_jax.weights.convert import export
-from skyreels_jax.weights.transformer_rules import transformer_rules
+from skyreels_jax.weights.components.transformer import transformer_rules
+from skyreels_jax.weights.engine import export
 
 SHAPE = Shape(frames=3)
 # Kind of model, and whether each frame has its own level.

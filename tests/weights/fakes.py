@@ -51,10 +51,10 @@ class Model(nnx.Module):
         self.tail = nnx.List([nnx.Linear(2, 5, rngs=rngs) for _ in range(2)])
 
 
-# The fused q|k of the original is two tensors in the other dialect.
+# The fused q|k of the original is two tensors in the other format.
 RULES: tuple[Rule, ...] = (
-    Rule("blocks.q", Source("b.{i}.qk", LINEAR, part=(0, 2)), Source("layers.{i}.to_q", LINEAR)),
-    Rule("blocks.k", Source("b.{i}.qk", LINEAR, part=(1, 2)), Source("layers.{i}.to_k", LINEAR)),
+    Rule("blocks.q", Source("b.{i}.qk", LINEAR, slice=(0, 2)), Source("layers.{i}.to_q", LINEAR)),
+    Rule("blocks.k", Source("b.{i}.qk", LINEAR, slice=(1, 2)), Source("layers.{i}.to_k", LINEAR)),
     rule("blocks.scale", "b.{i}.norm", "layers.{i}.norm"),
     rule("blocks.modulation", "b.{i}.mod", "layers.{i}.table", leading_ones(1)),
     rule("conv", "patch.weight", "conv_in.weight", CONV),

@@ -13,7 +13,7 @@ from tests.weights.tiny import DF, edit_json, edit_tensors, save
 
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.weights.transformer_folder import load_transformer_state
+from skyreels_jax.weights.components.transformer import stored_transformer
 
 SHARD = "model-00002-of-00007.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -180,10 +180,13 @@ def empty(folder: Path) -> None:
 SINGLE = {
     "empty folder": (empty, ["config.json is missing", "found there: nothing"]),
     "config missing": (remove("config.json"), ["config.json is missing", "model.safetensors"]),
-    "config not JSON": (write("config.json", "dim: 24"), ["config.json is not JSON"]),
-    "config not UTF-8": (write("config.json", b"\xff\xfe{}"), ["config.json is not JSON"]),
+    "config not JSON": (write("config.json", "dim: 24"), ["config.json is no JSON"]),
+    "config not UTF-8": (write("config.json", b"\xff\xfe{}"), ["config.json is no text in UTF-8"]),
     "config no object": (write("config.json", "[1]"), ["config.json holds no JSON object"]),
-    "config nested without end": (write("config.json", "[" * 100_000), ["config.json is not JSON"]),
+    "config nested without end": (
+        write("config.json", "[" * 100_000),
+        ["config.json is nested too deeply"],
+    ),
     "config of another model": (
         config(_class_name="FluxTransformer2DModel"),
         ["config.json is of class 'FluxTransformer2DModel'"],
@@ -299,7 +302,7 @@ SHARDED = {
         [f"{SHARD} is truncated"],
     ),
     "tensor in two shards": (in_two_shards, ["is in both", SHARD]),
-    "index not JSON": (write(INDEX, "{"), [f"{INDEX} is not JSON"]),
+    "index not JSON": (write(INDEX, "{"), [f"{INDEX} is no JSON"]),
     "index without map": (write(INDEX, '{"metadata": {}}'), [f"{INDEX} has no weight_map"]),
     "index outside the folder": (
         point_index("../single/model.safetensors"),
@@ -340,7 +343,7 @@ def check(folder: Path, break_it, words: list[str]) -> None:
     assert len(str(error.value).splitlines()) < 40
 
 
-def test_the_other_dialects_config_is_refused(good, tmp_path):
+def test_the_other_formats_config_is_refused(good, tmp_path):
     folder = copy(good, "single", tmp_path)
     shutil.copy(good["diffusers"] / "config.json", folder)
     with pytest.raises(WeightsError, match="no place for"):
@@ -349,7 +352,7 @@ def test_the_other_dialects_config_is_refused(good, tmp_path):
 
 def test_an_original_config_in_a_diffusers_folder_is_refused(good, tmp_path):
     shutil.copytree(good["single"], tmp_path / "transformer")
-    with pytest.raises(WeightsError, match="speaks the original dialect"):
+    with pytest.raises(WeightsError, match="is in the original format"):
         load(tmp_path)
 
 
@@ -365,4 +368,4 @@ def test_a_float16_overflow_names_the_file_and_the_tensor(good, tmp_path):
     checkpoint = Checkpoint.open(folder)
     load_transformer(checkpoint, param_dtype=ml_dtypes.bfloat16)
     with pytest.raises(WeightsError, match=rf"{NAME} has values beyond the range of float16"):
-        load_transformer_state(checkpoint.layout, checkpoint.config, dtype=np.float16)
+        stored_transformer(checkpoint.layout).load_state(np.float16)

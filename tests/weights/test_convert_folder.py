@@ -14,8 +14,8 @@ from skyreels_jax.cli import convert, info
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.testing.random_checkpoint import Kind
 from skyreels_jax.weights.convert_folder import convert_folder
-from skyreels_jax.weights.diffusers_folder import About
 from skyreels_jax.weights.layout import read_layout, safetensors_of
+from skyreels_jax.weights.pipeline_folder import About
 
 CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 ABOUT = About(name="small", pipeline="SkyReelsV2Pipeline", flow_shift=8.0)
@@ -100,7 +100,7 @@ def test_from_original_to_diffusers(
     assert ours.model_index["_class_name"] == theirs.model_index["_class_name"]
     assert ours.model_index.keys() == theirs.model_index.keys()
     for part in ("vae", "text_encoder", *(["image_encoder"] if kind == "i2v" else [])):
-        written, same = (safetensors_of(layout.part(part)) for layout in (ours, theirs))
+        written, same = (safetensors_of(layout.component(part)) for layout in (ours, theirs))
         assert written.tensors().keys() == same.tensors().keys()
         for name in same.tensors():
             np.testing.assert_array_equal(
@@ -210,7 +210,7 @@ def test_a_broken_source_leaves_no_target(tmp_path):
     edit_tensors(source / "model.safetensors", **{"head.head.bias": None})
     with pytest.raises(WeightsError, match=r"head\.head\.bias"):
         layout = read_layout(source)
-        convert_folder(layout, T2V, tmp_path / "b", layout="diffusers", about=ABOUT)
+        convert_folder(layout, T2V, tmp_path / "b", format="diffusers", about=ABOUT)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 

@@ -7,6 +7,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from skyreels_jax.errors import RequestError, WeightsError
+from skyreels_jax.weights.engine import TensorStream
 from skyreels_jax.weights.layout import safetensors_of
 from skyreels_jax.weights.safetensors_file import DTYPES, SafetensorsSource
 from skyreels_jax.weights.source import TensorSpec
@@ -28,7 +29,8 @@ def specs(tensors):
 
 
 def write(folder, tensors=TENSORS, **kwargs):
-    return write_tensors(folder, "model", specs(tensors), tensors.items(), **kwargs)
+    stream = TensorStream(specs(tensors), iter(tensors.items()))
+    return write_tensors(folder, "model", stream, **kwargs)
 
 
 def test_what_is_written_is_what_the_formats_own_library_reads(tmp_path):
@@ -83,7 +85,7 @@ def test_a_tensor_larger_than_a_shard_stands_alone(tmp_path):
 def test_values_that_were_not_announced_are_refused(tmp_path, values):
     announced = {n: TensorSpec((2,), np.dtype(np.float32)) for n in "ab"}
     with pytest.raises(WeightsError, match="announced"):
-        write_tensors(tmp_path, "model", announced, values)
+        write_tensors(tmp_path, "model", TensorStream(announced, iter(values)))
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 
 from skyreels_jax.models.transformer_config import TransformerConfig
-from skyreels_jax.weights.rules import Dialect
-from skyreels_jax.weights.transformer_folder import abstract_transformer, save_transformer
+from skyreels_jax.weights.components.transformer import TRANSFORMER
+from skyreels_jax.weights.rules import Format
 
 T2V = TransformerConfig(
     model_type="t2v",
@@ -31,14 +31,15 @@ CONFIGS = {"t2v": T2V, "df": DF, "i2v": I2V, "flf2v": FLF2V}
 
 def random_state(config: TransformerConfig, dtype=jnp.float32, seed: int = 0) -> nnx.State:
     """Every parameter normal: biases, norms and modulations too."""
-    state = nnx.state(abstract_transformer(config))
+    state = nnx.state(TRANSFORMER.abstract(config))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), dtype), state)
 
 
-def save(folder: Path, config: TransformerConfig, layout: Dialect = "original", **kwargs) -> Path:
+def save(folder: Path, config: TransformerConfig, format: Format = "original", **kwargs) -> Path:
     """A transformer's folder with random values; returns it."""
-    save_transformer(folder, random_state(config), config, layout=layout, **kwargs)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    TRANSFORMER.save(folder, random_state(config), config, format=format, **kwargs)
     return folder
 
 

@@ -1,28 +1,33 @@
-"""``skyreels-jax convert SRC DST``: between the published layouts, and between dtypes."""
+"""``skyreels-jax convert SRC DST``: between the published formats, and between dtypes."""
 
 import argparse
 from pathlib import Path
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.weights.convert_folder import convert_folder
-from skyreels_jax.weights.rules import DIALECTS
+from skyreels_jax.weights.rules import FORMATS
 
-DTYPES = ("keep", "float32", "bfloat16", "float16")
+_DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the ``convert`` verb."""
     parser = subparsers.add_parser(
-        "convert", help="translate a checkpoint into the other layout or another dtype"
+        "convert", help="translate a checkpoint into the other format or another dtype"
     )
     parser.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face id")
     parser.add_argument("target", metavar="DST", type=Path, help="folder to make")
     parser.add_argument(
-        "--layout", choices=DIALECTS, required=True, help="layout to write (required)"
+        "--format",
+        "--layout",
+        choices=FORMATS,
+        required=True,
+        dest="format",
+        help="format to write (required)",
     )
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=_DTYPES,
         default="keep",
         help="of the transformer's tensors (default: keep each as it is)",
     )
@@ -38,12 +43,12 @@ def run(args: argparse.Namespace) -> int:
         checkpoint.layout,
         checkpoint.config,
         args.target,
-        layout=args.layout,
+        format=args.format,
         about=checkpoint.about,
         dtype=None if args.dtype == "keep" else args.dtype,
         overwrite=args.overwrite,
     )
-    print(f"{args.source} ({checkpoint.layout.dialect}) -> {args.target} ({args.layout})")
+    print(f"{args.source} ({checkpoint.layout.format}) -> {args.target} ({args.format})")
     for path in result.written:
         print(f"  written   {path} ({(args.target / path).stat().st_size / 1e6:.1f} MB)")
     for path in result.copied:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.weights.layout import Part
-from skyreels_jax.weights.transformer_folder import verify_transformer
+from skyreels_jax.weights.components.transformer import stored_transformer
+from skyreels_jax.weights.layout import ComponentName
 
 # What generating takes besides the transformer.
-NEEDED: Final[tuple[Part, ...]] = ("vae", "text_encoder", "tokenizer")
+NEEDED: Final[tuple[ComponentName, ...]] = ("vae", "text_encoder", "tokenizer")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,7 +29,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Print the report; a folder that is not sound is an error instead."""
     checkpoint = Checkpoint.open(args.source, revision=args.revision, preset=args.preset)
-    verify_transformer(checkpoint.layout, checkpoint.config)
+    stored_transformer(checkpoint.layout).verify()
     report = describe(checkpoint)
     if args.json:
         print(json.dumps(report, indent=2))
@@ -48,7 +48,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "folder": str(checkpoint.folder),
         "repository": checkpoint.repo,
-        "layout": layout.dialect,
+        "layout": layout.format,
         "task": checkpoint.task,
         "preset": checkpoint.guess.preset.name if checkpoint.guess.preset else None,
         "preset_reason": checkpoint.guess.reason,
@@ -57,8 +57,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "files": len({info.file for info in tensors.values()}),
         "dtypes": dict(dtypes.most_common()),
         "transformer_bytes": sum(info.nbytes for info in tensors.values()),
-        "parts": {part: size_of(path) for part, path in layout.parts.items()},
-        "missing_parts": [part for part in needed if part not in layout.parts],
+        "parts": {part: size_of(path) for part, path in layout.components.items()},
+        "missing_parts": [part for part in needed if part not in layout.components],
         "config": dataclasses.asdict(checkpoint.config),
         "defaults": dataclasses.asdict(defaults),
     }

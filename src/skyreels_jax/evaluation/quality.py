@@ -43,7 +43,7 @@ from skyreels_jax.moving_shapes.scene import Scene
 from skyreels_jax.parity.metrics import psnr
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.shapes import Frames
-from skyreels_jax.weights.parts import stored_vae
+from skyreels_jax.weights.components.vae import stored_vae
 
 # Four times the length of a training clip, in windows of it that share 9 frames.
 LONG: Final = 65

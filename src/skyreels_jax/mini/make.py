@@ -14,27 +14,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from skyreels_jax.checkpoints import PIPELINE_OF
 from skyreels_jax.hub import ASSETS
 from skyreels_jax.mini.recipe import read_recipe
-from skyreels_jax.presets import PRESETS
+from skyreels_jax.presets import PIPELINE_OF_TASK, PRESETS
 from skyreels_jax.training.log import LOG_FILE
 from skyreels_jax.training.loop import train
-from skyreels_jax.weights.diffusers_json import model_index, scheduler_json
-from skyreels_jax.weights.layout import MODEL_INDEX, Part, parts_of
-from skyreels_jax.weights.parts import stored_image_encoder
-from skyreels_jax.weights.writer import new_folder, write_json
+from skyreels_jax.weights.components.clip import stored_image_encoder
+from skyreels_jax.weights.layout import ComponentName, components_of
+from skyreels_jax.weights.pipeline_folder import write_pipeline_files
+from skyreels_jax.weights.writer import new_folder, write_config
 
 # In the order in which they need each other, by the names of their files and output folders.
 _RUNS: Final = ("text", "image", "vae-frames", "vae", "df-first", "df", "df-last", "i2v")
 # Which run each part of a folder comes from.
-_SHARED_PARTS: Final[Mapping[Part, str]] = {
+_SHARED_PARTS: Final[Mapping[ComponentName, str]] = {
     "tokenizer": "text",
     "text_encoder": "text",
     "vae": "vae",
 }
-_IMAGE_PARTS: Final[Mapping[Part, str]] = {"image_encoder": "image", "image_processor": "image"}
-_FOLDERS: Final[Mapping[str, tuple[str, Mapping[Part, str]]]] = {
+_IMAGE_PARTS: Final[Mapping[ComponentName, str]] = {
+    "image_encoder": "image",
+    "image_processor": "image",
+}
+_FOLDERS: Final[Mapping[str, tuple[str, Mapping[ComponentName, str]]]] = {
     "mini": ("df-last", _SHARED_PARTS),
     "mini-i2v": ("i2v", {**_SHARED_PARTS, **_IMAGE_PARTS}),
 }
@@ -87,18 +89,14 @@ def assemble(outputs: Path, assets: Path, name: str) -> Path:
         shutil.copytree(outputs / run / "model" / "transformer", folder / "transformer")
         for part, source in parts.items():
             shutil.copytree(outputs / source / "model" / part, folder / part)
-        (folder / "scheduler").mkdir()
-        scheduler = scheduler_json(flow_shift=preset.shift)
-        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-        encoder = (
-            stored_image_encoder(parts_of(folder)).config if "image_encoder" in parts else None
-        )
-        named: list[Part] = [*parts, "scheduler"]
-        write_json(folder / MODEL_INDEX, model_index(PIPELINE_OF[preset.task], named, encoder))
+        pipeline, image = PIPELINE_OF_TASK[preset.task], None
+        if "image_encoder" in parts:
+            image = stored_image_encoder(components_of(folder)).config
+        write_pipeline_files(folder, pipeline, parts, preset.shift, image)
         runs = {run, *parts.values()}
         while more := {_BEGUN_BY[later] for later in runs & _BEGUN_BY.keys()} - runs:
             runs |= more
-        write_json(folder / "training.json", made_by(outputs, sorted(runs, key=_RUNS.index)))
+        write_config(folder / "training.json", made_by(outputs, sorted(runs, key=_RUNS.index)))
         for file, content in kept.items():
             (folder / file).write_bytes(content)
     return assets / name

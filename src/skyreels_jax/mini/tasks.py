@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,26 +36,15 @@ from skyreels_jax.moving_shapes.scene import (
     draw_held_out,
     draw_scene,
 )
-from skyreels_jax.prompts import Tokenizer
+from skyreels_jax.prompts import Tokenizer, write_unigram
 from skyreels_jax.training.config import check_at_least, check_heads
 from skyreels_jax.training.dataset import clip_pixels
 from skyreels_jax.training.step import no_draw
 from skyreels_jax.training.task import LossAndMetrics, Params, Template
 from skyreels_jax.training.transformer_recipe import MAX_CAPTION_TOKENS
-from skyreels_jax.weights.clip_rules import clip_rules
-from skyreels_jax.weights.convert import export, exported
-from skyreels_jax.weights.diffusers_json import (
-    image_encoder_json,
-    image_processor_json,
-    text_encoder_json,
-)
-from skyreels_jax.weights.layout import CONFIG
-from skyreels_jax.weights.rounding import all_rounded
-from skyreels_jax.weights.rules import Rule
-from skyreels_jax.weights.transformer_folder import with_dtype
-from skyreels_jax.weights.umt5_rules import UMT5_RULES
-from skyreels_jax.weights.unigram import write_unigram
-from skyreels_jax.weights.writer import write_json, write_tensors
+from skyreels_jax.weights.components.clip import CLIP, image_processor_json
+from skyreels_jax.weights.components.umt5 import UMT5
+from skyreels_jax.weights.writer import write_config
 
 _ModelT = TypeVar("_ModelT", bound=nnx.Module)
 # Streams of random numbers that no two uses share.
@@ -291,8 +280,8 @@ class TextTask(EncoderTask[Umt5Encoder]):
     def export(self, params: Params, folder: Path) -> None:
         """``tokenizer`` and ``text_encoder`` in diffusers' layout, bfloat16."""
         write_mini_tokenizer(folder / "tokenizer")
-        json = text_encoder_json(self.config)
-        _write(folder / "text_encoder", json, self.encoder(params), UMT5_RULES, jnp.bfloat16)
+        model = self.encoder(params)
+        UMT5.save(folder / "text_encoder", model, self.config, dtype=jnp.bfloat16)
 
 
 class ImageTask(EncoderTask[ClipVision]):
@@ -331,11 +320,11 @@ class ImageTask(EncoderTask[ClipVision]):
 
     def export(self, params: Params, folder: Path) -> None:
         """``image_encoder`` and ``image_processor`` in diffusers' layout, float16."""
-        json, model = image_encoder_json(self.config), self.encoder(params)
-        _write(folder / "image_encoder", json, model, clip_rules(self.config), np.float16)
+        model = self.encoder(params)
+        CLIP.save(folder / "image_encoder", model, self.config, dtype=np.float16)
         (folder / "image_processor").mkdir()
-        json = image_processor_json(self.config)
-        write_json(folder / "image_processor" / "preprocessor_config.json", json)
+        processor = folder / "image_processor" / "preprocessor_config.json"
+        write_config(processor, image_processor_json(self.config))
 
 
 def write_mini_tokenizer(folder: Path) -> int:
@@ -343,13 +332,3 @@ def write_mini_tokenizer(folder: Path) -> int:
     plain = words()
     capital = tuple(word.capitalize() for word in plain)
     return write_unigram(folder, (*plain, *capital), TOKENIZER_CHARACTERS)
-
-
-def _write(
-    folder: Path, json: Mapping[str, Any], model: nnx.Module, rules: Sequence[Rule], dtype: Any
-) -> None:
-    folder.mkdir()
-    write_json(folder / CONFIG, json)
-    specs = with_dtype(exported(model, rules, "diffusers"), dtype)
-    values = all_rounded(export(model, rules, "diffusers"), dtype, "the encoder")
-    write_tensors(folder, "model", specs, values)

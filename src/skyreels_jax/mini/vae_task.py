@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,7 @@ from skyreels_jax.training.config import check_at_least, check_choice
 from skyreels_jax.training.sources import layout_of
 from skyreels_jax.training.task import LossAndMetrics, Params, Template
 from skyreels_jax.training.vae_objective import VaeLoss, frames, moments, vae_loss
-from skyreels_jax.weights.convert import export, exported
-from skyreels_jax.weights.diffusers_json import vae_json
-from skyreels_jax.weights.layout import CONFIG
-from skyreels_jax.weights.parts import stored_vae
-from skyreels_jax.weights.rounding import all_rounded
-from skyreels_jax.weights.rules import Rule
-from skyreels_jax.weights.transformer_folder import with_dtype
-from skyreels_jax.weights.vae_rules import vae_rules
-from skyreels_jax.weights.writer import TRANSFORMER_STEM, write_json, write_tensors
+from skyreels_jax.weights.components.vae import VAE, stored_vae
 
 # Streams of random numbers that no two uses share.
 _TRAINING: Final = 1
@@ -160,8 +152,7 @@ class VaeTask:
         """A ``vae`` folder in diffusers' layout, with the statistics of its latents, float16."""
         config = self._with_statistics(params)
         model = self.template.model(params)
-        (folder / "vae").mkdir()
-        write_vae(folder / "vae", model, config)
+        VAE.save(folder / "vae", model, config, dtype=np.float16)
 
     def sample(self, params: Params, folder: Path) -> None:
         """Clips above what the VAE gives back: the first and the last frame of each."""
@@ -224,12 +215,3 @@ def holding_still(params: Params) -> dict[str, Array]:
         return jnp.zeros_like(value).at[-1].set(last)
 
     return {name: still(name, value) for name, value in params.items()}
-
-
-def write_vae(folder: Path, vae: WanVae, config: VaeConfig, dtype: Any = np.float16) -> None:
-    """``config.json`` and the tensors in diffusers' layout, into an existing folder."""
-    rules: tuple[Rule, ...] = vae_rules(config)
-    write_json(folder / CONFIG, vae_json(config))
-    specs = with_dtype(exported(vae, rules, "diffusers"), dtype)
-    values = all_rounded(export(vae, rules, "diffusers"), dtype, "the VAE")
-    write_tensors(folder, TRANSFORMER_STEM["diffusers"], specs, values)

@@ -110,7 +110,7 @@ def _processor(checkpoint: Checkpoint) -> "CLIPImageProcessor":
     """Read that of the folder; the original format has none, and every release the defaults."""
     from transformers import CLIPImageProcessor
 
-    folder = checkpoint.layout.parts.get("image_processor")
+    folder = checkpoint.layout.components.get("image_processor")
     return CLIPImageProcessor() if folder is None else CLIPImageProcessor.from_pretrained(folder)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.diffusion.sigmas import FlowSchedule
+from skyreels_jax.presets import PIPELINE_OF_TASK
 from skyreels_jax.shapes import Frames
 from skyreels_jax.torch_side.hooks import TransformerCall, to_host
 from skyreels_jax.torch_side.modules import (
@@ -25,10 +26,7 @@ from skyreels_jax.torch_side.modules import (
     torch_device,
     torch_dtype,
 )
-from skyreels_jax.weights.convert import rename
-from skyreels_jax.weights.rounding import RoundedSource
-from skyreels_jax.weights.transformer_json import config_json
-from skyreels_jax.weights.transformer_rules import TRANSFORMER_IGNORED, transformer_rules
+from skyreels_jax.weights.components.transformer import stored_transformer, transformer_json
 
 if TYPE_CHECKING:
     import torch
@@ -51,16 +49,13 @@ def load_torch_transformer(
     from diffusers import SkyReelsV2Transformer3DModel
     from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2RotaryPosEmbed
 
-    config, layout = checkpoint.config, checkpoint.layout
-    settings = config_json(config, "diffusers")
+    config = checkpoint.config
+    settings = transformer_json(config, "diffusers")
     del settings["_class_name"]
     with torch.device("meta"):
         model = SkyReelsV2Transformer3DModel(**settings)
     exact = tuple(SkyReelsV2Transformer3DModel._keep_in_fp32_modules or ())
-    source = RoundedSource(layout.tensors(), None)
-    named = rename(
-        transformer_rules(config), source, layout.dialect, "diffusers", ignored=TRANSFORMER_IGNORED
-    )
+    named = stored_transformer(checkpoint.layout).tensors("diffusers")
 
     def kept(name: str) -> "torch.dtype":
         parts = name.split(".")
@@ -106,8 +101,7 @@ def load_pipeline(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
         ),
     }
-    names = {"t2v": "SkyReelsV2Pipeline", "i2v": "SkyReelsV2ImageToVideoPipeline"}
-    name = names.get(checkpoint.task, "SkyReelsV2DiffusionForcingPipeline")
+    name = PIPELINE_OF_TASK[checkpoint.task]
     if checkpoint.task == "i2v":
         encoder = load_clip(checkpoint, where, encoder_kind)
         components |= {"image_encoder": encoder, "image_processor": CLIPImageProcessor()}

@@ -14,15 +14,10 @@ from jax.typing import DTypeLike
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.errors import RequestError, UnsupportedError
-from skyreels_jax.weights.clip_rules import DEFAULT_PREFIX
-from skyreels_jax.weights.convert import rename
-from skyreels_jax.weights.parts import (
-    StoredPart,
-    stored_image_encoder,
-    stored_text_encoder,
-    stored_vae,
-)
-from skyreels_jax.weights.rounding import RoundedSource
+from skyreels_jax.weights.components.clip import CLIP_PREFIX, stored_image_encoder
+from skyreels_jax.weights.components.stored import StoredComponent
+from skyreels_jax.weights.components.umt5 import stored_text_encoder
+from skyreels_jax.weights.components.vae import stored_vae
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +142,7 @@ def load_clip(
     def named() -> Iterator[tuple[str, np.ndarray]]:
         for name, value in _diffusers_named(stored):
             if not name.startswith("visual_projection"):
-                yield name.removeprefix(DEFAULT_PREFIX), value
+                yield name.removeprefix(CLIP_PREFIX), value
 
     model = _filled(build, named(), device, dtype)
     # Not a parameter, so no file has it.
@@ -183,11 +178,10 @@ def load_vae(
     return _filled(build, _diffusers_named(stored), device, dtype)
 
 
-def _diffusers_named(stored: StoredPart) -> Iterator[tuple[str, np.ndarray]]:
+def _diffusers_named(stored: StoredComponent) -> Iterator[tuple[str, np.ndarray]]:
     """Yield all tensors under diffusers' names: complete before the first is read, all finite."""
     stored.verify()
-    source = RoundedSource(stored.source, None)
-    return rename(stored.rules, source, stored.dialect, "diffusers", ignored=stored.ignored)
+    return stored.tensors("diffusers").values
 
 
 def _filled(

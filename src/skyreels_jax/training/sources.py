@@ -6,9 +6,11 @@ from skyreels_jax.errors import RequestError
 from skyreels_jax.hub import locate
 from skyreels_jax.models.transformer_config import CONDITION_CHANNELS, TransformerConfig
 from skyreels_jax.training.transformer_recipe import VideoTraining
-from skyreels_jax.weights.layout import CONFIG, Layout, parts_of, read_layout
-from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
-from skyreels_jax.weights.transformer_folder import read_config
+from skyreels_jax.weights.components.clip import stored_image_encoder
+from skyreels_jax.weights.components.transformer import stored_transformer
+from skyreels_jax.weights.components.umt5 import stored_text_encoder
+from skyreels_jax.weights.components.vae import stored_vae
+from skyreels_jax.weights.layout import CONFIG, Layout, components_of, read_layout
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def find_sources(training: VideoTraining) -> TrainingSources:
     if shape.model_type == "i2v" and data.image is not None:
         image = layout_of("data.image", data.image)
     start = None if shape.start is None else read_layout(locate(shape.start).folder)
-    begun = None if start is None else read_config(start)
+    begun = None if start is None else stored_transformer(start).config
     config = _config_of(training, begun)
     pairs = [("text_dim", config.text_dim, "data.text", stored_text_encoder(text).config.dim)]
     if image is not None:
@@ -62,7 +64,7 @@ def layout_of(name: str, path_or_id: str) -> Layout:
         folder = locate(path_or_id).folder
     except RequestError as error:
         raise RequestError(f"{name}: {error}") from error
-    return read_layout(folder) if (folder / CONFIG).is_file() else parts_of(folder)
+    return read_layout(folder) if (folder / CONFIG).is_file() else components_of(folder)
 
 
 def _config_of(training: VideoTraining, begun: TransformerConfig | None) -> TransformerConfig:

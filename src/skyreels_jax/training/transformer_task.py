@@ -16,10 +16,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from skyreels_jax.checkpoints import PIPELINE_OF
 from skyreels_jax.errors import RequestError
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.presets import PIPELINE_OF_TASK
 from skyreels_jax.shapes import Latents
 from skyreels_jax.training.dataset import (
     WORDINGS,
@@ -36,12 +36,12 @@ from skyreels_jax.training.sigma_distributions import Sigmas, draw_sigmas
 from skyreels_jax.training.sources import find_sources
 from skyreels_jax.training.task import LossAndMetrics, Params, Template
 from skyreels_jax.training.transformer_recipe import VideoTraining
-from skyreels_jax.weights.diffusers_json import model_index, scheduler_json
-from skyreels_jax.weights.layout import MODEL_INDEX, Layout, Part
-from skyreels_jax.weights.parts import stored_image_encoder, stored_vae
-from skyreels_jax.weights.rules import Dialect
-from skyreels_jax.weights.transformer_folder import load_transformer_state, save_transformer
-from skyreels_jax.weights.writer import write_json
+from skyreels_jax.weights.components.clip import stored_image_encoder
+from skyreels_jax.weights.components.transformer import TRANSFORMER, stored_transformer
+from skyreels_jax.weights.components.vae import stored_vae
+from skyreels_jax.weights.layout import ComponentName, Layout
+from skyreels_jax.weights.pipeline_folder import write_pipeline_files
+from skyreels_jax.weights.rules import Format
 
 # Streams of random numbers that no two uses share.
 _TRAINING: Final = 1
@@ -127,7 +127,7 @@ class VideoTask:
         layout, begun = self._sources.start, self._sources.begun
         if layout is None or begun is None:
             return model
-        state = load_transformer_state(layout, begun, dtype=jnp.float32)
+        state = stored_transformer(layout).load_state(jnp.float32)
         if begun == self.config:
             nnx.update(model, state)
         else:
@@ -222,34 +222,31 @@ class VideoTask:
                 self._write_pipeline(Path(temporary), params, jnp.float32)
                 self.sample_writer(Path(temporary), folder)
 
-    def _save(self, folder: Path, params: Params, layout: Dialect, dtype: DTypeLike) -> None:
+    def _save(self, folder: Path, params: Params, format: Format, dtype: DTypeLike) -> None:
         model = self.template.model(params)
-        save_transformer(folder, model, self.config, layout=layout, dtype=dtype)
+        TRANSFORMER.save(folder, model, self.config, format=format, dtype=dtype)
 
     def _write_pipeline(self, folder: Path, params: Params, dtype: DTypeLike) -> None:
-        """The transformer and the parts that it is trained with."""
+        """The transformer and the components that it is trained with."""
         self._save(folder / "transformer", params, "diffusers", dtype)
-        named: dict[Part, Layout] = {
+        named: dict[ComponentName, Layout] = {
             "vae": self._sources.vae,
             "tokenizer": self._sources.text,
             "text_encoder": self._sources.text,
         }
         if (image := self._sources.image) is not None:
             named |= {"image_encoder": image, "image_processor": image}
-        if any(layout.dialect != "diffusers" for layout in named.values()):
+        if any(layout.format != "diffusers" for layout in named.values()):
             _logger.warning(
                 "the exported folder holds the transformer alone: the recipe's other parts are in "
-                "the original layout; `skyreels-jax convert` them first"
+                "the original format; `skyreels-jax convert` them first"
             )
             return
         for part, layout in named.items():
-            shutil.copytree(layout.part(part), folder / part, copy_function=_link_or_copy)
-        (folder / "scheduler").mkdir()
-        scheduler = scheduler_json(flow_shift=1.0)
-        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-        encoder = None if image is None else stored_image_encoder(image).config
-        pipeline = PIPELINE_OF["df" if image is None else "i2v"]
-        write_json(folder / MODEL_INDEX, model_index(pipeline, [*named, "scheduler"], encoder))
+            shutil.copytree(layout.component(part), folder / part, copy_function=_link_or_copy)
+        config = None if image is None else stored_image_encoder(image).config
+        pipeline = PIPELINE_OF_TASK["df" if image is None else "i2v"]
+        write_pipeline_files(folder, pipeline, named, 1.0, config)
 
 
 def draw_probabilities(source: ClipSource, count: int, pairs: float) -> Float[np.ndarray, " N"]:

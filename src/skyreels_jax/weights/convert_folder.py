@@ -1,4 +1,4 @@
-"""Translates a checkpoint folder into the other layout, or into another dtype."""
+"""Translates a checkpoint folder into the other format, or into another dtype."""
 
 import shutil
 from collections.abc import Iterator
@@ -9,11 +9,19 @@ from jax.typing import DTypeLike
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.models.transformer_config import TransformerConfig
-from skyreels_jax.weights.diffusers_folder import About, needed_parts, write_card, write_parts
+from skyreels_jax.weights.components.clip import image_processor_json, stored_image_encoder
+from skyreels_jax.weights.components.transformer import stored_transformer
+from skyreels_jax.weights.components.umt5 import stored_text_encoder
+from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.layout import MODEL_INDEX, PATHS, Layout
-from skyreels_jax.weights.rules import Dialect
-from skyreels_jax.weights.transformer_folder import convert_transformer
-from skyreels_jax.weights.writer import new_folder
+from skyreels_jax.weights.pipeline_folder import (
+    About,
+    needed_components,
+    write_card,
+    write_pipeline_files,
+)
+from skyreels_jax.weights.rules import Format
+from skyreels_jax.weights.writer import new_folder, write_config
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ def convert_folder(
     config: TransformerConfig,
     target: Path,
     *,
-    layout: Dialect,
+    format: Format,
     about: About,
     dtype: DTypeLike | None = None,
     overwrite: bool = False,
@@ -38,15 +46,15 @@ def convert_folder(
     """Write ``source`` into the new folder ``target``, which appears complete or not at all.
 
     The transformer is always translated, a tensor in memory at a time. The tokenizer is the same
-    in both layouts. The other parts are copied where the layout stays, and translated into
-    diffusers' layout; the original's has them as PyTorch pickles, which are not written. What
-    cannot follow is named in the result.
+    in both formats. The other components are copied where the format stays, and translated into
+    diffusers'; the original has them as PyTorch pickles, which are not written. What cannot follow
+    is named in the result.
 
     Args:
         source: the folder to read.
         config: of its transformer.
         target: the folder to make.
-        layout: to write.
+        format: to write.
         about: what a pipeline folder of diffusers says of itself.
         dtype: of the transformer; None keeps each tensor's.
         overwrite: replace a folder that is there.
@@ -56,26 +64,55 @@ def convert_folder(
         WeightsError: if ``source`` is not sound or the disk refuses.
     """
     _check_apart(source.folder, target)
-    alone = source.transformer == source.folder and not source.parts
+    alone = source.transformer == source.folder and not source.components
+    nested = format == "diffusers" and not alone
     result = Conversion()
     with new_folder(target, overwrite=overwrite) as partial:
-        nested = layout == "diffusers" and not alone
         transformer = partial / "transformer" if nested else partial
-        transformer.mkdir(exist_ok=True)
-        files = convert_transformer(transformer, source, config, layout=layout, dtype=dtype)
+        files = stored_transformer(source).write(transformer, format, dtype=dtype)
         if nested:
             files.append(write_card(partial, config, about))
-        if nested and source.dialect != layout:
-            files += write_parts(partial, source, config, about)
+        if nested and source.format != format:
+            files += _write_components(partial, source, config, about)
         result.written.extend(file.relative_to(partial) for file in files)
-        if source.dialect == layout and source.model_index:
+        if source.format == format and source.model_index:
             _copy(source.folder / MODEL_INDEX, partial, MODEL_INDEX, result)
-        for part, path in source.parts.items():
-            if part == "tokenizer" or source.dialect == layout:
-                _copy(path, partial, PATHS[layout][part], result)
-        if source.dialect != layout and not alone:
-            result.left_out.update(_left_out(source, config, layout))
+        for name, path in source.components.items():
+            if name == "tokenizer" or source.format == format:
+                _copy(path, partial, PATHS[format][name], result)
+        if source.format != format and not alone:
+            result.left_out.update(_left_out(source, config, format))
     return result
+
+
+def _write_components(
+    folder: Path, source: Layout, config: TransformerConfig, about: About
+) -> list[Path]:
+    """Translate the components of a folder in the original format, a tensor in memory at a time.
+
+    All but the transformer and the tokenizer's files, which are the same in both formats. Tensors
+    keep their dtype. ``model_index.json`` is written where every component of the pipeline is
+    there.
+    """
+    needed = needed_components(config)
+    files: list[Path] = []
+    if "vae" in source.components:
+        files += stored_vae(source).write(folder / "vae", "diffusers")
+    if "text_encoder" in source.components:
+        files += stored_text_encoder(source).write(folder / "text_encoder", "diffusers")
+    image_config = None
+    if "image_encoder" in needed and "image_encoder" in source.components:
+        image = stored_image_encoder(source)
+        image_config = image.config
+        files += image.write(folder / "image_encoder", "diffusers")
+        files.append(folder / "image_processor" / "preprocessor_config.json")
+        files[-1].parent.mkdir()
+        write_config(files[-1], image_processor_json(image_config))
+    listed = needed if source.components.keys() >= set(needed) else ()
+    if listed and image_config is not None:
+        listed = (*listed, "image_processor")
+    named = (folder, about.pipeline, listed, about.flow_shift, image_config)
+    return [*files, *write_pipeline_files(*named)]
 
 
 def _check_apart(source: Path, target: Path) -> None:
@@ -95,19 +132,19 @@ def _copy(path: Path, folder: Path, name: str, result: Conversion) -> None:
 
 
 def _left_out(
-    source: Layout, config: TransformerConfig, layout: Dialect
+    source: Layout, config: TransformerConfig, format: Format
 ) -> Iterator[tuple[str, str]]:
     """Names of what a translation does not hold, and why."""
-    needed = needed_parts(config)
-    if layout == "diffusers":
-        for part in set(needed) - source.parts.keys():
-            yield part, f"{PATHS['original'][part]} is missing, and so {MODEL_INDEX} is left out"
-        for part in source.parts.keys() - set(needed):
-            yield source.parts[part].name, "a pipeline for this transformer does not take it"
+    needed = needed_components(config)
+    if format == "diffusers":
+        for name in set(needed) - source.components.keys():
+            yield name, f"{PATHS['original'][name]} is missing, and so {MODEL_INDEX} is left out"
+        for name in source.components.keys() - set(needed):
+            yield source.components[name].name, "a pipeline for this transformer does not take it"
         return
-    for part, path in source.parts.items():
-        name = PATHS["original"].get(part)
-        if name is None:
-            yield path.name, "the original layout has no such part"
-        elif part != "tokenizer":
-            yield path.name, f"the original layout has it as {name}, a PyTorch pickle"
+    for name, path in source.components.items():
+        original = PATHS["original"].get(name)
+        if original is None:
+            yield path.name, "the original format has no such component"
+        elif name != "tokenizer":
+            yield path.name, f"the original format has it as {original}, a PyTorch pickle"

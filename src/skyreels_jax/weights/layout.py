@@ -1,7 +1,7 @@
-"""What a checkpoint folder holds: the original layout, diffusers', or a transformer alone.
+"""What a checkpoint folder holds: the original format, diffusers', or a transformer alone.
 
 ==================  =======================================  ==============================
-part                original                                 diffusers
+component           original                                 diffusers
 ==================  =======================================  ==============================
 transformer         ``config.json``, ``*.safetensors``       ``transformer/``
 VAE                 ``Wan2.1_VAE.pth``                       ``vae/``
@@ -12,37 +12,43 @@ image processor                                              ``image_processor/`
 scheduler                                                    ``scheduler/``
 ==================  =======================================  ==============================
 
-A transformer's own folder (``config.json`` and its tensors in either dialect) is a layout too: the
-original one with nothing else in it.
+A transformer's own folder (``config.json`` and its tensors in either format) is read too, as one
+with nothing else in it.
 """
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+from skyreels_jax import files
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.weights.plan import natural
-from skyreels_jax.weights.rules import Dialect
+from skyreels_jax.weights.rules import Format
 from skyreels_jax.weights.safetensors_file import SafetensorsSource
-from skyreels_jax.weights.transformer_json import dialect_of_config
 
-Part = Literal["vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler"]
-PARTS: Final[tuple[Part, ...]] = get_args(Part)
+ComponentName = Literal[
+    "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler"
+]
 
-PATHS: Final[Mapping[Dialect, Mapping[Part, str]]] = {
+PATHS: Final[Mapping[Format, Mapping[ComponentName, str]]] = {
     "original": {
         "vae": "Wan2.1_VAE.pth",
         "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
         "tokenizer": "google/umt5-xxl",
         "image_encoder": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
     },
-    "diffusers": {part: part for part in PARTS},
+    "diffusers": {name: name for name in get_args(ComponentName)},
 }
 MODEL_INDEX: Final = "model_index.json"
 CONFIG: Final = "config.json"
+# Classes of transformers that are read: Skywork's, diffusers' port of it, and the Wan 2.1 model
+# that both descend from (same parameters, no frame rates). The first one is written.
+TRANSFORMER_CLASSES: Final[Mapping[Format, tuple[str, ...]]] = {
+    "original": ("WanModel",),
+    "diffusers": ("SkyReelsV2Transformer3DModel", "WanTransformer3DModel"),
+}
 _SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -52,18 +58,18 @@ class Layout:
 
     Attributes:
         folder: the checkpoint.
-        dialect: whose names its files and tensors have.
-        transformer: the folder of the transformer; ``folder`` itself in the original layout.
+        format: whose names its files and tensors have.
+        transformer: the folder of the transformer; ``folder`` itself in the original format.
         config: the transformer's ``config.json``, parsed.
-        parts: paths of the other parts that are there.
+        components: paths of the other components that are there.
         model_index: diffusers' ``model_index.json``, parsed; empty where there is none.
     """
 
     folder: Path
-    dialect: Dialect
+    format: Format
     transformer: Path
     config: Mapping[str, Any]
-    parts: Mapping[Part, Path] = field(default_factory=dict)
+    components: Mapping[ComponentName, Path] = field(default_factory=dict)
     model_index: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -71,20 +77,20 @@ class Layout:
         """Where ``config`` was read from."""
         return self.transformer / CONFIG
 
-    def part(self, part: Part) -> Path:
-        """The path of a part.
+    def component(self, name: ComponentName) -> Path:
+        """The path of a component but the transformer.
 
         Raises:
             WeightsError: if the folder lacks it, naming the path it was looked for at.
         """
-        if part in self.parts:
-            return self.parts[part]
-        name = PATHS[self.dialect].get(part)
-        if name is None:
-            raise WeightsError(f"{self.folder}: the {self.dialect} layout has no {part}")
+        if name in self.components:
+            return self.components[name]
+        path = PATHS[self.format].get(name)
+        if path is None:
+            raise WeightsError(f"{self.folder}: the {self.format} format has no {name}")
         raise WeightsError(
-            f"{self.folder / name} is missing: it holds the {part.replace('_', ' ')} of a "
-            f"checkpoint in the {self.dialect} layout; fetch it, or use a complete folder"
+            f"{self.folder / path} is missing: it holds the {name.replace('_', ' ')} of a "
+            f"checkpoint in the {self.format} format; fetch it, or use a complete folder"
         )
 
     def tensors(self) -> SafetensorsSource:
@@ -104,67 +110,73 @@ def read_layout(folder: Path) -> Layout:
     """
     if not folder.is_dir():
         raise WeightsError(f"{folder} is no folder: expected a checkpoint folder")
-    if (folder / MODEL_INDEX).is_file() or (folder / "transformer").is_dir():
-        index = read_json(folder / MODEL_INDEX) if (folder / MODEL_INDEX).is_file() else {}
+    if (folder / MODEL_INDEX).exists() or (folder / "transformer").is_dir():
+        index = read_object(folder / MODEL_INDEX) if (folder / MODEL_INDEX).exists() else {}
         transformer = folder / "transformer"
         config = _read_config(transformer)
-        dialect = dialect_of_config(config, str(transformer / CONFIG))
-        if dialect != "diffusers":
+        format = _format_of(config, transformer / CONFIG)
+        if format != "diffusers":
             raise WeightsError(
-                f"{transformer / CONFIG} speaks the {dialect} dialect inside a diffusers folder"
+                f"{transformer / CONFIG} is in the {format} format inside a diffusers folder"
             )
-        return Layout(folder, dialect, transformer, config, _parts(folder, dialect), index)
+        return Layout(folder, format, transformer, config, _components(folder, format), index)
     config = _read_config(folder)
-    dialect = dialect_of_config(config, str(folder / CONFIG))
-    # A diffusers transformer on its own has no parts: they would stand beside it, not in it.
-    parts = _parts(folder, dialect) if dialect == "original" else {}
-    return Layout(folder, dialect, folder, config, parts)
+    format = _format_of(config, folder / CONFIG)
+    # A diffusers transformer on its own has no components: they would stand beside it, not in it.
+    components = _components(folder, format) if format == "original" else {}
+    return Layout(folder, format, folder, config, components)
 
 
-def parts_of(folder: Path) -> Layout:
-    """A folder in diffusers' layout of which the transformer is not asked for, and may be missing.
+def components_of(folder: Path) -> Layout:
+    """A folder in diffusers' format of which the transformer is not asked for, and may be missing.
 
     Raises:
-        WeightsError: if it is no folder, or holds no part of a checkpoint.
+        WeightsError: if it is no folder, or holds no component of a checkpoint.
     """
-    parts = _parts(folder, "diffusers")
-    if not parts:
+    components = _components(folder, "diffusers")
+    if not components:
         names = ", ".join(PATHS["diffusers"])
-        raise WeightsError(f"{folder} holds no part of a checkpoint: expected one of {names}")
-    return Layout(folder, "diffusers", folder / "transformer", {}, parts)
+        raise WeightsError(f"{folder} holds no component of a checkpoint: expected one of {names}")
+    return Layout(folder, "diffusers", folder / "transformer", {}, components)
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
-    if (folder / CONFIG).is_file():
-        return read_json(folder / CONFIG)
+    if (folder / CONFIG).exists():
+        return read_object(folder / CONFIG)
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else ""
     raise WeightsError(
         f"{folder / CONFIG} is missing (found there: {found or 'nothing'}): expected the original "
-        f"layout ({CONFIG} and *.safetensors), the diffusers layout ({MODEL_INDEX} and "
+        f"format ({CONFIG} and *.safetensors), the diffusers format ({MODEL_INDEX} and "
         "transformer/), or a transformer's own folder"
     )
 
 
-def _parts(folder: Path, dialect: Dialect) -> dict[Part, Path]:
-    found: dict[Part, Path] = {}
-    for part, name in PATHS[dialect].items():
-        if (folder / name).exists():
-            found[part] = folder / name
-    return found
+def _format_of(config: Mapping[str, Any], file: Path) -> Format:
+    """Which format a transformer's ``config.json`` is in."""
+    name = config.get("_class_name")
+    for format, classes in TRANSFORMER_CLASSES.items():
+        if name in classes:
+            return format
+    if name is None and ("num_attention_heads" in config or "in_channels" in config):
+        return "diffusers"
+    if name is None and ("dim" in config or "num_heads" in config):
+        return "original"
+    known = ", ".join(name for classes in TRANSFORMER_CLASSES.values() for name in classes)
+    raise WeightsError(f"{file} is of class {name!r}; known transformer classes are {known}")
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def _components(folder: Path, format: Format) -> dict[ComponentName, Path]:
+    names = PATHS[format]
+    return {name: folder / path for name, path in names.items() if (folder / path).exists()}
+
+
+def read_object(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        WeightsError: naming the file, if it cannot be read or is none.
+        WeightsError: naming the file, if it is no regular file, cannot be read or is none.
     """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WeightsError(f"{file} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{file} is not JSON: {error}") from error
+    value = files.read_json(file, error=WeightsError)
     if not isinstance(value, dict):
         raise WeightsError(f"{file} holds no JSON object but a {type(value).__name__}")
     return value
@@ -177,8 +189,9 @@ def safetensors_of(folder: Path) -> SafetensorsSource:
         WeightsError: if there are none, one that the index or the numbering names is missing, one
             is not in the index, or a tensor is not in the shard that the index says.
     """
-    present = {p.name: p for p in folder.glob("*.safetensors")}
-    indices = sorted(folder.glob("*.safetensors.index.json"))
+    # Names that begin with a dot are macOS's notes on the files of other file systems.
+    present = {p.name: p for p in folder.glob("[!.]*.safetensors")}
+    indices = sorted(folder.glob("[!.]*.safetensors.index.json"))
     if len(indices) > 1:
         names = ", ".join(p.name for p in indices)
         raise WeightsError(f"{folder} holds several indices ({names}): keep the one that is meant")
@@ -199,12 +212,16 @@ def safetensors_of(folder: Path) -> SafetensorsSource:
         info = source.tensors().get(name)
         if info is None or Path(info.file).name != file:
             raise WeightsError(f"{folder / file} lacks {name}, which {indices[0].name} puts there")
+    if index and (unlisted := source.tensors().keys() - index.keys()):
+        raise WeightsError(
+            f"{folder}: {indices[0].name} does not name {_listed(unlisted)}, which the files hold"
+        )
     return source
 
 
 def _read_index(file: Path) -> dict[str, str]:
     """Tensor name to file name, which must be a plain name within the folder."""
-    weight_map = read_json(file).get("weight_map")
+    weight_map = read_object(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{file} has no weight_map of tensor names to files")
     for name, shard in weight_map.items():
@@ -227,6 +244,6 @@ def _numbered(names: Mapping[str, Path]) -> set[str]:
     }
 
 
-def _listed(names: set[str]) -> str:
+def _listed(names: Collection[str]) -> str:
     ordered = sorted(names, key=natural)
     return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")

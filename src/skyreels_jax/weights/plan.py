@@ -1,7 +1,7 @@
 """Which tensor goes where, and the proof that nothing is left over on either side.
 
 A table of rules is spread over its layers into *slots* (one layer of one parameter); each slot has
-one source in a dialect. Loading, exporting and renaming all walk this plan, so they cannot
+one source in a format. Loading, exporting and renaming all walk this plan, so they cannot
 disagree.
 """
 
@@ -15,13 +15,13 @@ from typing import Final
 import numpy as np
 
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.weights.rules import Dialect, Rule, Source
+from skyreels_jax.weights.rules import Format, Rule, Source
 from skyreels_jax.weights.source import TensorInfo
 
 # Lines of one kind of problem that an error lists before it only counts the rest.
-LISTED: Final = 12
+_LISTED: Final = 12
 # A layer index as written in names: no leading zeros.
-INDEX: Final = r"(0|[1-9]\d*)(?=\.|$)"
+_INDEX: Final = r"(0|[1-9]\d*)(?=\.|$)"
 
 
 @dataclass(frozen=True)
@@ -35,47 +35,47 @@ class Slot:
 Plan = Mapping[Slot, Source]
 
 
-def is_layered(rule: Rule) -> bool:
+def _is_layered(rule: Rule) -> bool:
     """Whether the rule stands for one tensor per layer."""
     return any(s is not None and "{i}" in s.name for s in (rule.original, rule.diffusers))
 
 
-def pattern(name: str) -> re.Pattern[str]:
+def _pattern(name: str) -> re.Pattern[str]:
     """Matches ``name`` whole, with any layer index (group 1) in the place of ``{i}``."""
-    return re.compile(re.escape(name).replace(r"\{i\}", INDEX))
+    return re.compile(re.escape(name).replace(r"\{i\}", _INDEX))
 
 
 def make_plan(
-    rules: Sequence[Rule], dialect: Dialect, layers: Callable[[Rule], int]
+    rules: Sequence[Rule], format: Format, layers: Callable[[Rule], int]
 ) -> dict[Slot, Source]:
     """Spread ``rules`` over ``layers(rule)`` layers each.
 
     Raises:
-        WeightsError: a parameter that ``dialect`` has no name for, two rules for one parameter, or
-            two rules that take the same part of one tensor.
+        WeightsError: a parameter that ``format`` has no name for, two rules for one parameter, or
+            two rules that take the same slice of one tensor.
     """
     problems = Problems()
     plan: dict[Slot, Source] = {}
     taken: Counter[tuple[str, tuple[int, int]]] = Counter()
     for rule in rules:
-        source = rule.source(dialect)
+        source = rule.source(format)
         if source is None:
-            problems.add(f"parameters that the {dialect} layout has no name for", rule.target)
+            problems.add(f"parameters that the {format} format has no name for", rule.target)
             continue
         for slot, index in _slots(rule, layers):
             if slot in plan:
                 problems.add("parameters with two rules", rule.target)
             plan[slot] = replace(source, name=source.name.replace("{i}", index))
-            taken[plan[slot].name, source.part] += 1
-    for (name, part), count in taken.items():
+            taken[plan[slot].name, source.slice] += 1
+    for (name, piece), count in taken.items():
         if count > 1:
-            problems.add("tensors with two rules", f"{name} (part {part[0] + 1} of {part[1]})")
-    problems.raise_for(f"the {dialect} weight table")
+            problems.add("tensors with two rules", f"{name} (slice {piece[0] + 1} of {piece[1]})")
+    problems.raise_for(f"the {format} weight table")
     return plan
 
 
 def _slots(rule: Rule, layers: Callable[[Rule], int]) -> Iterable[tuple[Slot, str]]:
-    if not is_layered(rule):
+    if not _is_layered(rule):
         yield Slot(rule.target), ""
         return
     for i in range(layers(rule)):
@@ -89,13 +89,13 @@ def layers_in_model(shapes: Mapping[str, tuple[int, ...]]) -> Callable[[Rule], i
     def count(rule: Rule) -> int:
         if "{i}" not in rule.target:
             return shapes.get(rule.target, (0,))[0]
-        matches = (pattern(rule.target).fullmatch(name) for name in shapes)
+        matches = (_pattern(rule.target).fullmatch(name) for name in shapes)
         return max((int(m[1]) + 1 for m in matches if m), default=0)
 
     return count
 
 
-def layers_in_file(names: Iterable[str], dialect: Dialect) -> Callable[[Rule], int]:
+def layers_in_file(names: Iterable[str], format: Format) -> Callable[[Rule], int]:
     """Depth of a rule's stack by the file: one past the highest index under the same prefix.
 
     An index past the number of tensors cannot belong to a stack without gaps; it is left for
@@ -105,10 +105,10 @@ def layers_in_file(names: Iterable[str], dialect: Dialect) -> Callable[[Rule], i
     depths: dict[str, int] = {}
 
     def count(rule: Rule) -> int:
-        source = rule.source(dialect)
+        source = rule.source(format)
         prefix = source.name.partition("{i}")[0] if source else ""
         if prefix not in depths:
-            heads = (re.match(re.escape(prefix) + INDEX, name) for name in names)
+            heads = (re.match(re.escape(prefix) + _INDEX, name) for name in names)
             indices = (int(m[1]) for m in heads if m)
             depths[prefix] = max((i + 1 for i in indices if i < len(names)), default=0)
         return depths[prefix]
@@ -120,16 +120,16 @@ def source_shape(source: Source, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the tensor in the file, from the shape of one slot of the parameter."""
     dummy = np.broadcast_to(np.zeros((), np.bool_), shape)
     inverted = source.transform.invert(dummy).shape
-    return (inverted[0] * source.part[1], *inverted[1:]) if source.part[1] > 1 else inverted
+    return (inverted[0] * source.slice[1], *inverted[1:]) if source.slice[1] > 1 else inverted
 
 
 def by_tensor(plan: Plan) -> dict[str, list[tuple[Slot, Source]]]:
-    """The plan from the file's side: the slots each tensor fills, in the order of its parts."""
+    """The plan from the file's side: the slots each tensor fills, in the order of its slices."""
     tensors: dict[str, list[tuple[Slot, Source]]] = {}
     for slot, source in plan.items():
         tensors.setdefault(source.name, []).append((slot, source))
     for pieces in tensors.values():
-        pieces.sort(key=lambda piece: piece[1].part)
+        pieces.sort(key=lambda piece: piece[1].slice)
     return tensors
 
 
@@ -143,7 +143,7 @@ def check(
     """Prove that ``tensors`` and the plan cover each other, name by name and shape by shape.
 
     Args:
-        plan: of the dialect that the file is in.
+        plan: of the format that the file is in.
         tensors: what the file holds.
         ignored: patterns of names (matched whole) that the file may hold and no rule reads.
         shapes: of the model's parameters; None where there is no model and names are enough.
@@ -165,8 +165,8 @@ def check(
             problems.add("tensors that the file lacks", name)
         elif shapes is not None:
             _check_shape(name, info, pieces, shapes, problems)
-        if [s.part[0] for _, s in pieces] != list(range(pieces[0][1].part[1])):
-            problems.add("tensors of which a part has no rule", name)
+        if [s.slice[0] for _, s in pieces] != list(range(pieces[0][1].slice[1])):
+            problems.add("tensors of which a slice has no rule", name)
     problems.raise_for(_place(tensors))
 
 
@@ -207,7 +207,7 @@ def _check_dtype(name: str, info: TensorInfo, wanted: bool, problems: "Problems"
     kind = "tensors that are not floating point"
     if info.dtype.name.startswith("float8"):
         kind = (
-            "tensors in 8-bit floats, whose scales are not part of the published layouts (take the "
+            "tensors in 8-bit floats, whose scales are not part of the published formats (take the "
             "bfloat16 or float32 weights)"
         )
     problems.add(kind, f"{name}: {info.dtype.name} in {_base(info.file)}")
@@ -247,9 +247,9 @@ class Problems:
         for kind, found in sorted(self._found.items()):
             unique = sorted(set(found), key=natural)
             lines.append(f"  {len(unique)} {kind}:")
-            lines += [f"    {what}" for what in unique[:LISTED]]
-            if len(unique) > LISTED:
-                lines.append(f"    and {len(unique) - LISTED} more")
+            lines += [f"    {what}" for what in unique[:_LISTED]]
+            if len(unique) > _LISTED:
+                lines.append(f"    and {len(unique) - _LISTED} more")
         raise WeightsError("\n".join(lines))
 
 

@@ -1,10 +1,10 @@
 """What one line of a weight table says.
 
 A table is a tuple of :class:`Rule`. Each rule names one parameter of the JAX model and where it is
-found in the two published dialects: ``original`` (Skywork's and Wan's own files) and ``diffusers``.
+found in the two published formats: ``original`` (Skywork's and Wan's own files) and ``diffusers``.
 ``{i}`` in a source name is the layer index; when the target has none, the layers are stacked along
 a new leading axis. Names are matched whole, never by prefix. The engine that reads the tables, and
-proves them complete, is :mod:`skyreels_jax.weights.convert`.
+proves them complete, is :mod:`skyreels_jax.weights.engine`.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from typing import Final, Literal
 
 import numpy as np
 
-Dialect = Literal["original", "diffusers"]
-DIALECTS: Final[tuple[Dialect, ...]] = ("original", "diffusers")
+Format = Literal["original", "diffusers"]
+FORMATS: Final[tuple[Format, ...]] = ("original", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -61,30 +61,30 @@ def leading_ones(count: int) -> Transform:
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of a dialect: its name, how it is laid out, and which part of it is meant.
+    """One tensor of a format: its name, its shape there, and which slice of it is meant.
 
-    ``part = (k, n)`` selects the k-th of n equal slices along the tensor's first axis (a fused
+    ``slice = (k, n)`` selects the k-th of n equal slices along the tensor's first axis (a fused
     q|k|v); it is cut before ``transform`` is applied.
     """
 
     name: str
     transform: Transform = COPY
-    part: tuple[int, int] = (0, 1)
+    slice: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One parameter: ``target`` is its dotted path in the NNX state; a dialect may lack it."""
+    """One parameter: ``target`` is its dotted path in the NNX state; a format may lack it."""
 
     target: str
     original: Source | None
     diffusers: Source | None
 
-    def source(self, dialect: Dialect) -> Source | None:
-        """The tensor that holds this parameter in ``dialect``."""
-        return self.original if dialect == "original" else self.diffusers
+    def source(self, format: Format) -> Source | None:
+        """The tensor that holds this parameter in ``format``."""
+        return self.original if format == "original" else self.diffusers
 
 
 def rule(target: str, original: str, diffusers: str, transform: Transform = COPY) -> Rule:
-    """The common case: the same transform in both dialects."""
+    """The common case: the same transform in both formats."""
     return Rule(target, Source(original, transform), Source(diffusers, transform))

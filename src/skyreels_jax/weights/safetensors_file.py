@@ -38,12 +38,12 @@ DTYPES: Final[Mapping[str, np.dtype]] = {
     "BOOL": np.dtype(np.bool_),
 }
 # The format's own limit on a header.
-HEADER_LIMIT: Final = 100_000_000
+_HEADER_LIMIT: Final = 100_000_000
 LFS_POINTER: Final = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
-class Location:
+class _Location:
     """A tensor's place: its description and the byte of the file its data begin at."""
 
     info: TensorInfo
@@ -61,9 +61,9 @@ class SafetensorsSource:
     """
 
     def __init__(self, files: Iterable[Path]):
-        self._places: dict[str, Location] = {}
+        self._places: dict[str, _Location] = {}
         for file in files:
-            for name, place in read_header(file).items():
+            for name, place in _read_header(file).items():
                 other = self._places.setdefault(name, place)
                 if other is not place:
                     raise WeightsError(
@@ -85,7 +85,7 @@ class SafetensorsSource:
         return np.asarray(raw).view(info.dtype).reshape(info.shape)
 
 
-def read_header(file: Path) -> dict[str, Location]:
+def _read_header(file: Path) -> dict[str, _Location]:
     """Read and check one file's header.
 
     Raises:
@@ -101,7 +101,7 @@ def read_header(file: Path) -> dict[str, Location]:
             if size < 8:
                 raise WeightsError(f"{file} is truncated: {size} bytes hold no header")
             (length,) = struct.unpack("<Q", start[:8])
-            if length > HEADER_LIMIT or length + 8 > size:
+            if length > _HEADER_LIMIT or length + 8 > size:
                 raise WeightsError(
                     f"{file} is truncated or not a safetensors file: it announces a header of "
                     f"{length} bytes and has {size} in all"
@@ -136,7 +136,7 @@ def _parsed(file: Path, raw: bytes) -> dict[str, Any]:
 
 def _locations(
     file: Path, header: Mapping[str, Any], start: int, data_size: int
-) -> dict[str, Location]:
+) -> dict[str, _Location]:
     """Check that the tensors cover the data exactly and say where each one is."""
     places = {name: _location(file, name, entry, start) for name, entry in header.items()}
     end = start
@@ -154,7 +154,7 @@ def _locations(
     return places
 
 
-def _location(file: Path, name: str, entry: Any, start: int) -> Location:
+def _location(file: Path, name: str, entry: Any, start: int) -> _Location:
     def bad(why: str) -> WeightsError:
         return WeightsError(f"{file} is corrupt: the header's entry of {name} {why}")
 
@@ -171,7 +171,7 @@ def _location(file: Path, name: str, entry: Any, start: int) -> Location:
     nbytes = math.prod(shape) * DTYPES[code].itemsize
     if end - begin != nbytes:
         raise bad(f"gives {end - begin} bytes to {code} {list(shape)}, which takes {nbytes}")
-    return Location(TensorInfo(shape, DTYPES[code], str(file)), start + begin)
+    return _Location(TensorInfo(shape, DTYPES[code], str(file)), start + begin)
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +13,14 @@ from typing import Any, Final
 import numpy as np
 
 from skyreels_jax.errors import RequestError, WeightsError
-from skyreels_jax.weights.rules import Dialect
+from skyreels_jax.files import write_text
+from skyreels_jax.weights.engine import TensorStream
 from skyreels_jax.weights.safetensors_file import DTYPES
 from skyreels_jax.weights.source import TensorSpec
 
-CODES: Final[Mapping[np.dtype, str]] = {dtype: code for code, dtype in DTYPES.items()}
+_CODES: Final[Mapping[np.dtype, str]] = {dtype: code for code, dtype in DTYPES.items()}
 # What diffusers and transformers cut their own files to.
 MAX_SHARD_BYTES: Final = 5_000_000_000
-# The stem of a transformer's files: Skywork's, and diffusers' (which finds them by it).
-TRANSFORMER_STEM: Final[Mapping[Dialect, str]] = {
-    "original": "model",
-    "diffusers": "diffusion_pytorch_model",
-}
 
 
 @contextmanager
@@ -60,37 +56,32 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
+def write_config(file: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file as the published folders have them: indented, keys in order."""
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def write_tensors(
-    folder: Path,
-    stem: str,
-    specs: Mapping[str, TensorSpec],
-    values: Iterable[tuple[str, np.ndarray]],
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    folder: Path, stem: str, tensors: TensorStream, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[Path]:
     """Stream tensors into ``stem*.safetensors`` shards, with an index if there are several.
 
     Args:
         folder: an existing folder, usually one of :func:`new_folder`.
         stem: of the file names: ``stem.safetensors`` or ``stem-00001-of-00002.safetensors``.
-        specs: of all tensors, in the order in which ``values`` brings them.
-        values: the data, one tensor held at a time.
+        tensors: one is held at a time.
         max_shard_bytes: a shard grows no larger, unless by a single tensor.
 
     Returns:
         The files, index last.
 
     Raises:
-        WeightsError: if ``values`` are not what ``specs`` announce.
+        WeightsError: if the values are not what the specs announce.
     """
+    specs = tensors.specs
     shards = _shards(specs, max_shard_bytes)
     files = [folder / _shard_name(stem, k, len(shards)) for k in range(len(shards))]
-    stream = iter(values)
+    stream = tensors.values
     for file, names in zip(files, shards, strict=True):
         _write_shard(file, {name: specs[name] for name in names}, stream)
     extra = next(stream, None)
@@ -104,7 +95,7 @@ def write_tensors(
             },
         }
         files.append(folder / f"{stem}.safetensors.index.json")
-        write_json(files[-1], index)
+        write_config(files[-1], index)
     return files
 
 
@@ -142,7 +133,7 @@ def _header(specs: Mapping[str, TensorSpec]) -> _Header:
         offsets[name] = end
         end += spec.nbytes
         entries[name] = {
-            "dtype": CODES[spec.dtype],
+            "dtype": _CODES[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [offsets[name], end],
         }

@@ -19,8 +19,14 @@ from skyreels_jax.generation.resolve import resolve
 from skyreels_jax.memory import Direction, size_of, vae_work
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_config import WAN_VAE, Residual, VaeConfig
-from skyreels_jax.testing.random_checkpoint import CLIP, TEXT_DIM, VAE, Kind, transformer_of
-from skyreels_jax.weights.rules import Dialect
+from skyreels_jax.testing.random_checkpoint import (
+    SMALL_CLIP,
+    SMALL_VAE,
+    TEXT_DIM,
+    Kind,
+    transformer_of,
+)
+from skyreels_jax.weights.rules import Format
 
 PLENTY = Memory(2**50)
 STEPS = 3
@@ -52,7 +58,7 @@ def i2v(checkpoints: Checkpoints) -> dict[str, StagePlan]:
         ("i2v", "original", ["text", "image", "condition", "denoise", "decode"]),
     ],
 )
-def test_stages_come_in_the_order_they_run(checkpoints, kind: Kind, layout: Dialect, names):
+def test_stages_come_in_the_order_they_run(checkpoints, kind: Kind, layout: Format, names):
     assert list(stages(checkpoints(kind, layout), hybrid=True)) == names
 
 
@@ -60,7 +66,7 @@ def test_a_first_frame_of_diffusion_forcing_is_encoded(checkpoints):
     photo = Image.fromarray(np.zeros((32, 48, 3), np.uint8))
     planned = stages(checkpoints("df", "diffusers"), image=photo)
     assert list(planned) == ["text", "condition", "denoise", "decode"]
-    one, whole = (conv_operations(VAE, "encode", (32, 48), n) for n in (1, 3))
+    one, whole = (conv_operations(SMALL_VAE, "encode", (32, 48), n) for n in (1, 3))
     assert planned["condition"].operations == one
     assert whole > 2 * one
 
@@ -99,9 +105,11 @@ def test_text_operations_are_those_of_two_prompts_of_full_length(checkpoints, i2
 
 
 def test_image_operations_are_those_of_the_tower_but_its_last_block(i2v):
-    tokens, dim, layers = 257, CLIP.dim, CLIP.num_layers - 1
+    tokens, dim, layers = 257, SMALL_CLIP.dim, SMALL_CLIP.num_layers - 1
     patches = 256 * 14 * 14 * 3 * dim
-    block = 4 * tokens * dim * dim + 2 * tokens * tokens * dim + 2 * tokens * dim * CLIP.ffn_dim
+    block = (
+        4 * tokens * dim * dim + 2 * tokens * tokens * dim + 2 * tokens * dim * SMALL_CLIP.ffn_dim
+    )
     assert i2v["image"].operations == 2 * (patches + layers * block)
 
 
@@ -186,8 +194,8 @@ def conv_operations(
 
 def test_the_vae_operations_are_those_of_its_layers(i2v):
     for stage, direction in (("condition", "encode"), ("decode", "decode")):
-        assert i2v[stage].operations == conv_operations(VAE, direction, (32, 48), 3)
-        assert i2v[stage].operations != conv_operations(VAE, direction, (32, 48), 4)
+        assert i2v[stage].operations == conv_operations(SMALL_VAE, direction, (32, 48), 3)
+        assert i2v[stage].operations != conv_operations(SMALL_VAE, direction, (32, 48), 4)
 
 
 def kept_by_convolutions(config: VaeConfig, height: int, width: int) -> int:
@@ -207,8 +215,8 @@ def test_the_state_of_decoding_is_a_latent_and_what_the_convolutions_keep(i2v):
     latent = 4 * 16 * 4 * 6
     work = i2v["decode"].work
     assert work is not None
-    assert work.state == kept_by_convolutions(VAE, 32, 48) + latent
-    assert work.state != kept_by_convolutions(VAE, 32, 64) + latent
+    assert work.state == kept_by_convolutions(SMALL_VAE, 32, 48) + latent
+    assert work.state != kept_by_convolutions(SMALL_VAE, 32, 64) + latent
 
 
 def test_the_state_of_denoising_is_its_latents_solver_and_texts(checkpoints):
@@ -238,14 +246,14 @@ def test_the_estimate_of_the_vae_is_what_the_compiler_counts(direction: Directio
 
 
 def test_a_plan_in_tiles_is_that_of_its_tiles():
-    model = nnx.eval_shape(lambda: WanVae(VAE, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: WanVae(SMALL_VAE, rngs=nnx.Rngs(0)))
     weights = size_of(nnx.state(model, nnx.Param))
 
     def planned(height: int, width: int, free: float | None = None) -> StagePlan:
         memory = Memory(None if free is None else int(free))
         return plan_vae("decode", model, "decode", ((height, width), 2), memory)
 
-    needed = vae_work(VAE, "decode", 320, 448)
+    needed = vae_work(SMALL_VAE, "decode", 320, 448)
     tiled, whole = (planned(320, 448, weights + share * needed) for share in (0.9, 1.1))
     upper, lower = (planned(height, 256) for height in (256, 128))
     assert (tiled.tiles, whole.tiles) == (4, 1)

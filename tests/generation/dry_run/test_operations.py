@@ -9,7 +9,7 @@ from jax import ShapeDtypeStruct as Abstract
 from skyreels_jax.generation.dry_run.operations import operations
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.umt5 import Umt5Config, Umt5Encoder
-from skyreels_jax.weights.transformer_folder import abstract_transformer
+from skyreels_jax.weights.components.transformer import TRANSFORMER
 
 
 def count(function, *shapes: tuple[int, ...]) -> int:
@@ -112,7 +112,7 @@ def by_hand(config: TransformerConfig, latents: tuple[int, int, int]) -> int:
 
 @pytest.mark.parametrize("latents", [(1, 4, 6), (3, 4, 4)])
 def test_a_transformer_counts_as_by_hand(latents: tuple[int, int, int]):
-    model = abstract_transformer(CONFIG, jnp.float32)
+    model = TRANSFORMER.abstract(CONFIG, jnp.float32)
     given = (
         Abstract((1, 16, *latents), jnp.float32),
         Abstract((1,), jnp.int32),

@@ -30,8 +30,10 @@ from skyreels_jax.memory import Direction, size_of, vae_work
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.prompts import TEXT_LEN
 from skyreels_jax.sampling.denoiser import AbstractInputs, Denoiser, Sampling
-from skyreels_jax.weights.parts import stored_image_encoder, stored_text_encoder, stored_vae
-from skyreels_jax.weights.transformer_folder import abstract_transformer
+from skyreels_jax.weights.components.clip import stored_image_encoder
+from skyreels_jax.weights.components.transformer import TRANSFORMER
+from skyreels_jax.weights.components.umt5 import stored_text_encoder
+from skyreels_jax.weights.components.vae import stored_vae
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _known_latents(request: ResolvedRequest) -> int:
 def plan_denoising(checkpoint: Checkpoint, request: ResolvedRequest) -> StagePlan:
     """The transformer and the very step that sampling would compile, of the largest window."""
     config = checkpoint.config
-    model = abstract_transformer(config, jnp.dtype(request.dtype))
+    model = TRANSFORMER.abstract(config, jnp.dtype(request.dtype))
     forcing = request.forcing
     denoiser = Denoiser(model, forcing.causal_attention if forcing else checkpoint.block_length)
     schedule = flow_sigmas(request.steps, request.shift)

@@ -16,8 +16,7 @@ from skyreels_jax.parity.diagnosis.hypotheses import (
     relative_distance,
 )
 from skyreels_jax.parity.recording import Arrays
-from skyreels_jax.weights.convert import rename
-from skyreels_jax.weights.transformer_rules import TRANSFORMER_IGNORED, transformer_rules
+from skyreels_jax.weights.components.transformer import stored_transformer
 
 # The input of each linear layer, by their names in a block or behind the blocks.
 LINEAR_INPUTS: Final[Mapping[str, str]] = {
@@ -70,13 +69,7 @@ def read_linear_maps(checkpoint: Checkpoint, activation: str) -> dict[str, Linea
     for number in range(config.num_layers) if block else ():
         wanted[f"blocks.{number}.{name}"] = f"blocks.{number}.{theirs[name]}"
     names = {f"{path}.{end}" for path in wanted.values() for end in ("weight", "bias")}
-    named = rename(
-        transformer_rules(config),
-        checkpoint.layout.tensors(),
-        checkpoint.layout.dialect,
-        "diffusers",
-        ignored=TRANSFORMER_IGNORED,
-    )
+    named = stored_transformer(checkpoint.layout).tensors("diffusers")
     read = {name: float64(np.asarray(value, np.float32)) for name, value in named if name in names}
     return {
         name: LinearMap(read[f"{path}.weight"].T, read[f"{path}.bias"])

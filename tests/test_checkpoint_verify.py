@@ -11,7 +11,6 @@ from tests.weights.tiny import I2V, T2V, save
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.models.transformer_config import TransformerConfig
-from skyreels_jax.weights.complete import verify_checkpoint
 from skyreels_jax.weights.source import TensorSource
 
 # Of the random checkpoints' encoders.
@@ -19,8 +18,7 @@ TEXT_DIM, IMAGE_DIM = 32, 160
 
 
 def verify(folder: Path) -> None:
-    checkpoint = Checkpoint.open(folder)
-    verify_checkpoint(checkpoint.layout, checkpoint.config)
+    Checkpoint.open(folder).verify()
 
 
 def with_transformer(parts: Path, folder: Path, config: TransformerConfig) -> Path:

@@ -8,9 +8,13 @@ from tests.weights.fakes import InMemory
 
 from skyreels_jax.errors import UnsupportedError, WeightsError
 from skyreels_jax.models.vae_config import LATENTS_MEAN, LATENTS_STD, WAN_VAE, VaeConfig
-from skyreels_jax.weights.convert import rename
-from skyreels_jax.weights.rules import DIALECTS
-from skyreels_jax.weights.vae_rules import config_from_json, config_from_tensors, vae_rules
+from skyreels_jax.weights.components.vae import (
+    vae_config_from_json,
+    vae_config_from_tensors,
+    vae_rules,
+)
+from skyreels_jax.weights.engine import rename
+from skyreels_jax.weights.rules import FORMATS
 
 CONFIGS = {
     "released": WAN_VAE,
@@ -105,13 +109,13 @@ def test_renaming_there_and_back_is_exact(case: str):
     assert original.keys() != theirs.keys()
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("case", CONFIGS)
-def test_the_shapes_in_a_file_tell_the_configuration(case: str, dialect: str):
+def test_the_shapes_in_a_file_tell_the_configuration(case: str, format: str):
     zeros = {n: np.broadcast_to(np.float32(0), s) for n, s in shapes_of(CONFIGS[case]).items()}
-    tensors = rename(vae_rules(CONFIGS[case]), InMemory(zeros), "diffusers", dialect)
+    tensors = rename(vae_rules(CONFIGS[case]), InMemory(zeros), "diffusers", format)
     shapes = {name: value.shape for name, value in tensors}
-    assert config_from_tensors(shapes, dialect) == CONFIGS[case]
+    assert vae_config_from_tensors(shapes, format) == CONFIGS[case]
 
 
 @pytest.mark.parametrize(
@@ -130,19 +134,19 @@ def test_a_file_that_contradicts_itself_is_refused(change, says: str):
     shapes = {name: value.shape for name, value in tensors} | change
     shapes = {name: shape for name, shape in shapes.items() if shape is not None}
     with pytest.raises(WeightsError, match=says):
-        config_from_tensors(shapes, "original")
+        vae_config_from_tensors(shapes, "original")
 
 
 def test_the_json_of_diffusers_gives_the_released_configuration():
     theirs = of_diffusers(WAN_VAE).config
-    assert config_from_json(theirs) == WAN_VAE
-    assert config_from_json({}) == WAN_VAE
+    assert vae_config_from_json(theirs) == WAN_VAE
+    assert vae_config_from_json({}) == WAN_VAE
     assert tuple(theirs["latents_mean"]) == LATENTS_MEAN
     assert tuple(theirs["latents_std"]) == LATENTS_STD
 
 
 def test_the_json_may_override_the_statistics():
-    config = config_from_json({"z_dim": 2, "latents_mean": [0.5, 0.25], "latents_std": [2, 3]})
+    config = vae_config_from_json({"z_dim": 2, "latents_mean": [0.5, 0.25], "latents_std": [2, 3]})
     assert (config.latents_mean, config.latents_std) == ((0.5, 0.25), (2.0, 3.0))
 
 
@@ -162,4 +166,4 @@ def test_the_json_may_override_the_statistics():
 )
 def test_another_kind_of_vae_is_refused(config, error, says: str):
     with pytest.raises(error, match=says):
-        config_from_json(config)
+        vae_config_from_json(config)

@@ -11,16 +11,10 @@ from safetensors.numpy import load_file
 from tests.weights.tiny import CONFIGS, DF, FLF2V, I2V, T2V, edit_json, random_state, save
 
 from skyreels_jax.errors import WeightsError
+from skyreels_jax.weights.components.transformer import TRANSFORMER, stored_transformer
 from skyreels_jax.weights.layout import read_layout, safetensors_of
 from skyreels_jax.weights.plan import natural
-from skyreels_jax.weights.rules import DIALECTS
-from skyreels_jax.weights.transformer_folder import (
-    convert_transformer,
-    load_transformer_state,
-    read_config,
-    save_transformer,
-    verify_transformer,
-)
+from skyreels_jax.weights.rules import FORMATS
 
 
 def tensors(folder):
@@ -35,24 +29,22 @@ def assert_same_bits(a, b):
         assert a[name].tobytes() == b[name].tobytes(), name
 
 
-def through_jax(source, target, *, layout, dtype):
-    found = read_layout(source)
-    config = read_config(found)
-    state = load_transformer_state(found, config, dtype=dtype)
-    save_transformer(target, state, config, layout=layout)
+def through_jax(source, target, *, format, dtype):
+    stored = stored_transformer(read_layout(source))
+    TRANSFORMER.save(target, stored.load_state(dtype), stored.config, format=format)
     return target
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("first", DIALECTS)
+@pytest.mark.parametrize("first", FORMATS)
 @pytest.mark.parametrize("kind", ["df", "flf2v"])
 def test_from_a_layout_through_jax_to_both_and_back_is_bit_exact(tmp_path, kind, first, dtype):
     """A -> JAX -> A, and A -> JAX -> B -> JAX -> A; df and flf2v hold every parameter there is."""
     second = "diffusers" if first == "original" else "original"
     a = save(tmp_path / "a", CONFIGS[kind], first, dtype=dtype, max_shard_bytes=20_000)
-    same = through_jax(a, tmp_path / "same", layout=first, dtype=dtype)
-    b = through_jax(a, tmp_path / "b", layout=second, dtype=dtype)
-    back = through_jax(b, tmp_path / "back", layout=first, dtype=dtype)
+    same = through_jax(a, tmp_path / "same", format=first, dtype=dtype)
+    b = through_jax(a, tmp_path / "b", format=second, dtype=dtype)
+    back = through_jax(b, tmp_path / "back", format=first, dtype=dtype)
     assert_same_bits(tensors(a), tensors(same))
     assert_same_bits(tensors(a), tensors(back))
     assert tensors(b).keys() != tensors(a).keys()
@@ -63,21 +55,15 @@ def test_from_a_layout_through_jax_to_both_and_back_is_bit_exact(tmp_path, kind,
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_translating_files_equals_going_through_jax(tmp_path, kind):
     a = save(tmp_path / "a", CONFIGS[kind])
-    b = through_jax(a, tmp_path / "b", layout="diffusers", dtype=np.float32)
-    found = read_layout(a)
-    (tmp_path / "c").mkdir()
-    convert_transformer(tmp_path / "c", found, read_config(found), layout="diffusers")
+    b = through_jax(a, tmp_path / "b", format="diffusers", dtype=np.float32)
+    stored_transformer(read_layout(a)).write(tmp_path / "c", "diffusers")
     assert_same_bits(tensors(b), tensors(tmp_path / "c"))
     assert (b / "config.json").read_text() == (tmp_path / "c" / "config.json").read_text()
 
 
 def test_translating_rounds_when_asked(tmp_path):
     a = save(tmp_path / "a", T2V)
-    (tmp_path / "b").mkdir()
-    found = read_layout(a)
-    convert_transformer(
-        tmp_path / "b", found, read_config(found), layout="original", dtype=jnp.bfloat16
-    )
+    stored_transformer(read_layout(a)).write(tmp_path / "b", "original", dtype=jnp.bfloat16)
     expected = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors(a).items()}
     assert_same_bits(tensors(tmp_path / "b"), expected)
 
@@ -105,9 +91,9 @@ def test_what_diffusers_writes_is_read(tmp_path, kind):
     model = diffusers.SkyReelsV2Transformer3DModel.from_pretrained(folder)
     model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
-    found = read_layout(tmp_path / "again")
-    assert read_config(found) == CONFIGS[kind]
-    verify_transformer(found, CONFIGS[kind])
+    stored = stored_transformer(read_layout(tmp_path / "again"))
+    assert stored.config == CONFIGS[kind]
+    stored.verify()
     assert_same_bits(tensors(folder), tensors(tmp_path / "again"))
 
 
@@ -118,10 +104,10 @@ def test_the_norm_that_diffusers_ignores_is_ignored(tmp_path):
 
     extra = {f"blocks.{i}.attn2.norm_added_q.weight": np.ones(24, np.float32) for i in range(3)}
     save_file(load_file(file) | extra, file)
-    verify_transformer(read_layout(folder), I2V)
+    stored_transformer(read_layout(folder)).verify()
     save_file(load_file(file) | {"blocks.0.attn2.norm_added_x.weight": np.ones(1)}, file)
     with pytest.raises(WeightsError, match="norm_added_x"):
-        verify_transformer(read_layout(folder), I2V)
+        stored_transformer(read_layout(folder)).verify()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +122,7 @@ def test_the_norm_that_diffusers_ignores_is_ignored(tmp_path):
 def test_what_the_original_config_leaves_out_is_derived(tmp_path, config, removed):
     folder = save(tmp_path / "m", config)
     edit_json(folder / "config.json", **dict.fromkeys(removed))
-    assert read_config(read_layout(folder)) == config
+    assert stored_transformer(read_layout(folder)).config == config
 
 
 @pytest.mark.parametrize(
@@ -150,14 +136,14 @@ def test_what_the_original_config_leaves_out_is_derived(tmp_path, config, remove
 def test_what_the_diffusers_config_leaves_out_is_derived(tmp_path, config, removed):
     folder = save(tmp_path / "m", config, "diffusers")
     edit_json(folder / "config.json", **dict.fromkeys(removed))
-    assert read_config(read_layout(folder)) == config
+    assert stored_transformer(read_layout(folder)).config == config
 
 
 def test_heads_are_128_wide_unless_the_config_says_otherwise(tmp_path):
     config = dataclasses.replace(T2V, dim=256, num_layers=1)
     folder = save(tmp_path / "m", config)
     edit_json(folder / "config.json", num_heads=None)
-    assert read_config(read_layout(folder)).num_heads == 2
+    assert stored_transformer(read_layout(folder)).config.num_heads == 2
 
 
 def test_the_configs_have_the_keys_of_their_own_writers(tmp_path):
@@ -185,8 +171,7 @@ def test_any_sharding_is_read_with_and_without_its_index(tmp_path):
 
 def test_a_loaded_state_does_not_depend_on_the_file(tmp_path):
     folder = save(tmp_path / "m", T2V)
-    found = read_layout(folder)
-    state = load_transformer_state(found, T2V, dtype=np.float32)
+    state = stored_transformer(read_layout(folder)).load_state(np.float32)
     file = folder / "model.safetensors"
     file.write_bytes(bytes(file.stat().st_size))
     expected = jax.tree.leaves(random_state(T2V))

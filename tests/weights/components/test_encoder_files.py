@@ -19,11 +19,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5EncoderModel
 from skyreels_jax.errors import UnsupportedError, WeightsError
 from skyreels_jax.models.clip_vision import CLIP_VIT_H, ClipVision, ClipVisionConfig
 from skyreels_jax.models.umt5 import UMT5_XXL, Umt5Encoder
-from skyreels_jax.weights import clip_rules, umt5_rules
-from skyreels_jax.weights.clip_rules import CLIP_IGNORED, diffusers_prefix
-from skyreels_jax.weights.convert import export, exported, load_into, parameters, rename
-from skyreels_jax.weights.rules import DIALECTS, Source
-from skyreels_jax.weights.umt5_rules import UMT5_IGNORED, UMT5_RULES
+from skyreels_jax.weights.components import clip as clip_files
+from skyreels_jax.weights.components import umt5 as umt5_files
+from skyreels_jax.weights.engine import export, load_into, parameters, rename
+from skyreels_jax.weights.rules import FORMATS, Source
 
 # One tower with heads of 80, which is what a file without configuration is taken to have.
 HEADS_OF_80 = replace(CLIP, dim=160, num_heads=2)
@@ -93,14 +92,20 @@ def original_clip(tensors: dict[str, np.ndarray], layers: int) -> dict[str, np.n
 def umt5_case():
     tensors = tensors_of(umt5_oracle(UMT5))
     del tensors["encoder.embed_tokens.weight"]
-    return abstract_umt5(), UMT5_RULES, UMT5_IGNORED, original_umt5(tensors), tensors
+    return (
+        abstract_umt5(),
+        umt5_files.UMT5.rules(UMT5),
+        umt5_files.UMT5.ignored,
+        original_umt5(tensors),
+        tensors,
+    )
 
 
 def clip_case(config=CLIP):
     tensors = tensors_of(clip_oracle(config))
-    rules = clip_rules.clip_rules(config)
+    rules = clip_files.clip_rules(config)
     original = original_clip(tensors, config.num_layers)
-    return abstract_clip(config), rules, CLIP_IGNORED, original, tensors
+    return abstract_clip(config), rules, clip_files.CLIP.ignored, original, tensors
 
 
 CASES = {"umt5": umt5_case, "clip": clip_case}
@@ -111,8 +116,8 @@ def case(request: pytest.FixtureRequest):
     return CASES[request.param]()
 
 
-def load(model, rules, ignored, tensors, dialect):
-    return load_into(model, rules, InMemory(tensors), dialect, dtype=np.float32, ignored=ignored)
+def load(model, rules, ignored, tensors, format):
+    return load_into(model, rules, InMemory(tensors), format, dtype=np.float32, ignored=ignored)
 
 
 def values(state) -> dict[str, np.ndarray]:
@@ -148,17 +153,17 @@ def test_renaming_gives_the_other_layout(case):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_every_missing_or_foreign_tensor_is_named(name: str, dialect: str):
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_missing_or_foreign_tensor_is_named(name: str, format: str):
     model, rules, ignored, original, diffusers = CASES[name]()
-    tensors = original if dialect == "original" else diffusers
+    tensors = original if format == "original" else diffusers
     for gone in tensors:
         rest = {k: v for k, v in tensors.items() if k != gone}
         with pytest.raises(WeightsError, match=gone):
-            load(model, rules, ignored, rest, dialect)
+            load(model, rules, ignored, rest, format)
     foreign = next(iter(tensors)) + "_ema"
     with pytest.raises(WeightsError, match=foreign):
-        load(model, rules, ignored, tensors | {foreign: np.zeros(1, np.float32)}, dialect)
+        load(model, rules, ignored, tensors | {foreign: np.zeros(1, np.float32)}, format)
 
 
 def test_swapped_parts_of_a_fused_tensor_are_caught():
@@ -166,10 +171,10 @@ def test_swapped_parts_of_a_fused_tensor_are_caught():
     model, rules, ignored, original, diffusers = clip_case()
 
     def swapped(rule):
-        part = rule.original.part
-        if part[1] == 1 or part[0] == 2:
+        cut = rule.original.slice
+        if cut[1] == 1 or cut[0] == 2:
             return rule
-        other = Source(rule.original.name, rule.original.transform, (1 - part[0], 3))
+        other = Source(rule.original.name, rule.original.transform, (1 - cut[0], 3))
         return replace(rule, original=other)
 
     wrong = load(model, [swapped(rule) for rule in rules], ignored, original, "original")
@@ -198,52 +203,56 @@ def test_the_second_name_of_the_embedding_is_ignored():
 
 
 def test_the_released_files_have_their_published_tensors():
-    umt5 = exported(abstract_umt5(UMT5_XXL), UMT5_RULES, "original")
+    umt5 = export(abstract_umt5(UMT5_XXL), umt5_files.UMT5.rules(UMT5), "original").specs
     assert (len(umt5), sum(s.size for s in umt5.values())) == (242, 5_680_910_336)
     assert umt5["blocks.23.ffn.gate.0.weight"].shape == (10_240, 4096)
-    clip = exported(abstract_clip(CLIP_VIT_H), clip_rules.clip_rules(CLIP_VIT_H), "original")
+    clip = export(abstract_clip(CLIP_VIT_H), clip_files.clip_rules(CLIP_VIT_H), "original").specs
     assert (len(clip), sum(s.size for s in clip.values())) == (392, 632_076_800)
     assert clip["visual.transformer.31.attn.to_qkv.weight"].shape == (3840, 1280)
     assert clip["visual.head"].shape == (1280, 1024)
     for specs, from_tensors, config in (
-        (umt5, umt5_rules.config_from_tensors, UMT5_XXL),
-        (clip, clip_rules.config_from_tensors, CLIP_VIT_H),
+        (umt5, umt5_files.umt5_config_from_tensors, UMT5_XXL),
+        (clip, clip_files.clip_config_from_tensors, CLIP_VIT_H),
     ):
         assert from_tensors({n: s.shape for n, s in specs.items()}, "original") == config
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_configurations_from_shapes(dialect: str):
+@pytest.mark.parametrize("format", FORMATS)
+def test_configurations_from_shapes(format: str):
     for specs, from_tensors, config in (
-        (exported(abstract_umt5(), UMT5_RULES, dialect), umt5_rules.config_from_tensors, UMT5),
         (
-            exported(abstract_clip(HEADS_OF_80), clip_rules.clip_rules(HEADS_OF_80), dialect),
-            clip_rules.config_from_tensors,
+            export(abstract_umt5(), umt5_files.UMT5.rules(UMT5), format).specs,
+            umt5_files.umt5_config_from_tensors,
+            UMT5,
+        ),
+        (
+            export(abstract_clip(HEADS_OF_80), clip_files.clip_rules(HEADS_OF_80), format).specs,
+            clip_files.clip_config_from_tensors,
             HEADS_OF_80,
         ),
     ):
         shapes = {name: spec.shape for name, spec in specs.items()}
-        assert from_tensors(shapes, dialect) == config
+        assert from_tensors(shapes, format) == config
         with pytest.raises(WeightsError, match="not a"):
-            from_tensors(dict(list(shapes.items())[10:]), dialect)
+            from_tensors(dict(list(shapes.items())[10:]), format)
 
 
 def test_configurations_from_json():
-    assert umt5_rules.config_from_json(umt5_oracle(UMT5).config.to_dict()) == UMT5
-    assert clip_rules.config_from_json(clip_oracle(CLIP).config.to_dict()) == CLIP
+    assert umt5_files.umt5_config_from_json(umt5_oracle(UMT5).config.to_dict()) == UMT5
+    assert clip_files.clip_config_from_json(clip_oracle(CLIP).config.to_dict()) == CLIP
 
 
 def test_json_of_other_models_is_refused():
     umt5, clip = umt5_oracle(UMT5).config.to_dict(), clip_oracle(CLIP).config.to_dict()
     with pytest.raises(UnsupportedError, match="relu"):
-        umt5_rules.config_from_json(umt5 | {"feed_forward_proj": "relu"})
+        umt5_files.umt5_config_from_json(umt5 | {"feed_forward_proj": "relu"})
     with pytest.raises(UnsupportedError, match="64"):
-        umt5_rules.config_from_json(umt5 | {"relative_attention_num_buckets": 64})
+        umt5_files.umt5_config_from_json(umt5 | {"relative_attention_num_buckets": 64})
     with pytest.raises(UnsupportedError, match="quick_gelu"):
-        clip_rules.config_from_json(clip | {"hidden_act": "quick_gelu"})
+        clip_files.clip_config_from_json(clip | {"hidden_act": "quick_gelu"})
     for from_json, config in (
-        (umt5_rules.config_from_json, umt5),
-        (clip_rules.config_from_json, clip),
+        (umt5_files.umt5_config_from_json, umt5),
+        (clip_files.clip_config_from_json, clip),
     ):
         with pytest.raises(WeightsError, match="num_.*layers"):
             from_json({k: v for k, v in config.items() if "layers" not in k})
@@ -254,18 +263,18 @@ def test_json_of_other_models_is_refused():
 
 
 def test_shapes_of_other_models_are_refused():
-    specs = exported(abstract_umt5(), UMT5_RULES, "original")
+    specs = export(abstract_umt5(), umt5_files.UMT5.rules(UMT5), "original").specs
     shapes = {name: spec.shape for name, spec in specs.items()}
     bias = "blocks.0.pos_embedding.embedding.weight"
     with pytest.raises(WeightsError, match="64 x 3"):
-        umt5_rules.config_from_tensors(shapes | {bias: (64, 3)}, "original")
-    specs = exported(abstract_clip(), clip_rules.clip_rules(CLIP), "original")
+        umt5_files.umt5_config_from_tensors(shapes | {bias: (64, 3)}, "original")
+    specs = export(abstract_clip(), clip_files.clip_rules(CLIP), "original").specs
     with pytest.raises(WeightsError, match="width 32"):
-        clip_rules.config_from_tensors({n: s.shape for n, s in specs.items()}, "original")
-    specs = exported(abstract_clip(HEADS_OF_80), clip_rules.clip_rules(HEADS_OF_80), "original")
+        clip_files.clip_config_from_tensors({n: s.shape for n, s in specs.items()}, "original")
+    specs = export(abstract_clip(HEADS_OF_80), clip_files.clip_rules(HEADS_OF_80), "original").specs
     one_block = {n: s.shape for n, s in specs.items() if ".1." not in n and ".2." not in n}
     with pytest.raises(WeightsError, match="num_layers=1"):
-        clip_rules.config_from_tensors(one_block, "original")
+        clip_files.clip_config_from_tensors(one_block, "original")
 
 
 def test_a_tower_saved_without_prefix_or_projection_loads(tmp_path):
@@ -285,12 +294,12 @@ def test_a_tower_saved_without_prefix_or_projection_loads(tmp_path):
     theirs.save_pretrained(tmp_path)
     json = theirs.config.to_dict() | {"architectures": ["CLIPVisionModel"]}
     tensors = tensors_of(theirs)
-    assert diffusers_prefix(tensors) == ""
-    assert clip_rules.config_from_json(json) == config
+    assert clip_files.clip_prefix(tensors) == ""
+    assert clip_files.clip_config_from_json(json) == config
     shapes = {name: value.shape for name, value in tensors.items()}
-    assert clip_rules.config_from_tensors(shapes, "diffusers") == config
-    rules = clip_rules.clip_rules(config, prefix="")
-    state = load(abstract_clip(config), rules, CLIP_IGNORED, tensors, "diffusers")
+    assert clip_files.clip_config_from_tensors(shapes, "diffusers") == config
+    rules = clip_files.clip_rules(config, prefix="")
+    state = load(abstract_clip(config), rules, clip_files.CLIP.ignored, tensors, "diffusers")
     assert same(dict(export(state, rules, "diffusers")), tensors)
 
 

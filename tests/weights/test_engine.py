@@ -9,22 +9,23 @@ from flax import nnx
 from tests.weights.fakes import DEPTH, RULES, WIDTH, InMemory, abstract_model, original_tensors
 
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.weights.convert import (
+from skyreels_jax.weights.engine import (
+    all_finite,
+    copy_into,
     export,
-    exported,
     load_into,
     parameters,
     rename,
-    renamed,
+    rounded,
     verify,
 )
 from skyreels_jax.weights.rules import Source, rule
 from skyreels_jax.weights.source import TensorSpec
 
 
-def load(tensors, rules=RULES, dialect="original", **kwargs):
+def load(tensors, rules=RULES, format="original", **kwargs):
     kwargs = {"dtype": np.float32} | kwargs
-    return load_into(abstract_model(), rules, InMemory(tensors), dialect, **kwargs)
+    return load_into(abstract_model(), rules, InMemory(tensors), format, **kwargs)
 
 
 def test_each_rule_lands_where_it_says():
@@ -54,7 +55,7 @@ def test_round_trips_through_both_dialects_are_bit_exact():
     for name in tensors:  # signed zeros and subnormals survive too
         tensors[name].flat[:2] = [-0.0, 1e-42]
     there = dict(export(load(tensors), RULES, "diffusers"))
-    back = dict(export(load(there, dialect="diffusers"), RULES, "original"))
+    back = dict(export(load(there, format="diffusers"), RULES, "original"))
     assert back.keys() == tensors.keys() != there.keys()
     for name, value in tensors.items():
         assert value.tobytes() == back[name].tobytes(), name
@@ -62,10 +63,10 @@ def test_round_trips_through_both_dialects_are_bit_exact():
 
 def test_export_announces_the_shapes_it_yields():
     state = load(original_tensors(), dtype=jnp.bfloat16)
-    for dialect in ("original", "diffusers"):
-        yielded = {n: TensorSpec(a.shape, a.dtype) for n, a in export(state, RULES, dialect)}
-        assert yielded == exported(state, RULES, dialect)
-        assert list(yielded) == list(exported(state, RULES, dialect))
+    for format in ("original", "diffusers"):
+        yielded = {n: TensorSpec(a.shape, a.dtype) for n, a in export(state, RULES, format)}
+        assert yielded == export(state, RULES, format).specs
+        assert list(yielded) == list(export(state, RULES, format).specs)
 
 
 def test_renaming_equals_loading_and_exporting():
@@ -75,7 +76,7 @@ def test_renaming_equals_loading_and_exporting():
     assert there.keys() == via_jax.keys()
     for name, value in there.items():
         np.testing.assert_array_equal(value, via_jax[name])
-    specs = renamed(RULES, InMemory(tensors), "original", "diffusers")
+    specs = rename(RULES, InMemory(tensors), "original", "diffusers").specs
     assert specs == {n: TensorSpec(a.shape, a.dtype) for n, a in there.items()}
     again = dict(rename(RULES, InMemory(there), "diffusers", "original"))
     for name, value in tensors.items():
@@ -172,8 +173,8 @@ def test_a_value_too_large_for_the_target_dtype_is_refused_and_fits_a_wider_one(
         ((replace(RULES[0], original=None), *RULES[1:]), "no name for"),
         ((*RULES, rule("gone", "gone", "gone")), "rules whose parameter the model lacks"),
         (
-            (replace(RULES[0], original=Source("b.{i}.qk", part=(0, 3))), *RULES[1:]),
-            "a part has no rule",
+            (replace(RULES[0], original=Source("b.{i}.qk", slice=(0, 3))), *RULES[1:]),
+            "a slice has no rule",
         ),
     ],
 )
@@ -198,3 +199,48 @@ def test_a_huge_layer_index_is_refused_without_planning_for_it():
     tensors = broken(b__99999999999__norm=ONES)
     with pytest.raises(WeightsError, match="no place for"):
         rename(RULES, InMemory(tensors), "original", "diffusers")
+
+
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_sixteen_bit_pattern_and_the_extremes_are_told_apart(dtype):
+    if np.dtype(dtype).itemsize == 2:
+        values = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    else:
+        limits = np.finfo(dtype)
+        values = np.array([limits.max, limits.min, limits.smallest_subnormal, 0, -0.0], dtype)
+        values = np.append(values, np.array([np.nan, np.inf, -np.inf], dtype))
+    for value, finite in zip(values, np.isfinite(values), strict=True):
+        assert all_finite(np.array([1, value], dtype)) == finite
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts_do_not_matter(dtype):
+    values = np.zeros((3, 4, 5), dtype)
+    values[1, 2, 3] = np.nan
+    assert not all_finite(values.T)
+    assert all_finite(values.T[:, :, 2])
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 64), (5, 200), (2, 3, 65), (4, 0)])
+def test_copying_in_strips_is_copying(shape):
+    values = np.random.default_rng(0).standard_normal(shape[::-1]).T
+    out = np.full(shape, np.nan)
+    copy_into(out, values)
+    np.testing.assert_array_equal(out, values)
+
+
+def test_none_keeps_the_dtype_and_the_values():
+    values = np.array([1.5, -0.0], np.float32)
+    assert rounded(values, None, "x") is values
+    with pytest.raises(WeightsError, match="x has 1 values that are NaN or infinite"):
+        rounded(np.array([np.nan, 1.0]), None, "x")
+
+
+def test_the_largest_value_fits_and_the_next_does_not():
+    largest = np.float32(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    assert rounded(np.array([largest]), ml_dtypes.bfloat16, "x")[0] == largest
+    with pytest.raises(WeightsError, match="beyond the range of bfloat16"):
+        rounded(np.array([np.finfo(np.float32).max]), ml_dtypes.bfloat16, "x")

@@ -1,4 +1,4 @@
-"""The weight table of the UMT5 encoder, and its configuration from either layout.
+"""The UMT5 encoder: its weight table, its configuration in files, and how it is opened.
 
 Names: Wan's ``models_t5_umt5-xxl-enc-bf16.pth`` on the left, transformers' UMT5EncoderModel on the
 right.
@@ -7,12 +7,20 @@ right.
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from skyreels_jax.errors import UnsupportedError, WeightsError
-from skyreels_jax.models.umt5 import BUCKETS, MAX_DISTANCE, Umt5Config
-from skyreels_jax.weights.rules import LINEAR, Dialect, Rule, rule
+from skyreels_jax.errors import WeightsError
+from skyreels_jax.models.umt5 import BUCKETS, MAX_DISTANCE, Umt5Config, Umt5Encoder
+from skyreels_jax.weights.components.stored import (
+    MAX_LAYERS,
+    ComponentSpec,
+    JsonFields,
+    StoredComponent,
+    open_files,
+)
+from skyreels_jax.weights.layout import Layout
+from skyreels_jax.weights.rules import LINEAR, Format, Rule, rule
 
 # A second name that older files give the embedding (``shared.weight``).
-UMT5_IGNORED: Final = (r"encoder\.embed_tokens\.weight",)
+_IGNORED: Final = (r"encoder\.embed_tokens\.weight",)
 
 _BLOCK: Final = "encoder.block.{i}.layer"
 _ATTENTION: Final = f"{_BLOCK}.0.SelfAttention"
@@ -27,7 +35,7 @@ def _scale(target: str, original: str, diffusers: str) -> Rule:
     return rule(f"{target}.scale", f"{original}.weight", f"{diffusers}.weight")
 
 
-UMT5_RULES: Final = (
+_RULES: Final = (
     rule("token_embedding.embedding", "token_embedding.weight", "shared.weight"),
     _scale("blocks.norm1", "blocks.{i}.norm1", f"{_BLOCK}.0.layer_norm"),
     _kernel("blocks.attn.q", "blocks.{i}.attn.q", f"{_ATTENTION}.q"),
@@ -47,13 +55,13 @@ UMT5_RULES: Final = (
 )
 
 
-def config_from_tensors(shapes: Mapping[str, Sequence[int]], dialect: Dialect) -> Umt5Config:
+def umt5_config_from_tensors(shapes: Mapping[str, Sequence[int]], format: Format) -> Umt5Config:
     """What the shapes in a file say of the encoder.
 
     Raises:
         WeightsError: tensors that the answer depends on are missing or contradict each other.
     """
-    names = {rule.target: rule.source(dialect) for rule in UMT5_RULES}
+    names = {rule.target: rule.source(format) for rule in _RULES}
 
     def shape(target: str) -> Sequence[int]:
         source = names[target]
@@ -84,32 +92,72 @@ def config_from_tensors(shapes: Mapping[str, Sequence[int]], dialect: Dialect) -
     )
 
 
-def config_from_json(config: Mapping[str, Any]) -> Umt5Config:
+def umt5_config_from_json(config: Mapping[str, Any]) -> Umt5Config:
     """From transformers' ``config.json``.
 
     Raises:
         WeightsError: a key is missing or its value illegal.
         UnsupportedError: another activation or other position buckets than UMT5's.
     """
-    fixed = {
+    fields = JsonFields(config, "text encoder")
+    fields.require(
+        {
+            "feed_forward_proj": "gated-gelu",
+            "relative_attention_num_buckets": BUCKETS,
+            "relative_attention_max_distance": MAX_DISTANCE,
+        }
+    )
+    return Umt5Config(
+        vocab_size=fields.size("vocab_size", most=1 << 24),
+        dim=fields.size("d_model"),
+        head_dim=fields.size("d_kv"),
+        num_heads=fields.size("num_heads"),
+        ffn_dim=fields.size("d_ff"),
+        num_layers=fields.size("num_layers", most=MAX_LAYERS),
+        eps=fields.small("layer_norm_epsilon", 1e-6),
+    )
+
+
+def _umt5_json(config: Umt5Config, format: Format = "diffusers") -> dict[str, Any]:
+    """``config.json`` of ``UMT5EncoderModel``; the original format has none."""
+    del format
+    return {
+        "architectures": ["UMT5EncoderModel"],
+        "d_ff": config.ffn_dim,
+        "d_kv": config.head_dim,
+        "d_model": config.dim,
+        "decoder_start_token_id": 0,
+        "dense_act_fn": "gelu_new",
+        "dropout_rate": 0.1,
+        "eos_token_id": 1,
         "feed_forward_proj": "gated-gelu",
-        "relative_attention_num_buckets": BUCKETS,
+        "is_encoder_decoder": True,
+        "is_gated_act": True,
+        "layer_norm_epsilon": config.eps,
+        "model_type": "umt5",
+        "num_decoder_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "pad_token_id": 0,
         "relative_attention_max_distance": MAX_DISTANCE,
+        "relative_attention_num_buckets": BUCKETS,
+        "vocab_size": config.vocab_size,
     }
-    for key, value in fixed.items():
-        if config.get(key, value) != value:
-            raise UnsupportedError(f"text encoder with {key} {config[key]!r}; only {value!r}")
-    try:
-        return Umt5Config(
-            vocab_size=int(config["vocab_size"]),
-            dim=int(config["d_model"]),
-            head_dim=int(config["d_kv"]),
-            num_heads=int(config["num_heads"]),
-            ffn_dim=int(config["d_ff"]),
-            num_layers=int(config["num_layers"]),
-            eps=float(config.get("layer_norm_epsilon", 1e-6)),
-        )
-    except KeyError as error:
-        raise WeightsError(f"the text encoder's config.json lacks {error}") from error
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"the text encoder's config.json is unsound: {error}") from error
+
+
+UMT5: Final = ComponentSpec(
+    Umt5Encoder, lambda config: _RULES, _umt5_json, stem="model", ignored=_IGNORED
+)
+
+
+def stored_text_encoder(layout: Layout) -> StoredComponent[Umt5Config, Umt5Encoder]:
+    """The UMT5 encoder of a folder; only headers are read.
+
+    Raises:
+        WeightsError: it is missing or unsound.
+        UnsupportedError: it is a variant that SkyReels-V2 does not use.
+    """
+    source, config = open_files(
+        layout, "text_encoder", umt5_config_from_json, umt5_config_from_tensors
+    )
+    return StoredComponent(UMT5, config, source, layout.format, _RULES)

@@ -5,10 +5,9 @@ import pytest
 from tests.weights.tiny import CONFIGS, I2V
 
 from skyreels_jax.models import transformer_config as presets
-from skyreels_jax.weights.convert import exported, parameters
-from skyreels_jax.weights.rules import DIALECTS
-from skyreels_jax.weights.transformer_folder import abstract_transformer
-from skyreels_jax.weights.transformer_rules import TRANSFORMER_IGNORED, transformer_rules
+from skyreels_jax.weights.components.transformer import TRANSFORMER, transformer_rules
+from skyreels_jax.weights.engine import export, parameters
+from skyreels_jax.weights.rules import FORMATS
 
 
 # The original's names of one block and of the rest, as in its state_dict.
@@ -65,13 +64,13 @@ def of_diffusers(config):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_original_side_has_the_originals_names(config):
-    specs = exported(abstract_transformer(config), transformer_rules(config), "original")
+    specs = export(TRANSFORMER.abstract(config), transformer_rules(config), "original").specs
     assert set(specs) == original_names(config)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_diffusers_side_has_the_names_and_shapes_of_diffusers(config):
-    specs = exported(abstract_transformer(config), transformer_rules(config), "diffusers")
+    specs = export(TRANSFORMER.abstract(config), transformer_rules(config), "diffusers").specs
     state = of_diffusers(config).state_dict()
     assert {n: s.shape for n, s in specs.items()} == {n: tuple(t.shape) for n, t in state.items()}
 
@@ -86,15 +85,15 @@ def test_the_diffusers_side_has_the_names_and_shapes_of_diffusers(config):
     ],
 )
 def test_released_sizes_have_the_published_tensors_and_parameters(config, tensors, count):
-    model = abstract_transformer(config)
-    for dialect in DIALECTS:
-        specs = exported(model, transformer_rules(config), dialect)
+    model = TRANSFORMER.abstract(config)
+    for format in FORMATS:
+        specs = export(model, transformer_rules(config), format).specs
         assert len(specs) == tensors
         assert sum(spec.size for spec in specs.values()) == count
 
 
 def test_linear_weights_are_out_by_in_and_the_patch_convolution_is_out_in_time_height_width():
-    specs = exported(abstract_transformer(I2V), transformer_rules(I2V), "original")
+    specs = export(TRANSFORMER.abstract(I2V), transformer_rules(I2V), "original").specs
     assert specs["blocks.2.ffn.0.weight"].shape == (40, 24)
     assert specs["patch_embedding.weight"].shape == (24, 36, 1, 2, 2)
     assert specs["blocks.0.modulation"].shape == (1, 6, 24)
@@ -103,11 +102,11 @@ def test_linear_weights_are_out_by_in_and_the_patch_convolution_is_out_in_time_h
 def test_the_rules_are_those_of_the_model_and_no_others():
     for config in CONFIGS.values():
         targets = [rule.target for rule in transformer_rules(config)]
-        assert sorted(targets) == sorted(parameters(abstract_transformer(config)))
+        assert sorted(targets) == sorted(parameters(TRANSFORMER.abstract(config)))
 
 
 def test_only_the_unused_query_norm_is_ignored():
-    (pattern,) = TRANSFORMER_IGNORED
+    (pattern,) = TRANSFORMER.ignored
     assert re.fullmatch(pattern, "blocks.11.attn2.norm_added_q.weight")
     for name in ("blocks.1.attn2.norm_added_k.weight", "xblocks.1.attn2.norm_added_q.weight"):
         assert not re.fullmatch(pattern, name)

@@ -1,4 +1,4 @@
-"""The weight table of the Wan VAE, and its configuration from either layout.
+"""The Wan VAE: its weight table, its configuration in files, and how it is opened.
 
 Names: Wan's ``.pth`` on the left, diffusers' ``AutoencoderKLWan`` on the right. The original counts
 the decoder's layers in one flat list; diffusers groups them by resolution.
@@ -9,11 +9,26 @@ from itertools import count
 from typing import Any, Final
 
 from skyreels_jax.errors import UnsupportedError, WeightsError
-from skyreels_jax.models.vae_config import LATENTS_MEAN, LATENTS_STD, Residual, VaeConfig
-from skyreels_jax.weights.rules import CONV, Dialect, Rule, Transform, rule, trailing_ones
+from skyreels_jax.models.vae import WanVae
+from skyreels_jax.models.vae_config import (
+    FRAME_STRIDE,
+    LATENTS_MEAN,
+    LATENTS_STD,
+    PIXEL_STRIDE,
+    Residual,
+    VaeConfig,
+)
+from skyreels_jax.weights.components.stored import (
+    ComponentSpec,
+    JsonFields,
+    StoredComponent,
+    open_files,
+)
+from skyreels_jax.weights.layout import Layout
+from skyreels_jax.weights.rules import CONV, Format, Rule, Transform, rule, trailing_ones
 
-GAMMA: Final = trailing_ones(3)
-GAMMA_2D: Final = trailing_ones(2)
+_GAMMA: Final = trailing_ones(3)
+_GAMMA_2D: Final = trailing_ones(2)
 
 
 def _pointwise(ones: int) -> Transform:
@@ -25,8 +40,8 @@ def _pointwise(ones: int) -> Transform:
     )
 
 
-POINTWISE: Final = _pointwise(3)
-POINTWISE_2D: Final = _pointwise(2)
+_POINTWISE: Final = _pointwise(3)
+_POINTWISE_2D: Final = _pointwise(2)
 
 
 def _conv(target: str, original: str, diffusers: str, transform: Transform = CONV) -> list[Rule]:
@@ -36,7 +51,7 @@ def _conv(target: str, original: str, diffusers: str, transform: Transform = CON
     ]
 
 
-def _norm(target: str, original: str, diffusers: str, transform: Transform = GAMMA) -> Rule:
+def _norm(target: str, original: str, diffusers: str, transform: Transform = _GAMMA) -> Rule:
     return rule(f"{target}.scale", f"{original}.gamma", f"{diffusers}.gamma", transform)
 
 
@@ -48,7 +63,7 @@ def _residual(target: str, original: str, diffusers: str, *, shortcut: bool) -> 
         *_conv(f"{target}.conv2", f"{original}.residual.6", f"{diffusers}.conv2"),
     ]
     names = (f"{target}.shortcut", f"{original}.shortcut", f"{diffusers}.conv_shortcut")
-    return [*rules, *_conv(*names, POINTWISE)] if shortcut else rules
+    return [*rules, *_conv(*names, _POINTWISE)] if shortcut else rules
 
 
 def _resample(target: str, original: str, diffusers: str, *, temporal: bool) -> list[Rule]:
@@ -61,13 +76,13 @@ def _middle(side: str) -> list[Rule]:
     ours, theirs = f"{side}.middle", f"{side}.mid_block"
     attention = (f"{ours}.1", f"{ours}.1", f"{theirs}.attentions.0")
     norm, qkv, proj = (
-        [f"{name}.{part}" for name in attention] for part in ("norm", "to_qkv", "proj")
+        [f"{name}.{layer}" for name in attention] for layer in ("norm", "to_qkv", "proj")
     )
     return [
         *_residual(f"{ours}.0", f"{ours}.0", f"{theirs}.resnets.0", shortcut=False),
-        _norm(norm[0], norm[1], norm[2], GAMMA_2D),
-        *_conv(qkv[0], qkv[1], qkv[2], POINTWISE_2D),
-        *_conv(proj[0], proj[1], proj[2], POINTWISE_2D),
+        _norm(norm[0], norm[1], norm[2], _GAMMA_2D),
+        *_conv(qkv[0], qkv[1], qkv[2], _POINTWISE_2D),
+        *_conv(proj[0], proj[1], proj[2], _POINTWISE_2D),
         *_residual(f"{ours}.2", f"{ours}.2", f"{theirs}.resnets.1", shortcut=False),
     ]
 
@@ -84,8 +99,8 @@ def _ends(side: str) -> list[Rule]:
 def vae_rules(config: VaeConfig) -> tuple[Rule, ...]:
     """The rules of a VAE; which of its blocks have a shortcut or resample time depends on it."""
     rules = [
-        *_conv("quant", "conv1", "quant_conv", POINTWISE),
-        *_conv("post_quant", "conv2", "post_quant_conv", POINTWISE),
+        *_conv("quant", "conv1", "quant_conv", _POINTWISE),
+        *_conv("post_quant", "conv2", "post_quant_conv", _POINTWISE),
         *_ends("encoder"),
         *_middle("encoder"),
         *_ends("decoder"),
@@ -110,13 +125,13 @@ def vae_rules(config: VaeConfig) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def config_from_tensors(shapes: Mapping[str, Sequence[int]], dialect: Dialect) -> VaeConfig:
+def vae_config_from_tensors(shapes: Mapping[str, Sequence[int]], format: Format) -> VaeConfig:
     """What the shapes in a file say of the VAE; the statistics are those of the released one.
 
     Raises:
         WeightsError: tensors that the answer depends on are missing or contradict each other.
     """
-    if dialect == "original":
+    if format == "original":
         first, latent = "encoder.conv1.weight", "conv2.weight"
         layer, convolution = "encoder.downsamples.{k}", "residual.6.weight"
     else:
@@ -157,26 +172,26 @@ def config_from_tensors(shapes: Mapping[str, Sequence[int]], dialect: Dialect) -
         raise WeightsError(f"not a Wan VAE: {error}") from error
 
 
-def config_from_json(config: Mapping[str, Any]) -> VaeConfig:
+def vae_config_from_json(config: Mapping[str, Any]) -> VaeConfig:
     """From diffusers' ``config.json``; keys that it leaves out have diffusers' defaults.
 
     Raises:
-        WeightsError: values that contradict each other.
+        WeightsError: values that are illegal or contradict each other.
         UnsupportedError: a variant that SkyReels-V2 does not use (Wan 2.2's, for one).
     """
-    fixed = {
-        "attn_scales": [],
-        "is_residual": False,
-        "in_channels": 3,
-        "out_channels": 3,
-        "patch_size": None,
-        "scale_factor_temporal": 4,
-        "scale_factor_spatial": 8,
-    }
-    for key, value in fixed.items():
-        if config.get(key, value) != value:
-            raise UnsupportedError(f"VAE with {key} {config[key]!r}; only {value!r}")
-    base_dim = config.get("base_dim", 96)
+    fields = JsonFields(config, "VAE")
+    fields.require(
+        {
+            "attn_scales": [],
+            "is_residual": False,
+            "in_channels": 3,
+            "out_channels": 3,
+            "patch_size": None,
+            "scale_factor_temporal": FRAME_STRIDE,
+            "scale_factor_spatial": PIXEL_STRIDE,
+        }
+    )
+    base_dim = fields.size("base_dim", 96, most=4096)
     if config.get("decoder_base_dim") not in (None, base_dim):
         raise UnsupportedError(
             f"VAE with decoder_base_dim {config['decoder_base_dim']}; only that of the encoder, "
@@ -184,16 +199,50 @@ def config_from_json(config: Mapping[str, Any]) -> VaeConfig:
         )
     try:
         return VaeConfig(
-            base_dim=int(base_dim),
-            z_dim=int(config.get("z_dim", 16)),
-            dim_mult=tuple(int(m) for m in config.get("dim_mult", (1, 2, 4, 4))),
-            num_res_blocks=int(config.get("num_res_blocks", 2)),
+            base_dim=base_dim,
+            z_dim=fields.size("z_dim", 16, most=4096),
+            dim_mult=fields.values("dim_mult", (1, 2, 4, 4)),
+            num_res_blocks=fields.size("num_res_blocks", 2, most=64),
             # Spelled so in the published file.
             temporal_downsample=tuple(
-                bool(t) for t in config.get("temperal_downsample", (False, True, True))
+                map(bool, fields.values("temperal_downsample", (False, True, True)))
             ),
-            latents_mean=tuple(float(v) for v in config.get("latents_mean", LATENTS_MEAN)),
-            latents_std=tuple(float(v) for v in config.get("latents_std", LATENTS_STD)),
+            latents_mean=fields.values("latents_mean", LATENTS_MEAN),
+            latents_std=fields.values("latents_std", LATENTS_STD),
         )
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise WeightsError(f"the VAE's config.json is unsound: {error}") from error
+
+
+def vae_json(config: VaeConfig, format: Format = "diffusers") -> dict[str, Any]:
+    """``config.json`` of ``AutoencoderKLWan``; the original format has none."""
+    del format
+    return {
+        "_class_name": "AutoencoderKLWan",
+        "attn_scales": [],
+        "base_dim": config.base_dim,
+        "dim_mult": list(config.dim_mult),
+        "dropout": 0.0,
+        "latents_mean": list(config.latents_mean),
+        "latents_std": list(config.latents_std),
+        "num_res_blocks": config.num_res_blocks,
+        "scale_factor_spatial": PIXEL_STRIDE,
+        "scale_factor_temporal": FRAME_STRIDE,
+        # Spelled so in diffusers.
+        "temperal_downsample": list(config.temporal_downsample),
+        "z_dim": config.z_dim,
+    }
+
+
+VAE: Final = ComponentSpec(WanVae, vae_rules, vae_json)
+
+
+def stored_vae(layout: Layout) -> StoredComponent[VaeConfig, WanVae]:
+    """The VAE of a folder; only headers are read.
+
+    Raises:
+        WeightsError: it is missing or unsound.
+        UnsupportedError: it is a variant that SkyReels-V2 does not use.
+    """
+    source, config = open_files(layout, "vae", vae_config_from_json, vae_config_from_tensors)
+    return StoredComponent(VAE, config, source, layout.format, vae_rules(config))
