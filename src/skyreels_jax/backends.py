@@ -48,7 +48,7 @@ def _jax_loaders(
     layout = checkpoint.layout
 
     def text_encoder() -> TextEncoder:
-        # The tokenizer first: it is quickly read, and what is wrong with it quickly told.
+        # The tokenizer first: it is quickly read, and what is wrong with it quickly said.
         tokenizer = Tokenizer.from_folder(checkpoint.tokenizer)
         return Umt5TextEncoder(stored_text_encoder(layout).load(dtype), tokenizer)
 

@@ -82,7 +82,7 @@ def estimate(
 
 
 def component_sizes(
-    layout: Layout, config: TransformerConfig, *, dtype: DTypeLike, vae_dtype: DTypeLike
+    layout: Layout, config: TransformerConfig, dtype: DTypeLike, vae_dtype: DTypeLike
 ) -> dict[str, int]:
     """Bytes of the parameters of each component of a checkpoint, from headers alone.
 
@@ -99,10 +99,10 @@ def component_sizes(
     }
     if config.image_dim is not None:
         models["image_encoder"] = stored_image_encoder(layout).abstract(dtype)
-    return {name: size_of(nnx.state(model, nnx.Param)) for name, model in models.items()}
+    return {name: bytes_of(nnx.state(model, nnx.Param)) for name, model in models.items()}
 
 
-def size_of(tree: PyTree) -> int:
+def bytes_of(tree: PyTree) -> int:
     """Bytes of all arrays in ``tree``, which may be abstract."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

@@ -5,12 +5,11 @@ transformer, VAE. Where memory does not hold all of them for the next video, eac
 its stage: memory then holds one large model at a time.
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import fields
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,12 @@ from skyreels_jax.backends import BACKENDS, LOADERS, Backend
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
 from skyreels_jax.components.autoencoder import VAE_TILINGS, VaeTiling
 from skyreels_jax.components.lazy import (
+    Keep,
     Lazy,
     LazyAutoencoder,
     LazyImageEncoder,
     LazyTextEncoder,
+    Residency,
 )
 from skyreels_jax.components.prompt_cache import PromptCache, fingerprint
 from skyreels_jax.components.protocols import Components
@@ -37,11 +38,11 @@ from skyreels_jax.generation.video import (
     decode_latents,
     settings_of,
     stream_frames,
-    write_frames,
+    write_mp4,
 )
 from skyreels_jax.generation.window_generator import WindowGenerator
 from skyreels_jax.media import ImageInput
-from skyreels_jax.memory import available_memory, component_sizes, estimate
+from skyreels_jax.memory import component_sizes, estimate
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.sampling.progress import Clock, NoProgress, Progress
@@ -49,14 +50,8 @@ from skyreels_jax.shapes import Frames, HostLatents
 from skyreels_jax.weights.convert_folder import convert_folder
 from skyreels_jax.weights.pipeline_folder import require_components
 
-# Whether components stay in memory between calls; `auto` decides for each video by what is free.
-Keep = Literal["auto"] | bool
 # Files whose change changes a video.
 _MODEL_FILES: Final = frozenset({".safetensors", ".pth", ".bin", ".json", ".model"})
-# An estimate of work is a lower bound: so many times is made room for beside kept components.
-_WORK_MARGIN: Final = 3
-
-logger = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -129,28 +124,31 @@ class Pipeline:
             raise RequestError("the hybrid backend's VAE runs in float32: leave vae_dtype out")
         self.checkpoint = checkpoint
         self.dtype = dtype
-        self._backend, self._vae_dtype, self._keep = backend, vae_dtype, keep
+        self._backend = backend
         kinds = jnp.dtype(dtype), jnp.dtype(vae_dtype)
         loaders = LOADERS[backend](checkpoint, *kinds, device, vae_tiling)
         # What has been proved need not be proved for every video; a refusal is not remembered.
         self.verify = cache(partial(_verify_checkpoint, checkpoint))
         stored = None
         if prompt_cache is not None:
-            stored = partial(_open_prompt_cache, checkpoint, prompt_cache, (backend, dtype))
+            made_by = (checkpoint.text_encoder, checkpoint.tokenizer)
+            stored = partial(PromptCache.open, prompt_cache, made_by, (backend, dtype))
         text_encoder = LazyTextEncoder(loaders.text_encoder, cache=stored)
         vae, image_encoder = LazyAutoencoder(loaders.vae), LazyImageEncoder(loaders.image_encoder)
         self.components = Components(text_encoder, vae, image_encoder)
         # Compiled programs outlive the transformer: its parameters are arguments of theirs.
         self._programs: dict[Any, jax.stages.Compiled] = {}
         self._denoiser = Lazy(self.load_denoiser)
-        self._lazy: dict[str, Lazy[Any]] = {
-            "text_encoder": text_encoder,
-            "image_encoder": image_encoder,
-            "transformer": self._denoiser,
-            "vae": vae,
-        }
-        for component in self._lazy.values():
-            component.keep = keep is True
+        self._residency = Residency(
+            {
+                "text_encoder": text_encoder,
+                "image_encoder": image_encoder,
+                "transformer": self._denoiser,
+                "vae": vae,
+            },
+            partial(component_sizes, checkpoint.layout, checkpoint.config, *kinds),
+            keep,
+        )
 
     @classmethod
     def from_pretrained(
@@ -197,14 +195,9 @@ class Pipeline:
         resolved = self.resolve(prompt, image=image, **settings)
         store, clock = MemoryStore(), Clock(progress or NoProgress())
         frames = list(stream_frames(self._generator(resolved, store, clock)))
-        return Video(
-            np.concatenate(frames),
-            resolved.fps,
-            settings_of(resolved),
-            store.latents,
-            clock.timings,
-            resolved.sound,
-        )
+        settings = settings_of(resolved)
+        made = (np.concatenate(frames), resolved.fps, settings, store.latents, clock.timings)
+        return Video(*made, resolved.sound)
 
     def resolve(
         self, prompt: str, *, image: ImageInput | None = None, **settings: Any
@@ -221,7 +214,7 @@ class Pipeline:
                 f"{', '.join(sorted(known))}"
             )
         request = Request(prompt=prompt, image=image, dtype=self.dtype, **settings)
-        return resolve(request, self.checkpoint, memory=self._free_memory())
+        return resolve(request, self.checkpoint, memory=self._residency.free_memory())
 
     def stream(
         self,
@@ -265,7 +258,7 @@ class Pipeline:
             RequestError: the path cannot be written to.
             SkyReelsError: as :meth:`stream`.
         """
-        write_frames(
+        write_mp4(
             self.stream(request, clock=Clock(progress or NoProgress())),
             Path(path),
             fps=request.fps,
@@ -286,60 +279,22 @@ class Pipeline:
         return decode_latents(self.components.vae, latents, clock or Clock())
 
     def __repr__(self) -> str:
-        guess = self.checkpoint.guess.preset
-        name = "" if guess is None else f" ({guess.name})"
-        return (
-            f"<Pipeline {self.checkpoint.folder}{name}: {self.checkpoint.task}, {self.dtype}, "
-            f"backend {self._backend}>"
-        )
+        checkpoint = self.checkpoint
+        made = f"{checkpoint.task}, {self.dtype}, backend {self._backend}"
+        return f"<Pipeline {checkpoint.folder}: {made}>"
 
     def _generator(
         self, request: ResolvedRequest, store: WindowStore | None, clock: Clock | None
     ) -> WindowGenerator:
         self.verify()
-        if self._keep == "auto":
-            self._decide_what_to_keep(request)
-        return WindowGenerator(
-            self.components, self._denoiser.get, request, clock=clock, store=store
-        )
-
-    @cached_property
-    def _sizes(self) -> dict[str, int]:
-        return component_sizes(
-            self.checkpoint.layout,
-            self.checkpoint.config,
-            dtype=jnp.dtype(self.dtype),
-            vae_dtype=jnp.dtype(self._vae_dtype),
-        )
-
-    def _free_memory(self) -> int | None:
-        """Bytes for a request: with those of kept components that it uses or can do without."""
-        free = available_memory()
-        usable = self._lazy if self._keep == "auto" else ("transformer",)
-        kept = sum(self._sizes[name] for name in usable if self._lazy[name].loaded is not None)
-        return None if free is None else free + kept
-
-    def _decide_what_to_keep(self, request: ResolvedRequest) -> None:
-        """Keep all components where they and the work on the request fit; let go of them if not."""
         copies = 2 if request.batched_guidance else 1
         work = estimate(
             self.checkpoint.config, request.window_shape, dtype=request.dtype, copies=copies
         )
-        needed = sum(self._sizes.values()) + _WORK_MARGIN * (work.total - work.weights)
-        free = self._free_memory()
-        keep = free is not None and needed <= free
-        if keep != self._lazy["vae"].keep:
-            logger.info(
-                "components %s between calls: with the work on this video they take %.2f GiB, "
-                "and %s (keep=%s overrides this)",
-                "stay in memory" if keep else "are loaded anew",
-                needed / 2**30,
-                "nobody can tell what is free" if free is None else f"{free / 2**30:.2f} are free",
-                not keep,
-            )
-        for component in self._lazy.values():
-            component.keep = keep
-            component.loaded = component.loaded if keep else None
+        self._residency.decide(work.total - work.weights)
+        return WindowGenerator(
+            self.components, self._denoiser.get, request, clock=clock, store=store
+        )
 
     def fingerprint(self) -> str:
         """A hash of all weights and settings that decide a video."""
@@ -381,18 +336,6 @@ class Pipeline:
         """
         model = load_transformer(self.checkpoint, dtype=jnp.dtype(self.dtype))
         return Denoiser(model, self.checkpoint.block_length, self._programs)
-
-
-def _open_prompt_cache(
-    checkpoint: Checkpoint, folder: Path, made_by: tuple[str, ...]
-) -> PromptCache:
-    """The entries in ``folder`` that a checkpoint's text encoder would make.
-
-    ``made_by`` is what else, besides the checkpoint's files, decides an encoding.
-    """
-    paths = (checkpoint.text_encoder, checkpoint.tokenizer)
-    files = [file for path in paths for file in (path, *path.rglob("*")) if file.is_file()]
-    return PromptCache(folder, fingerprint(files, *made_by))
 
 
 def _verify_checkpoint(checkpoint: Checkpoint) -> None:

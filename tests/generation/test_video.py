@@ -1,5 +1,6 @@
 """Whole generations with small components: every stage in order, and every input to its place."""
 
+import base64
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from skyreels_jax.components.protocols import Components
 from skyreels_jax.diffusion.guidance import guidance_of
 from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.errors import NumericsError, RequestError
+from skyreels_jax.generation import video as video_module
 from skyreels_jax.generation.request import Request
 from skyreels_jax.generation.resolve import resolve
 from skyreels_jax.generation.video import generate
@@ -231,3 +233,18 @@ def test_image_requests_need_an_image_encoder(image_denoiser):
     components = Components(standins.Words(), standins.Blocks())
     with pytest.raises(ValueError, match="image encoder"):
         generate(components, lambda: image_denoiser, request("i2v", image=picture()))
+
+
+def test_a_video_says_what_it_is_in_one_line_and_plays_in_a_notebook(
+    text_denoiser, monkeypatch: pytest.MonkeyPatch
+):
+    made = generate(COMPONENTS, lambda: text_denoiser, request(prompt="a fox " * 50))
+    said = repr(made)
+    assert said.startswith("<Video: 9 frames of 48x32 at 24 fps, 0.4 s, 'a fox a fox")
+    assert "\n" not in said and len(said) < 120
+    shown = made._repr_html_()
+    assert shown.startswith('<video controls loop muted autoplay src="data:video/mp4;base64,')
+    content = base64.b64decode(shown.partition("base64,")[2].partition('"')[0])
+    assert b"ftyp" in content[:16]
+    monkeypatch.setattr(video_module, "_MAX_SHOWN_BYTES", len(content) - 1)
+    assert made._repr_html_().startswith('<img src="data:image/jpeg;base64,')

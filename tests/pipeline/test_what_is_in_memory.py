@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from tests.fabricate import Checkpoints
 
-from skyreels_jax import pipeline as pipeline_module
 from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.components import lazy
 from skyreels_jax.memory import estimate
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.weights.components.stored import StoredComponent
@@ -113,9 +113,9 @@ def test_without_keeping_a_second_video_loads_again_and_compiles_nothing(
 def test_by_default_components_stay_where_there_is_room(
     checkpoints: Checkpoints, watch: Watch, monkeypatch, caplog, free: int | None
 ):
-    monkeypatch.setattr(pipeline_module, "available_memory", lambda: free)
+    monkeypatch.setattr(lazy, "available_memory", lambda: free)
     pipe = Pipeline.from_pretrained(checkpoints("t2v", "diffusers"))
-    with caplog.at_level("INFO", "skyreels_jax.pipeline"):
+    with caplog.at_level("INFO", "skyreels_jax.components.lazy"):
         first, again = (pipe("a fox", **SMALL) for _ in range(2))
     names = ["Umt5Encoder", "WanModel", "WanVae"]
     kept = free == 2**40
@@ -135,9 +135,9 @@ def test_what_was_kept_makes_room_for_a_video_that_takes_it(
     request = pipe.resolve("a fox", **larger)
     least = estimate(pipe.checkpoint.config, request.window_shape, dtype=pipe.dtype)
     free = least.total - least.weights
-    monkeypatch.setattr(pipeline_module, "available_memory", lambda: free)
+    monkeypatch.setattr(lazy, "available_memory", lambda: free)
     watch.loads.clear()
-    with caplog.at_level("INFO", "skyreels_jax.pipeline"):
+    with caplog.at_level("INFO", "skyreels_jax.components.lazy"):
         pipe("a fox", **larger)
     assert watch.loads == [(name, set()) for name in ("Umt5Encoder", "WanModel", "WanVae")]
     assert "components are loaded anew between calls" in caplog.text

@@ -12,10 +12,10 @@ from skyreels_jax.generation.dry_run.plan import Memory, StagePlan, plan
 from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.memory import available_memory
 
-GIB: Final = 2**30
-HEADINGS: Final = ("stage", "weights", "state", "work", "total", "operations", "compiled in")
-ROW: Final = "{:<20}{:>10}{:>12}{:>12}{:>12}{:>14}{:>13}"
-UNKNOWN: Final = "?"
+_GIB: Final = 2**30
+_HEADINGS: Final = ("stage", "weights", "state", "work", "total", "operations", "compiled in")
+_ROW: Final = "{:<20}{:>10}{:>12}{:>12}{:>12}{:>14}{:>13}"
+_UNKNOWN: Final = "?"
 
 
 def report(
@@ -38,26 +38,26 @@ def report(
         UnsupportedError: the largest stage takes more than is free.
     """
     print("memory in GiB: weights, state (latents, caches), work (the compiler's own count)")
-    print(ROW.format(*HEADINGS))
+    print(_ROW.format(*_HEADINGS))
     free = available_memory()
     stages: list[StagePlan] = []
     memory, hybrid = Memory(free, tiling), backend == "hybrid"
     for stage in plan(checkpoint, request, hybrid=hybrid, memory=memory, vae_dtype=vae_dtype):
-        print(line(stage), flush=True)
+        print(_line(stage), flush=True)
         stages.append(stage)
     largest = max(stages, key=lambda stage: stage.total)
     partial = any(stage.work is None or stage.work.temporary is None for stage in stages)
     least = "at least " if partial else ""
     together = "transformer and VAE are" if request.is_long else "one stage is"
     needed = (
-        f"the largest stage, {largest.stage}, takes {least}{largest.total / GIB:.2f} GiB; "
+        f"the largest stage, {largest.stage}, takes {least}{largest.total / _GIB:.2f} GiB; "
         f"{together} in memory at a time"
     )
     device = jax.local_devices()[0]
     if free is None:
         print(f"{needed}; {device.device_kind} does not tell what is free")
         return 0
-    there = f"{device.device_kind} has {free / GIB:.2f} GiB free"
+    there = f"{device.device_kind} has {free / _GIB:.2f} GiB free"
     if largest.total > free:
         raise UnsupportedError(
             f"does not fit: {needed}, and {there}; use fewer frames, a smaller size"
@@ -68,21 +68,21 @@ def report(
     return 0
 
 
-def line(stage: StagePlan) -> str:
+def _line(stage: StagePlan) -> str:
     """One stage of the table; ``?`` where nothing is known."""
     work = stage.work
     temporary = None if work is None else work.temporary
-    return ROW.format(
+    return _ROW.format(
         stage.stage if stage.tiles == 1 else f"{stage.stage} ({stage.tiles} tiles)",
-        gib(stage.weights),
-        gib(None if work is None else work.state),
-        gib(temporary),
-        gib(stage.total),
-        UNKNOWN if work is None else f"{stage.operations:.3g}",
-        UNKNOWN if work is None else f"{work.compile_seconds:.1f} s",
+        _gib(stage.weights),
+        _gib(None if work is None else work.state),
+        _gib(temporary),
+        _gib(stage.total),
+        _UNKNOWN if work is None else f"{stage.operations:.3g}",
+        _UNKNOWN if work is None else f"{work.compile_seconds:.1f} s",
     )
 
 
-def gib(size: int | None) -> str:
+def _gib(size: int | None) -> str:
     """Bytes in GiB."""
-    return UNKNOWN if size is None else f"{size / GIB:.3f}"
+    return _UNKNOWN if size is None else f"{size / _GIB:.3f}"

@@ -24,7 +24,7 @@ from skyreels_jax.errors import SkyReelsError, Stopped
 from skyreels_jax.files import whole_file
 from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.generation.store import FolderStore, SavedLatents
-from skyreels_jax.generation.video import settings_of, write_frames
+from skyreels_jax.generation.video import settings_of, write_mp4
 from skyreels_jax.geometry import pixel_frames
 from skyreels_jax.interrupt import StopRequest, stop_requested
 from skyreels_jax.media import contact_sheet, write_image, write_settings
@@ -122,7 +122,7 @@ def decode_file(args: argparse.Namespace, pipeline: Pipeline, saved: SavedLatent
     with console_progress() as progress:
         clock = Clock(progress)
         try:
-            count = write_frames(
+            count = write_mp4(
                 pipeline.decode(saved.latents, clock),
                 args.output,
                 fps=saved.fps,
@@ -156,7 +156,7 @@ def _write(pipeline: Pipeline, job: FolderStore, clock: Clock) -> None:
     frames = pipeline.stream(request, store=job, clock=clock)
     if job.how["preview"]:
         frames = _with_strips(frames, request, Path(job.how["output"]))
-    written = write_frames(
+    written = write_mp4(
         frames,
         job.partial,
         fps=request.fps,

@@ -5,9 +5,11 @@ is kept for the next one.
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import cached_property
+from typing import Any, Final, Generic, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -19,13 +21,20 @@ from skyreels_jax.components.protocols import (
     ImageEncoder,
     TextEncoder,
 )
+from skyreels_jax.memory import available_memory
 from skyreels_jax.shapes import HostLatents, Pixels
 
-T = TypeVar("T")
+_T = TypeVar("_T")
+# Whether models stay in memory between calls; `auto` decides for each video by what is free.
+Keep = Literal["auto"] | bool
+# An estimate of work is a lower bound: so many times is made room for beside kept models.
+_WORK_MARGIN: Final = 3
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Lazy(Generic[T]):
+class Lazy(Generic[_T]):
     """A model that ``load`` makes when it is needed.
 
     Attributes:
@@ -34,11 +43,11 @@ class Lazy(Generic[T]):
         loaded: the model that was kept.
     """
 
-    load: Callable[[], T]
+    load: Callable[[], _T]
     keep: bool = False
-    loaded: T | None = None
+    loaded: _T | None = None
 
-    def get(self) -> T:
+    def get(self) -> _T:
         """The model, loaded now unless it was kept.
 
         What nobody holds any more has left memory before: Flax flattens a model's state with a
@@ -95,3 +104,54 @@ class LazyAutoencoder(Lazy[Autoencoder]):
 def loaded_vae(vae: Autoencoder) -> Autoencoder:
     """The VAE in memory, for as long as the result is held: where it is used several times."""
     return vae.get() if isinstance(vae, LazyAutoencoder) else vae
+
+
+class Residency:
+    """Decides which models stay in memory between calls: all of them, or none."""
+
+    def __init__(
+        self,
+        models: Mapping[str, Lazy[Any]],
+        sizes: Callable[[], Mapping[str, int]],
+        keep: Keep,
+    ):
+        """Nothing is decided yet, unless ``keep`` does.
+
+        Args:
+            models: by name; ``transformer`` and ``vae`` among them.
+            sizes: gives the bytes of each; called when they are first needed.
+            keep: the user's choice.
+        """
+        self._models, self._measure, self._keep = models, sizes, keep
+        for model in models.values():
+            model.keep = keep is True
+
+    @cached_property
+    def _sizes(self) -> Mapping[str, int]:
+        return self._measure()
+
+    def free_memory(self) -> int | None:
+        """Bytes for a video, with those of kept models that it uses or that can go."""
+        free = available_memory()
+        usable = self._models if self._keep == "auto" else ("transformer",)
+        kept = sum(self._sizes[name] for name in usable if self._models[name].loaded is not None)
+        return None if free is None else free + kept
+
+    def decide(self, work: int) -> None:
+        """Keep all models where they and ``work`` bytes fit; let go of them if not; log changes."""
+        if self._keep != "auto":
+            return
+        needed, free = sum(self._sizes.values()) + _WORK_MARGIN * work, self.free_memory()
+        keep = free is not None and needed <= free
+        if keep != self._models["vae"].keep:
+            logger.info(
+                "components %s between calls: with the work on this video they take %.2f GiB, "
+                "and %s (keep=%s overrides this)",
+                "stay in memory" if keep else "are loaded anew",
+                needed / 2**30,
+                "nobody can tell what is free" if free is None else f"{free / 2**30:.2f} are free",
+                not keep,
+            )
+        for model in self._models.values():
+            model.keep = keep
+            model.loaded = model.loaded if keep else None

@@ -52,6 +52,18 @@ class PromptCache:
     folder: Path
     weights: str
 
+    @classmethod
+    def open(cls, folder: Path, made_by: Iterable[Path], settings: Iterable[str]) -> "PromptCache":
+        """The entries in ``folder`` of an encoder as it is now.
+
+        Args:
+            folder: of the cache; made when the first entry is.
+            made_by: files and folders that decide an encoding.
+            settings: what else does.
+        """
+        files = [f for path in made_by for f in (path, *path.rglob("*")) if f.is_file()]
+        return cls(folder, fingerprint(files, *settings))
+
     def encode(
         self, prompts: Sequence[str], load: Callable[[], TextEncoder]
     ) -> Float[np.ndarray, "B S text_dim"]:

@@ -181,7 +181,7 @@ def decode_latents(vae: Autoencoder, latents: HostLatents, clock: Clock) -> Iter
         )
 
 
-def write_frames(
+def write_mp4(
     frames: Iterable[Frames],
     path: Path,
     *,
@@ -259,7 +259,7 @@ def _from_pixels(
             latents = generator.make(window, vae.encode(tail.frames()))
         tail = _Tail(0 if after is None else pixel_frames(after.prefix))
         skipped = pixel_frames(window.prefix) if window.number or request.video else 0
-        yield from _without_first(tail.watch(vae.decode_pieces([latents])), skipped)
+        yield from _without_first(tail.passing(vae.decode_pieces([latents])), skipped)
 
 
 _CONTINUATIONS: Final[
@@ -274,7 +274,7 @@ class _Tail:
     length: int
     chunks: list[Pixels] = field(default_factory=list)
 
-    def watch(self, pixels: Iterable[Pixels]) -> Iterator[Pixels]:
+    def passing(self, pixels: Iterable[Pixels]) -> Iterator[Pixels]:
         """The same pixels."""
         for chunk in pixels:
             self.chunks.append(chunk)

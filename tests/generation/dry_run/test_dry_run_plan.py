@@ -16,7 +16,7 @@ from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.generation.dry_run.plan import Memory, StagePlan, plan, plan_vae
 from skyreels_jax.generation.request import Request, ResolvedRequest
 from skyreels_jax.generation.resolve import resolve
-from skyreels_jax.memory import Direction, size_of, vae_work
+from skyreels_jax.memory import Direction, bytes_of, vae_work
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_config import WAN_VAE, Residual, VaeConfig
 from skyreels_jax.testing.random_checkpoint import (
@@ -247,7 +247,7 @@ def test_the_estimate_of_the_vae_is_what_the_compiler_counts(direction: Directio
 
 def test_a_plan_in_tiles_is_that_of_its_tiles():
     model = nnx.eval_shape(lambda: WanVae(SMALL_VAE, rngs=nnx.Rngs(0)))
-    weights = size_of(nnx.state(model, nnx.Param))
+    weights = bytes_of(nnx.state(model, nnx.Param))
 
     def planned(height: int, width: int, free: float | None = None) -> StagePlan:
         memory = Memory(None if free is None else int(free))

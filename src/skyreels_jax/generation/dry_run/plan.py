@@ -26,7 +26,7 @@ from skyreels_jax.generation.request import ResolvedRequest
 from skyreels_jax.generation.window_generator import conditioning_noise, frame_schedule_for
 from skyreels_jax.generation.windows import Window
 from skyreels_jax.geometry import latent_frames
-from skyreels_jax.memory import Direction, size_of, vae_work
+from skyreels_jax.memory import Direction, bytes_of, vae_work
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.prompts import TEXT_LEN
 from skyreels_jax.sampling.denoiser import AbstractInputs, Denoiser, Sampling
@@ -107,7 +107,7 @@ def plan(
     Args:
         checkpoint: of which configurations and headers are read.
         request: settled.
-        hybrid: whether PyTorch runs the encoders and the VAE; of these only weights are told.
+        hybrid: whether PyTorch runs the encoders and the VAE; of these only weights are counted.
         memory: what there is, and how the VAE is to deal with it.
         vae_dtype: of the VAE.
     """
@@ -119,7 +119,7 @@ def plan(
 
     def part(stage: str, model: nnx.Module, calls: int, *inputs: Abstract) -> StagePlan:
         if hybrid:
-            return StagePlan(stage, size_of(nnx.state(model, nnx.Param)), None, 0)
+            return StagePlan(stage, bytes_of(nnx.state(model, nnx.Param)), None, 0)
         return _plan_module(stage, model, calls, *inputs)
 
     tokens = (Abstract((1, TEXT_LEN), kind) for kind in (jnp.int32, jnp.bool_))
@@ -131,7 +131,7 @@ def plan(
     vae = stored_vae(layout).abstract(jnp.dtype(vae_dtype))
     size = (request.height, request.width)
 
-    vae_weights = size_of(nnx.state(vae, nnx.Param))
+    vae_weights = bytes_of(nnx.state(vae, nnx.Param))
 
     def video(stage: str, direction: Direction, chunks: int, beside: int = 0) -> StagePlan:
         if hybrid:
@@ -196,7 +196,7 @@ def plan_denoising(checkpoint: Checkpoint, request: ResolvedRequest) -> StagePla
         for window, windows in alike.items()
         for traced, times in programs(window, "chunked")
     )
-    return StagePlan("denoise", size_of(parameters), analysed(program, parameters), count)
+    return StagePlan("denoise", bytes_of(parameters), analysed(program, parameters), count)
 
 
 def analysed(traced: jax.stages.Traced, parameters: Any) -> Work:
@@ -204,7 +204,7 @@ def analysed(traced: jax.stages.Traced, parameters: Any) -> Work:
     start = time.perf_counter()
     memory = traced.lower().compile().memory_analysis()
     seconds = time.perf_counter() - start
-    state = size_of(traced.jaxpr.in_avals) - size_of(parameters)
+    state = bytes_of(traced.jaxpr.in_avals) - bytes_of(parameters)
     if memory is None:
         return Work(state, None, seconds)
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -220,7 +220,7 @@ def _plan_module(stage: str, model: nnx.Module, calls: int, *inputs: Abstract) -
 
     traced = jax.jit(call).trace(parameters, *inputs)
     count = calls * operations(traced.jaxpr.jaxpr)
-    return StagePlan(stage, size_of(parameters), analysed(traced, parameters), count)
+    return StagePlan(stage, bytes_of(parameters), analysed(traced, parameters), count)
 
 
 def plan_vae(
@@ -241,7 +241,7 @@ def plan_vae(
         memory: decides whether there are tiles.
         beside: bytes of weights that are in memory besides the VAE's.
     """
-    weights = size_of(nnx.state(vae, nnx.Param)) + beside
+    weights = bytes_of(nnx.state(vae, nnx.Param)) + beside
     (height, width), chunks = video
     needed = vae_work(vae.config, direction, height, width)
     free = None if memory.free is None else memory.free - weights
