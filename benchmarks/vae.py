@@ -199,7 +199,7 @@ def length(frames: list[int], base_dim: int) -> None:
 
 def quality() -> None:
     """Print what bfloat16 costs, in dB, on two sizes."""
-    from skyreels_jax.models.vae import decode_latents, encode_pixels
+    from skyreels_jax.models.vae import decode_to_pixels, encode_pixels
 
     exact, half = jax_vae("float32"), jax_vae("bfloat16")
 
@@ -209,8 +209,8 @@ def quality() -> None:
     head("frames", "decode, PSNR dB", "pixels' standard deviation", "encode, dB below the latents")
     for frames, height, width in ((1, 128, 128), (9, 64, 64)):
         z, video = latents((frames + 3) // 4, height, width), pixels(frames, height, width)
-        a, b = decode_latents(exact, z), encode_pixels(exact, video)
-        psnr = decibels(a, decode_latents(half, z), 2)
+        a, b = decode_to_pixels(exact, z), encode_pixels(exact, video)
+        psnr = decibels(a, decode_to_pixels(half, z), 2)
         below = decibels(b, encode_pixels(half, video), float(b.std()))
         row(f"{frames} of {height} x {width}", psnr, f"{a.std():.2f}", below)
 

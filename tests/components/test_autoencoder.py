@@ -47,7 +47,7 @@ def test_tiles_where_memory_would_not_do():
 def test_where_it_fits_decoding_and_encoding_are_whole_to_the_bit(model, monkeypatch, caplog):
     has(monkeypatch, vae_work(model.config, "decode", 32, 320) * 2)
     vae_jax = WanAutoencoder(model)
-    np.testing.assert_array_equal(decoded(vae_jax), vae.decode_latents(model, LATENTS[None])[0])
+    np.testing.assert_array_equal(decoded(vae_jax), vae.decode_to_pixels(model, LATENTS[None])[0])
     np.testing.assert_array_equal(vae_jax.encode(PIXELS), vae.encode_pixels(model, PIXELS[None])[0])
     assert caplog.text == ""
 
@@ -63,7 +63,7 @@ def test_too_little_memory_turns_tiles_on_and_says_so(
     has(monkeypatch, free or vae_work(model.config, direction, 32, 320))
     vae_jax, given = WanAutoencoder(model), {"decode": LATENTS, "encode": PIXELS}[direction]
     work = partial(
-        {"decode": vae.decode_latents, "encode": vae.encode_pixels}[direction], model, given[None]
+        {"decode": vae.decode_to_pixels, "encode": vae.encode_pixels}[direction], model, given[None]
     )
     with caplog.at_level(logging.WARNING):
         ours = decoded(vae_jax) if direction == "decode" else vae_jax.encode(PIXELS)
@@ -77,10 +77,10 @@ def test_too_little_memory_turns_tiles_on_and_says_so(
 def test_off_stays_off_and_on_is_not_a_warning(model, monkeypatch, caplog):
     has(monkeypatch, 1)
     np.testing.assert_array_equal(
-        decoded(WanAutoencoder(model, "off")), vae.decode_latents(model, LATENTS[None])[0]
+        decoded(WanAutoencoder(model, "off")), vae.decode_to_pixels(model, LATENTS[None])[0]
     )
     tiled = decoded(WanAutoencoder(model, "on"))
     np.testing.assert_array_equal(
-        tiled, vae.decode_latents(model, LATENTS[None], tiling=Tiles())[0]
+        tiled, vae.decode_to_pixels(model, LATENTS[None], tiling=Tiles())[0]
     )
     assert caplog.text == ""

@@ -13,7 +13,7 @@ from vae_oracle import TINY, decoded, encoded, latents, oracle, ours, pair, pixe
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.models import vae as module
-from skyreels_jax.models.vae import WanVae, decode_chunks, decode_latents, encode_pixels
+from skyreels_jax.models.vae import WanVae, decode_chunks, decode_to_pixels, encode_pixels
 from skyreels_jax.models.vae_config import WAN_VAE, VaeConfig
 from skyreels_jax.weights.components.vae import vae_rules
 from skyreels_jax.weights.engine import export
@@ -56,7 +56,7 @@ def test_equals_diffusers_at_every_length(case: str):
         video = pixels(frames)
         assert relative(encode_pixels(vae, video), encoded(theirs, config, video)) <= TOL
         z = some_latents(config, (frames + 3) // 4)
-        result, expected = decode_latents(vae, z), decoded(theirs, config, z)
+        result, expected = decode_to_pixels(vae, z), decoded(theirs, config, z)
         assert result.shape == (1, 3, frames, 24, 40)
         assert relative(result, expected) <= TOL
         assert np.mean(np.abs(expected) < 1) > 0.5  # or the clamp would hide mistakes
@@ -86,16 +86,18 @@ def test_statistics_used_the_other_way_round_are_caught(both):
 def test_chunks_that_forget_the_past_are_caught(both):
     theirs, vae = both
     z = latents(3)
-    one_by_one = np.concatenate([decode_latents(vae, z[:, :, i : i + 1]) for i in range(3)], axis=2)
+    one_by_one = np.concatenate(
+        [decode_to_pixels(vae, z[:, :, i : i + 1]) for i in range(3)], axis=2
+    )
     expected = decoded(theirs, TINY, z)
     assert relative(one_by_one[:, :, 1:], expected[:, :, 4::4]) > WRONG
-    np.testing.assert_array_equal(one_by_one[:, :, :1], decode_latents(vae, z)[:, :, :1])
+    np.testing.assert_array_equal(one_by_one[:, :, :1], decode_to_pixels(vae, z)[:, :, :1])
 
 
 def test_streaming_is_bit_equal_to_one_shot_and_comes_in_order(vae: WanVae):
     chunks = list(decode_chunks(vae, latents(4)))
     assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4, 4]
-    np.testing.assert_array_equal(np.concatenate(chunks, axis=2), decode_latents(vae, latents(4)))
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=2), decode_to_pixels(vae, latents(4)))
 
 
 def test_streaming_computes_no_further_than_asked(vae: WanVae):
@@ -126,14 +128,14 @@ def test_streaming_computes_no_further_than_asked(vae: WanVae):
 
 def test_a_prefix_is_bit_equal_to_the_prefix_of_the_whole(vae: WanVae):
     z, video = latents(4), pixels(13)
-    whole, other = decode_latents(vae, z), z.copy()
-    np.testing.assert_array_equal(decode_latents(vae, z[:, :, :2]), whole[:, :, :5])
+    whole, other = decode_to_pixels(vae, z), z.copy()
+    np.testing.assert_array_equal(decode_to_pixels(vae, z[:, :, :2]), whole[:, :, :5])
     np.testing.assert_array_equal(
         encode_pixels(vae, video[:, :, :5]), encode_pixels(vae, video)[:, :, :2]
     )
     other[:, :, 1] += 1
     assert (
-        relative(decode_latents(vae, other)[:, :, 9:], whole[:, :, 9:]) > WRONG
+        relative(decode_to_pixels(vae, other)[:, :, 9:], whole[:, :, 9:]) > WRONG
     )  # the past is seen
 
 
@@ -169,10 +171,10 @@ def test_two_traces_serve_videos_of_every_length(vae: WanVae, monkeypatch: pytes
     # Another mean makes another graph: what other tests compiled does not serve it.
     fresh = ours(dataclasses.replace(TINY, latents_mean=(0.0,) * 16), tensors_of(oracle(TINY)))
     for frames in (3, 1, 2, 5, 3):
-        decode_latents(fresh, latents(frames))
+        decode_to_pixels(fresh, latents(frames))
         encode_pixels(fresh, pixels(4 * frames - 3))
     assert sorted(traces) == [(s, first) for s in ("decode", "encode") for first in (False, True)]
-    decode_latents(fresh, latents(2, height=4))
+    decode_to_pixels(fresh, latents(2, height=4))
     assert len(traces) == 6
 
 
@@ -196,7 +198,7 @@ def test_two_programs_are_compiled_whatever_the_length():
         for case in ((2, 3), (3, 3), (10, 3), (2, 4)):
             seen.clear()
             frames, height = case
-            decode_latents(fresh, latents(frames, height=height))
+            decode_to_pixels(fresh, latents(frames, height=height))
             counts[case] = seen.count(COMPILED)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
@@ -225,7 +227,7 @@ def test_memory_of_the_steady_chunk_does_not_depend_on_the_length(
     monkeypatch.setattr(module, "_decode_step", recorded)
     sizes = {}
     for frames in (3, 10):
-        decode_latents(vae, latents(frames))
+        decode_to_pixels(vae, latents(frames))
         sizes[frames] = taken(step, *calls[-1])
     assert len(calls) == 13
     assert sizes[10] == sizes[3]
@@ -243,15 +245,15 @@ def test_memory_of_the_steady_chunk_does_not_depend_on_the_length(
 
 def test_a_batch_is_its_videos(vae: WanVae):
     z = latents(1, batch=2)
-    apart = np.concatenate([decode_latents(vae, z[:1]), decode_latents(vae, z[1:])])
-    assert relative(decode_latents(vae, z), apart) <= TOL  # measured 0
+    apart = np.concatenate([decode_to_pixels(vae, z[:1]), decode_to_pixels(vae, z[1:])])
+    assert relative(decode_to_pixels(vae, z), apart) <= TOL  # measured 0
     assert relative(apart[0], apart[1]) > WRONG
 
 
 def test_bfloat16_costs_little():
     tensors = tensors_of(oracle(TINY))
     vae, half = ours(TINY, tensors), ours(TINY, tensors, "bfloat16")
-    quality = psnr(decode_latents(half, latents(1)), decode_latents(vae, latents(1)))
+    quality = psnr(decode_to_pixels(half, latents(1)), decode_to_pixels(vae, latents(1)))
     assert 30 < quality < 80  # measured 60
 
 
@@ -266,7 +268,7 @@ def test_other_shapes_are_refused(vae: WanVae):
     with pytest.raises(RequestError, match="multiples of 8"):
         encode_pixels(vae, np.zeros((1, 3, 1, 24, 44), np.float32))
     with pytest.raises(RequestError, match="4 channels"):
-        decode_latents(vae, np.zeros((1, 4, 1, 3, 5), np.float32))
+        decode_to_pixels(vae, np.zeros((1, 4, 1, 3, 5), np.float32))
 
 
 @pytest.mark.parametrize("dialect", FORMATS)

@@ -7,7 +7,7 @@ from encoder_oracles import relative, tensors_of
 from vae_oracle import TINY, latents, oracle, ours, pixels, psnr
 
 from skyreels_jax.errors import RequestError
-from skyreels_jax.models.vae import decode_latents, encode_pixels
+from skyreels_jax.models.vae import decode_to_pixels, encode_pixels
 from skyreels_jax.models.vae_tiling import WHOLE, Tiles
 
 TOL = 1e-6  # measured 1.2e-7
@@ -75,7 +75,7 @@ def soft(noise: np.ndarray) -> np.ndarray:
 
 def test_a_tiled_decode_is_close_to_the_whole(smooth):
     z = soft(latents(2, 5, 14))
-    whole, in_tiles = decode_latents(smooth, z), decode_latents(smooth, z, tiling=SMALL)
+    whole, in_tiles = decode_to_pixels(smooth, z), decode_to_pixels(smooth, z, tiling=SMALL)
     assert psnr(in_tiles, whole) >= 40  # measured 51; 64 with tiles of 256 pixels
     assert relative(in_tiles, whole) > 1e-4  # and it was in tiles
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from skyreels_jax.mini.vae_task import holding_still
-from skyreels_jax.models.vae import WanVae, decode_latents, encode_pixels
+from skyreels_jax.models.vae import WanVae, decode_to_pixels, encode_pixels
 from skyreels_jax.models.vae_config import VaeConfig
 from skyreels_jax.training.task import Template
 from skyreels_jax.training.vae_objective import (
@@ -47,7 +47,7 @@ def test_all_frames_at_once_are_chunk_by_chunk(vae):
     np.testing.assert_allclose(jnp.moveaxis(found, -1, 1), chunked, atol=5e-6)
     given = np.clip(frames(vae, found), -1, 1)
     # Measured: 8e-6, and 1.4e-6 in the mean square.
-    np.testing.assert_allclose(given, decode_latents(vae, chunked), atol=5e-5)
+    np.testing.assert_allclose(given, decode_to_pixels(vae, chunked), atol=5e-5)
     other = moments(vae, pixels.at[:, :, 4].add(0.01)).mean
     assert np.max(np.abs(other - found)) > 1e-4
 

@@ -122,7 +122,7 @@ def _through_vae(checkpoint: Checkpoint, count: int) -> Score:
 
     def reconstruct(frames: Frames) -> Frames:
         pixels = np.moveaxis(frames, -1, 0)[None] / np.float32(127.5) - np.float32(1)
-        out = vae.decode_latents(model, vae.encode_pixels(model, pixels))[0]
+        out = vae.decode_to_pixels(model, vae.encode_pixels(model, pixels))[0]
         return np.rint((np.moveaxis(out, 0, -1) + 1) * np.float32(127.5)).astype(np.uint8)
 
     def make(scene: Scene, seed: int) -> Frames:

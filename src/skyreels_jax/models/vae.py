@@ -203,7 +203,7 @@ def decode_chunks(
     """Frames in [-1, 1] as they are ready: one, then four at a time, float32.
 
     Memory does not depend on the number of frames. Concatenated, the chunks are bit for bit what
-    :func:`decode_latents` returns; and those of the first latents do not depend on the rest.
+    :func:`decode_to_pixels` returns; and those of the first latents do not depend on the rest.
 
     Args:
         vae: the model.
@@ -235,7 +235,7 @@ def decode_pieces(
     return _stream(_decode_step, vae, chunks(), tiling, units=(PIXEL_STRIDE, 1))
 
 
-def decode_latents(
+def decode_to_pixels(
     vae: WanVae, latents: _Latents, *, tiling: Tiling = WHOLE
 ) -> Float[np.ndarray, "B 3 T height width"]:
     """All ``4F - 3`` frames in host memory; see :func:`decode_chunks`."""

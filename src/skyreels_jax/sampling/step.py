@@ -152,9 +152,9 @@ class DenoisingStep:
             computed.append(runs)
         velocity = jnp.moveaxis(self.guidance.combine(tuple(predictions)), 2, 0)
         moving = (state.x, state.solver)
-        x, solver = read_frames(moving, iteration)
+        x, solver = _read_frames(moving, iteration)
         moved = unipc.step(iteration.coefficients, solver, x, velocity, iteration.update)
-        x, solver = write_frames(moving, moved, iteration)
+        x, solver = _write_frames(moving, moved, iteration)
         report = IterationReport(jnp.all(jnp.isfinite(velocity)), jnp.stack(computed))
         return SamplerState(x, solver, tuple(caches), state.kv_cache), report
 
@@ -183,7 +183,7 @@ class DenoisingStep:
         """
         model = nnx.merge(self.graph, self.parameters)
         x, t = self.model_inputs(state.x, iteration)
-        y = read_frames(self.conditioning.y, iteration, axis=2)
+        y = _read_frames(self.conditioning.y, iteration, axis=2)
         for number, context in enumerate(self.conditioning.contexts):
             past = None
             if state.kv_cache:
@@ -204,7 +204,7 @@ class DenoisingStep:
         self, x: Float[Array, "F B C H W"], iteration: Iteration
     ) -> tuple[Float[Array, "rows C columns H W"], Int[Array, "rows *columns"]]:
         """Latents and timesteps of a model call, of the frames of ``iteration``."""
-        x = read_frames(x, iteration)
+        x = _read_frames(x, iteration)
         if iteration.noise is not None:
             weight = jnp.asarray(iteration.noise.weight).reshape(-1, 1, 1, 1, 1)
             x = x.astype(jnp.float32)
@@ -242,7 +242,7 @@ def iterations(
         yield Iteration(timestep, update, coefficients, position, mix)
 
 
-def read_frames(tree: _Tree, iteration: Iteration, axis: int = 0) -> _Tree:
+def _read_frames(tree: _Tree, iteration: Iteration, axis: int = 0) -> _Tree:
     """The frames of every array that ``iteration`` has a column for."""
     first, count = iteration.first, len(iteration.timestep)
     if first is None:
@@ -250,7 +250,7 @@ def read_frames(tree: _Tree, iteration: Iteration, axis: int = 0) -> _Tree:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, count, axis), tree)
 
 
-def write_frames(tree: _Tree, frames: _Tree, iteration: Iteration) -> _Tree:
+def _write_frames(tree: _Tree, frames: _Tree, iteration: Iteration) -> _Tree:
     """``tree`` with ``frames``, those of ``iteration``, in place of its own."""
     if (first := iteration.first) is None:
         return frames
