@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.training.loop import DivergedError, RunConfig, train
 from skyreels_jax.training.optimizer import OptimizerConfig
 
@@ -184,3 +185,71 @@ def test_what_is_written_when(tmp_path):
     # One is written before each look, whatever that does: at 8 for an evaluation.
     assert kept == [8, 9]
     assert (tmp_path / "model" / "a.npy").is_file()
+
+
+def test_other_settings_are_named_and_refused(tmp_path, caplog):
+    run, made = RunConfig(steps=4), {"run.seed": 0, "data.batch": 4, "run.steps": 4}
+    train(Toy(99), run, OptimizerConfig(), tmp_path, settings=made)
+    others = {**made, "run.seed": 1, "data.batch": 8}
+    with pytest.raises(RequestError, match="run.seed 0 -> 1, data.batch 4 -> 8; set them back"):
+        train(Toy(99), run, OptimizerConfig(), tmp_path, settings=others)
+    # What decides nothing, and more steps, may change; the latter is said.
+    longer, watched = {**made, "run.steps": 6}, {**made, "run.log_every": 3, "data.vae": "moved"}
+    assert train(Toy(99), run, OptimizerConfig(), tmp_path, settings=watched).step == 4
+    assert "goes on" not in caplog.text
+    result = train(Toy(99), RunConfig(steps=6), OptimizerConfig(), tmp_path, settings=longer)
+    assert (result.started, result.step, result.finished) == (4, 6, True)
+    assert "run.steps 4 -> 6" in caplog.text
+
+
+def test_done_is_done(tmp_path):
+    train(Toy(99), RunConfig(steps=6), OptimizerConfig(), tmp_path)
+    result = train(Toy(99), RunConfig(steps=3), OptimizerConfig(), tmp_path)
+    assert (result.started, result.step, result.finished) == (6, 6, True)
+
+
+def test_a_torn_line_is_cut_off(tmp_path, caplog):
+    run = RunConfig(steps=4, log_every=1)
+    train(Toy(99), run, OptimizerConfig(), tmp_path)
+    with (tmp_path / "log.jsonl").open("a") as stream:
+        stream.write('{"step": 5, "sec')
+    train(Toy(99), RunConfig(steps=6, log_every=1), OptimizerConfig(), tmp_path)
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert "cut off" in caplog.text
+
+
+def test_a_sampler_that_fails_loses_nothing(tmp_path, caplog):
+    class Failing(Toy):
+        def sample(self, params, folder):
+            assert (tmp_path / "model" / "a.npy").is_file() or not sampled
+            sampled.append(folder)
+            raise RuntimeError("no such size")
+
+    sampled: list[Path] = []
+    run = RunConfig(steps=4, sample_every=2)
+    assert train(Failing(99), run, OptimizerConfig(), tmp_path).finished
+    assert len(sampled) == 2
+    assert "no sample was made (no such size)" in caplog.text
+    assert (tmp_path / "model" / "a.npy").is_file()
+    assert not list((tmp_path / "samples").iterdir())
+
+
+def test_another_model_in_an_old_folder_is_one_line(tmp_path):
+    class Wider(Toy):
+        def init(self):
+            return {"a.kernel": jnp.zeros((2, 3))}
+
+    train(Toy(99), RunConfig(steps=2), OptimizerConfig(), tmp_path)
+    with pytest.raises(WeightsError, match=r"another model: a.kernel is \(2, 2\)") as refusal:
+        train(Wider(99), RunConfig(steps=4), OptimizerConfig(), tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_rate_and_speed_are_logged_and_raw_weights_exported(tmp_path):
+    run = RunConfig(steps=4, log_every=2, ema=0.9, export_raw=True)
+    train(Toy(99), run, OptimizerConfig(learning_rate=0.5, warmup=2), tmp_path)
+    last = [line for line in lines(tmp_path) if "loss" in line][0]
+    assert last["learning_rate"] == pytest.approx(0.25)
+    assert last["steps_per_second"] > 0
+    raw, average = (np.load(tmp_path / n / "a.npy") for n in ("model-raw", "model"))
+    assert np.abs(raw - average).max() > 1e-3

@@ -56,7 +56,7 @@ class TrainingLog:
         self._on_log(step, dict(metrics))
 
 
-def _read(file: Path) -> list[dict[str, float]]:
+def _read(file: Path) -> list[dict[str, float | int]]:
     """The lines that can be read; a run that was killed may have left half of one."""
     if not file.exists():
         return []
