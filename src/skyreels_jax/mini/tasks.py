@@ -108,19 +108,17 @@ class EncoderTraining:
 
 # Classes of a question, and the answer about a thing.
 _Questions = Mapping[str, int]
-# What is asked of every thing; one class more where there is none.
-_THING: Final[_Questions] = {"kind": len(SHAPE_KINDS) + 1, "colour": len(COLOURS) + 1}
-_MOVING: Final[_Questions] = {
-    "motion": len(MOTIONS) + 1,
-    "direction": len(DIRECTIONS) + 1,
-    "speed": len(SPEEDS) + 1,
-}
 _LEGAL: Final[Mapping[str, Sequence[str]]] = {
     "kind": SHAPE_KINDS,
     "colour": COLOURS,
     "motion": MOTIONS,
     "direction": DIRECTIONS,
     "speed": SPEEDS,
+}
+# What is asked of every thing; one class more where there is none.
+_THING: Final[_Questions] = {name: len(_LEGAL[name]) + 1 for name in ("kind", "colour")}
+_MOVING: Final[_Questions] = {
+    name: len(_LEGAL[name]) + 1 for name in ("motion", "direction", "speed")
 }
 
 

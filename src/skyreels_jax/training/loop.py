@@ -19,7 +19,7 @@ from skyreels_jax.interrupt import StopRequest, stop_requested
 from skyreels_jax.training.checkpointing import Checkpoints, RunSettings, open_checkpoints
 from skyreels_jax.training.log import OnLog, TrainingLog
 from skyreels_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from skyreels_jax.training.step import StepReport, TrainState, TrainStep, init_state, make_step
+from skyreels_jax.training.step import TrainState, TrainStep, TrainStepReport, init_state, make_step
 from skyreels_jax.training.task import Params, TrainingTask
 from skyreels_jax.weights.writer import new_folder
 
@@ -241,7 +241,7 @@ class _Loop:
             reason = str(error).partition("\n")[0] or type(error).__name__
             _logger.warning("no sample was made (%s); the run is saved and goes on", reason)
 
-    def _check(self, report: StepReport, step: int) -> None:
+    def _check(self, report: TrainStepReport, step: int) -> None:
         if bool(report.is_finite):
             return
         metrics = ", ".join(f"{name} {float(v):g}" for name, v in report.metrics.items())

@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
     average: dict[str, Array]
 
 
-class StepReport(NamedTuple):
+class TrainStepReport(NamedTuple):
     """What a step says: metrics by name, ``loss`` and ``grad_norm`` among them.
 
     ``is_finite`` is False where loss or gradient are not; the state has then stayed as it was but
@@ -45,7 +45,7 @@ class StepReport(NamedTuple):
     is_finite: Bool[Array, ""]
 
 
-TrainStep = Callable[[TrainState, PyTree, Array], tuple[TrainState, StepReport]]
+TrainStep = Callable[[TrainState, PyTree, Array], tuple[TrainState, TrainStepReport]]
 
 
 def init_state(params: Params, optimizer: "optax.GradientTransformation", ema: float) -> TrainState:
@@ -100,7 +100,7 @@ def make_step(
         total, _ = jax.lax.scan(add, zeros, parts)
         return jax.tree.map(lambda x: x / accumulate, total)
 
-    def step(state: TrainState, batch: PyTree, key: Array) -> tuple[TrainState, StepReport]:
+    def step(state: TrainState, batch: PyTree, key: Array) -> tuple[TrainState, TrainStepReport]:
         grads, metrics = averaged(state.params, (batch, draw(batch, key)))
         # optax mixes dtypes and ranks, which a strict caller forbids.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -115,7 +115,7 @@ def make_step(
         }
         after = TrainState(state.step, params, optimizer_state, average)
         kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
-        report = StepReport({**metrics, "grad_norm": norm}, is_finite)
+        report = TrainStepReport({**metrics, "grad_norm": norm}, is_finite)
         return kept._replace(step=state.step + 1), report
 
     return jax.jit(step, donate_argnums=0)

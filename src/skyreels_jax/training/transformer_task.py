@@ -212,21 +212,23 @@ class VideoTask:
     def export(self, params: Params, folder: Path) -> None:
         """A pipeline's folder in diffusers' layout, and the transformer alone as ``original``."""
         dtype = jnp.dtype(self.training.model.export_dtype)
-        self._write_pipeline(folder, params, dtype)
+        self._write_pipeline(folder, params, dtype, shutil.copyfile)
         self._save(folder / "original", params, "original", dtype)
 
     def sample(self, params: Params, folder: Path) -> None:
         """What the sample writer writes, if there is one."""
         if self.sample_writer is not None:
             with tempfile.TemporaryDirectory() as temporary:
-                self._write_pipeline(Path(temporary), params, jnp.float32)
+                self._write_pipeline(Path(temporary), params, jnp.float32, _link)
                 self.sample_writer(Path(temporary), folder)
 
     def _save(self, folder: Path, params: Params, format: Format, dtype: DTypeLike) -> None:
         model = self.template.model(params)
         TRANSFORMER.save(folder, model, self.config, format=format, dtype=dtype)
 
-    def _write_pipeline(self, folder: Path, params: Params, dtype: DTypeLike) -> None:
+    def _write_pipeline(
+        self, folder: Path, params: Params, dtype: DTypeLike, copy: Callable[[str, str], object]
+    ) -> None:
         """The transformer and the components that it is trained with."""
         self._save(folder / "transformer", params, "diffusers", dtype)
         named: dict[ComponentName, Layout] = {
@@ -243,7 +245,7 @@ class VideoTask:
             )
             return
         for part, layout in named.items():
-            shutil.copytree(layout.component(part), folder / part, copy_function=_link_or_copy)
+            shutil.copytree(layout.component(part), folder / part, copy_function=copy)
         config = None if image is None else stored_image_encoder(image).config
         pipeline = PIPELINE_OF_TASK["df" if image is None else "i2v"]
         write_pipeline_files(folder, pipeline, named, 1.0, config)
@@ -285,9 +287,5 @@ def widen_to_i2v(model: WanModel, begun: Params) -> None:
     nnx.update(model, nnx.from_flat_state(updated))
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    """A second name of a file that nobody writes into, or a copy on another file system."""
-    try:
-        os.link(os.path.realpath(source), target)
-    except OSError:
-        shutil.copy2(source, target)
+def _link(source: str, target: str) -> None:
+    os.symlink(os.path.abspath(source), target)
