@@ -53,7 +53,7 @@ _EVALUATION: Final = 2
 _EVALUATED: Final = 512
 # Things that a scene may have.
 _SLOTS: Final = 2
-# Begins the names of the encoder's parameters; the heads' have none of it.
+# Begins the names of the encoder's parameters.
 _PREFIX: Final = "encoder."
 TOKENIZER_CHARACTERS: Final = string.ascii_letters + string.digits + string.punctuation
 
@@ -91,11 +91,9 @@ class EncoderShape:
         check_at_least(self, self.patch_size, "image_size", most=1024)
         check_heads(self, 1, 1)
         if self.image_size % self.patch_size:
+            rule = f"image_size = {self.image_size} should be a multiple of patch_size"
             near = self.image_size - self.image_size % self.patch_size
-            raise ValueError(
-                f"image_size = {self.image_size} should be a multiple of patch_size = "
-                f"{self.patch_size}; nearest: {near}"
-            )
+            raise ValueError(f"{rule} = {self.patch_size}; nearest: {near}")
 
 
 @dataclass(frozen=True)
@@ -266,8 +264,8 @@ class TextTask(EncoderTask[Umt5Encoder]):
 
     def _together(self, inputs: list[str]) -> tuple[np.ndarray, np.ndarray]:
         tokens = self._tokenizer.encode(inputs)
-        length = self.training.data.text_length
-        return tokens.ids[:, :length], tokens.mask[:, :length]
+        rows = np.s_[:, : self.training.data.text_length]
+        return tokens.ids[rows], tokens.mask[rows]
 
     def _pooled(self, model: Umt5Encoder, batch: tuple[Array, Array]) -> Float[Array, "B D"]:
         ids, mask = batch
