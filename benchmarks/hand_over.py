@@ -80,7 +80,7 @@ def main() -> None:
     }
     head("hand-over", "mode", *(f"dB after {n}" for n in shown), "darker or lighter", "all right")
     for hand_over, (mode, ar_step) in product(("latents", "pixels"), MODES.items()):
-        found = measure(pipeline, scenes, shown, hand_over=hand_over, ar_step=ar_step, **windows)
+        found = measure(pipeline, scenes, shown, continuation=hand_over, ar_step=ar_step, **windows)
         middles = [f"{middle(list(column)):.1f}" for column in zip(*found.distances, strict=True)]
         drift = f"{np.mean(found.lighter):+.1f} ± {np.std(found.lighter):.1f}"
         row(hand_over, mode, *middles, drift, Share(sum(found.right), len(found.right)))

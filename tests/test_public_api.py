@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -34,3 +35,9 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_a_module_without_arrays_is_imported_without_jax():
     code = "import sys, skyreels_jax.errors; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_version_is_known_without_jax():
+    code = "import sys, skyreels_jax; print(skyreels_jax.__version__, 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [version("skyreels-jax"), "False"]

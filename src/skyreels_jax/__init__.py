@@ -18,18 +18,19 @@ if TYPE_CHECKING:
     from skyreels_jax.errors import SkyReelsError as SkyReelsError
     from skyreels_jax.errors import UnsupportedError as UnsupportedError
     from skyreels_jax.errors import WeightsError as WeightsError
-    from skyreels_jax.generation.request import Request as Request
     from skyreels_jax.generation.video import Video as Video
     from skyreels_jax.models.transformer import WanModel as WanModel
     from skyreels_jax.models.transformer_config import TransformerConfig as TransformerConfig
     from skyreels_jax.pipeline import Pipeline as Pipeline
+
+__version__ = "0.1.0"
 
 # Loaded when first asked for: importing one small module must not cost the import of all.
 _HOMES = {
     "Checkpoint": "checkpoints",
     "NumericsError": "errors",
     "Pipeline": "pipeline",
-    "Request": "generation.request",
+    "Request": "generation.request.settings",
     "RequestError": "errors",
     "SkyReelsError": "errors",
     "TransformerConfig": "models.transformer_config",

@@ -39,10 +39,16 @@ def frame_rate(value: int | float | str | Fraction) -> int | Fraction:
         raise RequestError(
             f"fps {value!r} is no frame rate; for example 24, 29.97 or 30000/1001"
         ) from error
-    near = next((ntsc for ntsc in _NTSC if abs(rate - ntsc) < _NTSC_NEAR), None)
-    rate = near or rate.limit_denominator(1001)
+    rate = nearest_rate(rate)
     if not 1 <= rate <= MAX_FPS:
         raise RequestError(f"fps {value} must be from 1 to {MAX_FPS}")
+    return rate
+
+
+def nearest_rate(rate: Fraction) -> int | Fraction:
+    """The rate of television that is meant, or a fraction with a small denominator."""
+    near = next((ntsc for ntsc in _NTSC if abs(rate - ntsc) < _NTSC_NEAR), None)
+    rate = near or rate.limit_denominator(1001)
     return int(rate) if rate.denominator == 1 else rate
 
 
@@ -78,7 +84,7 @@ def resolution(name: str, aspect: str | None = None) -> tuple[int, int]:
         RequestError: the name is unknown or the aspect is none.
     """
     if name.upper() not in RESOLUTIONS:
-        raise RequestError(f"resolution {name!r} is unknown; there are {', '.join(RESOLUTIONS)}")
+        raise RequestError(f"`resolution` {name!r} is unknown; there are {', '.join(RESOLUTIONS)}")
     return with_aspect(RESOLUTIONS[name.upper()], aspect)
 
 
@@ -101,15 +107,15 @@ def with_aspect(
     numbers = aspect.split(":")
     if aspect == "image":
         if image is None:
-            raise RequestError("aspect 'image' takes the shape of an image or a video: give one")
+            raise RequestError("`aspect` image takes the shape of an image or a video: give one")
         numbers = [str(image[1]), str(image[0])]
     if len(numbers) != 2 or not all(number.isdecimal() and int(number) for number in numbers):
         raise RequestError(
-            f"aspect {aspect!r} must be width:height, for example 16:9 or 9:16, or `image`"
+            f"`aspect` {aspect!r} must be width:height, for example 16:9 or 9:16, or image"
         )
     ratio = int(numbers[0]) / int(numbers[1])
     if not 1 / 8 <= ratio <= 8:
-        raise RequestError(f"aspect {aspect!r} must be between 1:8 and 8:1")
+        raise RequestError(f"`aspect` {aspect!r} must be between 1:8 and 8:1")
     area = size[0] * size[1]
     return _nearest(math.sqrt(area / ratio)), _nearest(math.sqrt(area * ratio))
 

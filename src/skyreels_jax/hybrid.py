@@ -1,10 +1,8 @@
 """PyTorch's VAE and encoders around the JAX transformer, and the described ways to build one."""
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +11,9 @@ from jax.typing import DTypeLike
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.components.clip_preprocessing import ClipPreprocessing
-from skyreels_jax.errors import RequestError, WeightsError
-from skyreels_jax.generation.request import Request
-from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.errors import WeightsError
+from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.video import Video, generate
 from skyreels_jax.media import ImageInput
 from skyreels_jax.models.transformer import WanModel
@@ -24,16 +22,6 @@ from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.sampling.progress import Progress
 from skyreels_jax.torch_side.components import torch_components
 from skyreels_jax.weights.components.transformer import TRANSFORMER, stored_transformer
-
-# Settings of a video by their names in diffusers and the original, and ours.
-SETTINGS: Final[Mapping[str, str]] = {
-    "num_inference_steps": "steps",
-    **{
-        entry.name: entry.name
-        for entry in dataclasses.fields(Request)
-        if entry.name not in ("prompt", "image", "dtype", "output")
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -162,8 +150,9 @@ class HybridPipeline:
     def generate(
         self,
         prompt: str,
-        image: ImageInput | None = None,
+        image: "ImageInput | None" = None,
         *,
+        num_inference_steps: int | None = None,
         progress: Progress | None = None,
         **settings: Any,
     ) -> Video:
@@ -172,25 +161,20 @@ class HybridPipeline:
         Args:
             prompt: what to show.
             image: the first frame, for checkpoints that take one: a PIL image, an array or a path.
+            num_inference_steps: ``steps`` by diffusers' name.
             progress: told of every stage.
-            **settings: ``num_inference_steps``, and all of a
-                :class:`~skyreels_jax.generation.request.Request`: ``height``, ``width``,
-                ``num_frames``, ``guidance_scale``, ``seed``, those of diffusion forcing and so on;
-                what is left out is the checkpoint's.
+            **settings: of the video, as :class:`~skyreels_jax.pipeline.Pipeline` takes them
+                (``docs/settings.md``); what is left out is the checkpoint's.
 
         Raises:
             RequestError: with everything about the request that is wrong.
             NumericsError: something was not finite; says what and where.
         """
-        if unknown := settings.keys() - SETTINGS.keys():
-            raise RequestError(
-                f"no such settings: {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)}"
-            )
-        request = Request(
-            prompt=prompt,
-            image=image,
+        if num_inference_steps is not None:
+            settings.setdefault("steps", num_inference_steps)
+        request = Request.of(
+            {"prompt": prompt, "image": image, **settings},
             dtype=jnp.dtype(self.transformer.numerics.compute).name,
-            **{SETTINGS[name]: value for name, value in settings.items()},
         )
         resolved = resolve(request, self.checkpoint)
         return generate(self.components, lambda: self.denoiser, resolved, progress=progress)

@@ -5,11 +5,10 @@ transformer, VAE. Where memory does not hold all of them for the next video, eac
 its stage: memory then holds one large model at a time.
 """
 
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +29,10 @@ from skyreels_jax.components.lazy import (
 from skyreels_jax.components.prompt_cache import PromptCache, fingerprint
 from skyreels_jax.components.protocols import Components
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation.request import Request, ResolvedRequest
-from skyreels_jax.generation.resolve import DTYPES, resolve
+from skyreels_jax.generation.request.keywords import VideoSettings
+from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.resolved import ResolvedRequest
+from skyreels_jax.generation.request.settings import DTYPES, Request
 from skyreels_jax.generation.store import MemoryStore, WindowStore
 from skyreels_jax.generation.video import (
     Video,
@@ -41,7 +42,6 @@ from skyreels_jax.generation.video import (
     write_mp4,
 )
 from skyreels_jax.generation.window_generator import WindowGenerator
-from skyreels_jax.media import ImageInput
 from skyreels_jax.memory import component_sizes, estimate
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.sampling.denoiser import Denoiser
@@ -172,48 +172,42 @@ class Pipeline:
 
     def __call__(
         self,
-        prompt: str,
+        prompt: str | Sequence[str] | Mapping[int, str],
         *,
-        image: ImageInput | None = None,
         progress: Progress | None = None,
-        **settings: Any,
+        **settings: Unpack[VideoSettings],
     ) -> Video:
         """Make a video that is held in memory.
 
         Args:
-            prompt: what to show.
-            image: the first frame: a PIL image, an array ``[height, width, 3]`` or a path.
+            prompt: what to show; several for the windows of a long video.
             progress: told of every stage.
-            **settings: as in :class:`~skyreels_jax.generation.request.Request`: ``num_frames``,
-                ``height``, ``width``, ``steps``, ``guidance_scale``, ``seed`` and so on.
+            **settings: of the video, such as ``image``, ``num_frames``, ``steps`` and ``seed``; all
+                are in ``docs/settings.md``.
 
         Raises:
             RequestError: with everything about the request that is wrong.
             WeightsError: a part is missing, unsound or incomplete.
             NumericsError: something was not finite; says what and where.
         """
-        resolved = self.resolve(prompt, image=image, **settings)
+        resolved = self.resolve(prompt, **settings)
         store, clock = MemoryStore(), Clock(progress or NoProgress())
         frames = list(stream_frames(self._generator(resolved, store, clock)))
-        settings = settings_of(resolved)
-        made = (np.concatenate(frames), resolved.fps, settings, store.latents, clock.timings)
+        about = settings_of(resolved)
+        made = (np.concatenate(frames), resolved.fps, about, store.latents, clock.timings)
         return Video(*made, resolved.sound)
 
     def resolve(
-        self, prompt: str, *, image: ImageInput | None = None, **settings: Any
+        self,
+        prompt: str | Sequence[str] | Mapping[int, str],
+        **settings: Unpack[VideoSettings],
     ) -> ResolvedRequest:
         """Decide every setting of a video, as :meth:`__call__` does, without making it.
 
         Raises:
             RequestError: with everything about the request that is wrong.
         """
-        known = {entry.name for entry in fields(Request)} - {"dtype", "output"}
-        if unknown := settings.keys() - known:
-            raise RequestError(
-                f"no such settings: {', '.join(sorted(unknown))}; there are "
-                f"{', '.join(sorted(known))}"
-            )
-        request = Request(prompt=prompt, image=image, dtype=self.dtype, **settings)
+        request = Request.of({"prompt": prompt, **settings}, dtype=self.dtype)
         return resolve(request, self.checkpoint, memory=self._residency.free_memory())
 
     def stream(

@@ -12,8 +12,8 @@ from tests.fabricate import Checkpoints
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.cli import dry_run
 from skyreels_jax.generation.dry_run.plan import Memory, plan
-from skyreels_jax.generation.request import Request
-from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.settings import Request
 
 SMALL = ("--height", "32", "--width", "48", "--num-frames", "5", "--steps", "2", "--seed", "7")
 # Fast: of these only the transformer is analysed.

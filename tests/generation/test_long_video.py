@@ -12,8 +12,8 @@ from skyreels_jax import media
 from skyreels_jax.components.protocols import Components
 from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.errors import RequestError, Stopped
-from skyreels_jax.generation.request import Request
-from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.store import MemoryStore
 from skyreels_jax.generation.video import generate, stream_frames
 from skyreels_jax.generation.window_generator import (
@@ -78,7 +78,7 @@ def test_latents_are_handed_over_as_they_are(transformer):
 
 
 def test_pixels_are_handed_over_encoded_anew(transformer):
-    asked = request(**LONG, hand_over="pixels")
+    asked = request(**LONG, continuation="pixels")
     frames, store = made(transformer, asked)
     windows, shown = list(store.windows.values()), 0
     for before, after in zip(windows, windows[1:], strict=False):
@@ -182,11 +182,11 @@ def write_clip(path, frames: int, height: int, width: int, fps: int = 24):
     return media.read_video(path)[0]
 
 
-@pytest.mark.parametrize("hand_over", ["latents", "pixels"])
-def test_a_video_is_continued_and_keeps_its_own_frames(transformer, tmp_path, hand_over):
+@pytest.mark.parametrize("continuation", ["latents", "pixels"])
+def test_a_video_is_continued_and_keeps_its_own_frames(transformer, tmp_path, continuation):
     clip = write_clip(tmp_path / "clip.mp4", 21, 16, 32)
     wishes = {"num_frames": 33, "base_num_frames": 17, "overlap_history": 5, "fps": 24}
-    asked = request(video=tmp_path / "clip.mp4", hand_over=hand_over, **wishes)
+    asked = request(video=tmp_path / "clip.mp4", continuation=continuation, **wishes)
     frames, store = made(transformer, asked)
     windows = list(store.windows.values())
     # As in the original: 21 + 33 - 5.
@@ -223,12 +223,12 @@ REFUSED = {
     "an overlap like no clip": ({"overlap_history": 6}, "4 k \\+ 1; nearest: 5 or 9"),
     "windows like no clip": ({"base_num_frames": 8}, "4 k \\+ 1; nearest: 5 or 9"),
     "all overlap": (LONG | {"overlap_history": 17}, "at most 13"),
-    "a negative lag": ({"ar_step": -1}, "--ar-step -1 must be at least 0"),
-    "no block": ({"causal_block_size": 0}, "--causal-block-size 0 must be at least 1"),
+    "a negative lag": ({"ar_step": -1}, "`ar_step` -1 must be at least 0"),
+    "no block": ({"causal_block_size": 0}, "`causal_block_size` 0 must be at least 1"),
     "nothing but noise": ({"addnoise_condition": 1000}, "between 0 and 999"),
-    "an unknown hand-over": ({"hand_over": "smoke"}, "there are latents, pixels"),
+    "an unknown hand-over": ({"continuation": "smoke"}, "there are latents, pixels"),
     "too many prompts": (LONG | {"prompt": list("abcd")}, "4 prompts for 3 windows"),
-    "an empty prompt": (LONG | {"prompt": ["a", " "]}, "--prompt is empty"),
+    "an empty prompt": (LONG | {"prompt": ["a", " "]}, "`prompt` is empty"),
 }
 
 
@@ -242,10 +242,10 @@ def test_bad_settings_are_refused_with_the_rule(tmp_path, rule: str):
         request(**wishes)
 
 
-@pytest.mark.parametrize("name", ["base_num_frames", "ar_step", "hand_over", "causal_attention"])
+@pytest.mark.parametrize("name", ["base_num_frames", "ar_step", "continuation", "causal_attention"])
 def test_other_checkpoints_refuse_what_only_forcing_has(name: str):
-    value: Any = "latents" if name == "hand_over" else 5
-    with pytest.raises(RequestError, match=f"--{name.replace('_', '-')}: only diffusion-forcing"):
+    value: Any = "latents" if name == "continuation" else 5
+    with pytest.raises(RequestError, match=f"`{name}`: only diffusion-forcing"):
         resolve(Request(prompt="a", **{name: value}), standins.checkpoint("t2v"), memory=2**40)
 
 

@@ -17,8 +17,8 @@ from skyreels_jax.diffusion.guidance import guidance_of
 from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.errors import NumericsError, RequestError
 from skyreels_jax.generation import video as video_module
-from skyreels_jax.generation.request import Request
-from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.video import generate
 from skyreels_jax.generation.window_generator import starting_noise
 from skyreels_jax.sampling.denoiser import Denoiser, Sampling

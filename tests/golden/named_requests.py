@@ -124,7 +124,7 @@ REQUESTS: Final = (
     _df("end-frame", last_image=LAST),
     _df("start-and-end", image=FIRST, last_image=LAST),
     _long("long-by-latents"),
-    _long("long-by-pixels", hand_over="pixels"),
+    _long("long-by-pixels", continuation="pixels"),
     _long("long-block-causal-kept", **_CAUSAL),
     _df("extended-video", video=CLIP, overlap_history=5),
     _long("prompts-in-turn", (STAR, SQUARE), ar_step=1),

@@ -49,7 +49,7 @@ def test_a_request_gives_what_it_gave(studio: Studio, request_: NamedRequest):
     [
         ("synchronous", {"seed": 8}),
         ("synchronous", {"guidance_scale": 4.1}),
-        ("long-by-latents", {"hand_over": "pixels"}),
+        ("long-by-latents", {"continuation": "pixels"}),
         ("reference-exact", {"seed": 8}),
         ("bfloat16", {"guidance_scale": 5.0}),
     ],

@@ -18,8 +18,8 @@ from tests.fabricate import Checkpoints
 from tests.hybrid import oracle
 
 from skyreels_jax.diffusion.sigmas import flow_sigmas
-from skyreels_jax.generation.request import Request
-from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.video import generate
 from skyreels_jax.hybrid import HybridPipeline
 
@@ -138,7 +138,7 @@ TWINS: list[tuple[str, dict[str, Any]]] = [
     ("blocks, causal", {"causal_block_size": 2}),
     ("together, causal", {"causal_attention": 1}),
     ("long", {"overlap_history": 9}),
-    ("long", {"hand_over": "pixels"}),
+    ("long", {"continuation": "pixels"}),
     ("long", {"ar_step": 1}),
     ("image", {"image": picture(2)}),
     ("image", {"addnoise_condition": 20}),

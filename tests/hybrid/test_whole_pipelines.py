@@ -19,8 +19,9 @@ from tests.fabricate import Checkpoints
 from tests.hybrid import oracle
 
 from skyreels_jax.diffusion.sigmas import flow_sigmas
-from skyreels_jax.generation.request import Request, ResolvedRequest
-from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.resolved import ResolvedRequest
+from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.video import generate
 from skyreels_jax.hybrid import HybridPipeline
 from skyreels_jax.models import transformer

@@ -29,8 +29,8 @@ from skyreels_jax.components.encoders import ClipImageEncoder, Umt5TextEncoder
 from skyreels_jax.components.protocols import Components
 from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.errors import RequestError, WeightsError
-from skyreels_jax.generation.request import Request
-from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.video import generate
 from skyreels_jax.models.vae_layers import CausalConv
 from skyreels_jax.pipeline import Pipeline

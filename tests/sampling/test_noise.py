@@ -14,7 +14,7 @@ def by_torch(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
     return [torch.randn(shape, generator=generator).numpy() for shape in shapes]
 
 
-@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1, 804822466654819, 2**64 - 1])
 @pytest.mark.parametrize("shape", [(16,), (1, 16, 3, 4, 6), (1, 16, 25, 60, 104)])
 def test_a_seed_means_what_it_means_to_pytorch(seed: int, shape: tuple[int, ...]):
     (theirs,) = by_torch(seed, shape)

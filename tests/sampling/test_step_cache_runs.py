@@ -10,8 +10,8 @@ from tests import standins
 from skyreels_jax.checkpoints import Guess
 from skyreels_jax.components.protocols import Components
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation.request import Request
-from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.video import generate
 from skyreels_jax.presets import PRESETS
 from skyreels_jax.sampling.denoiser import Denoiser

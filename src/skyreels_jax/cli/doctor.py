@@ -15,13 +15,6 @@ PACKAGES = (
 )
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the ``doctor`` verb."""
-    parser = subparsers.add_parser("doctor", help="versions, devices, memory and caches")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
-    parser.set_defaults(run=run)
-
-
 def run(args: argparse.Namespace) -> int:
     """Print the report; always 0."""
     report = dict(collect())

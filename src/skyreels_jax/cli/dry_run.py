@@ -9,7 +9,7 @@ from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.components.autoencoder import VaeTiling
 from skyreels_jax.errors import UnsupportedError
 from skyreels_jax.generation.dry_run.plan import Memory, StagePlan, plan
-from skyreels_jax.generation.request import ResolvedRequest
+from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.memory import available_memory
 
 _GIB: Final = 2**30

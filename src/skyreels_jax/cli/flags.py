@@ -1,31 +1,114 @@
-"""The flags of ``skyreels-jax generate``: ours, and those of the original's scripts beside them."""
+"""The flags of every verb, built from the declared settings where there are some.
+
+A verb's module is imported only when it runs: its help, and what is misspelt, need nothing of it.
+"""
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from skyreels_jax.backends import BACKENDS
-from skyreels_jax.components.autoencoder import VAE_TILINGS
-from skyreels_jax.generation.caching import CACHES
-from skyreels_jax.generation.request import HAND_OVERS
-from skyreels_jax.generation.resolve import DTYPES
-from skyreels_jax.geometry import RESOLUTIONS
-from skyreels_jax.ops.attention import ATTENTION_PATHS
-from skyreels_jax.sampling.noise import NOISES
+from skyreels_jax.generation.request.kinds import Kind, Prompts, Switch
+from skyreels_jax.generation.request.settings import (
+    DTYPES,
+    FORCING,
+    OUTPUT,
+    RUNNING,
+    SAMPLING,
+    SHOWN,
+    SIZE,
+    Setting,
+    declared,
+)
 
 DEFAULT_OUTPUT: Final = Path("out.mp4")
 LATENTS_SUFFIX: Final = ".latents.safetensors"
+# Names of `backends.BACKENDS` and `components.autoencoder.VAE_TILINGS`, which a test holds equal.
+BACKEND_NAMES: Final = ("jax", "hybrid")
+VAE_TILING_NAMES: Final = ("auto", "on", "off")
+_EXAMPLES: Final = """\
+examples:
+  skyreels-jax generate --prompt "a red star grows on a black background" --output star.mp4
+  skyreels-jax generate --model mini-i2v --image examples/star.png --prompt "a red star moves right"
+  skyreels-jax generate --model Skywork/SkyReels-V2-DF-1.3B-540P --prompt "a fox in the snow" \\
+      --seconds 30 --base-num-frames 97 --overlap-history 17 --output fox.mp4
+
+Every setting with its range and default: docs/settings.md. The original's names of flags
+(--num_frames, --inference_steps, ...) work too.
+"""
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add them all, in groups."""
+def add_generate_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of ``generate``, in groups."""
+    parser.description = (
+        "Make a video. Settings that are not given come from the checkpoint's preset and\n"
+        "are printed with their source."
+    )
+    parser.usage = "%(prog)s --prompt TEXT [--model DIR_OR_ID] [--output FILE.mp4] [flags below]"
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     _add_checkpoint(parser.add_argument_group("checkpoint"))
-    _add_content(parser.add_argument_group("what to show"))
-    _add_size(parser.add_argument_group("size and length"))
-    _add_sampling(parser.add_argument_group("sampling"))
-    _add_forcing(parser.add_argument_group("long video and diffusion forcing"))
-    _add_running(parser.add_argument_group("running"))
-    _add_output(parser.add_argument_group("output"))
+    groups = {
+        name: parser.add_argument_group(name)
+        for name in (SHOWN, SIZE, SAMPLING, FORCING, RUNNING, OUTPUT)
+    }
+    prompts = groups[SHOWN].add_mutually_exclusive_group(required=True)
+    for setting in declared().values():
+        if setting.name in ("dtype", "output"):
+            continue
+        _add_setting(prompts if setting.name == "prompt" else groups[setting.group], setting)
+        if setting.name == "prompt":
+            prompts.add_argument(
+                "--prompt-file",
+                type=Path,
+                metavar="FILE",
+                help="lines of `frame: prompt`: each holds from the first window that begins there",
+            )
+        if setting.name == "cache":
+            groups[RUNNING].add_argument(
+                "--teacache",
+                dest="cache",
+                action="store_const",
+                const="teacache",
+                help="the same as --cache teacache",
+            )
+    _add_running(groups[RUNNING])
+    _add_output(groups[OUTPUT])
+
+
+def _add_setting(group: Any, setting: Setting) -> None:
+    """The flag of a declared setting; its values are converted as those of Python's callers."""
+    options: dict[str, Any] = {"dest": setting.name, "help": _help(setting)}
+    if isinstance(setting.kind, Switch):
+        options |= {"action": "store_true", "default": None}
+    else:
+        options["metavar"] = setting.metavar or setting.kind.metavar
+        options["type"] = _Converter(setting.kind)
+        if isinstance(setting.kind, Prompts):
+            options["action"] = "append"
+    group.add_argument(setting.flag, *setting.aliases, **options)
+
+
+class _Converter:
+    """A kind as argparse calls it: what it refuses is an error of the command line."""
+
+    def __init__(self, kind: Kind):
+        self.kind = kind
+
+    def __call__(self, text: str) -> Any:
+        try:
+            return self.kind.convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} {error}") from error
+
+
+def _help(setting: Setting) -> str:
+    tasks = f" ({', '.join(map(str.upper, setting.tasks))})" if setting.tasks else ""
+    default = "" if not setting.unset else f" (default: {setting.unset})"
+    if setting.name == "prompt":
+        return "what the video shows; repeated, each window of a long video takes the next"
+    # argparse takes % for a format.
+    return f"{setting.help}{tasks}{default}".replace("%", "%%")
 
 
 def _add_checkpoint(group: Any) -> None:
@@ -34,150 +117,30 @@ def _add_checkpoint(group: Any) -> None:
         "--model_id",
         default="mini",
         metavar="DIR_OR_ID",
-        help="checkpoint folder (original or diffusers layout), Hugging Face id, or one made by "
+        help="checkpoint folder (original or diffusers format), Hugging Face id, or one made by "
         "`make mini`: mini (the default), mini-i2v",
     )
     group.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     group.add_argument("--preset", help="which released checkpoint it is, if that is not plain")
 
 
-def _add_content(group: Any) -> None:
-    prompt = group.add_mutually_exclusive_group(required=True)
-    prompt.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="what the video shows; repeated, each window of a long video takes the next",
-    )
-    prompt.add_argument(
-        "--prompt-file",
-        type=Path,
-        metavar="FILE",
-        help="lines of `frame: prompt`: each holds from the first window that begins there",
-    )
-    group.add_argument("--negative-prompt", "--negative_prompt", metavar="TEXT")
-    group.add_argument("--image", metavar="FILE", help="the first frame")
-    group.add_argument(
-        "--last-image",
-        "--end_image",
-        metavar="FILE",
-        help="the last frame (FLF2V), or what comes right after it (DF)",
-    )
-    group.add_argument("--video", "--video_path", metavar="FILE", help="a video to continue (DF)")
-
-
-def _add_size(group: Any) -> None:
-    group.add_argument("--resolution", metavar="|".join(RESOLUTIONS))
-    group.add_argument(
-        "--aspect",
-        metavar="W:H",
-        help="for example 9:16, or `image` for that of the image; keeps the area",
-    )
-    group.add_argument("--height", type=int, metavar="PIXELS", help="a multiple of 16")
-    group.add_argument("--width", type=int, metavar="PIXELS", help="a multiple of 16")
-    group.add_argument("--num-frames", "--num_frames", type=int, metavar="N", help="4 k + 1")
-    group.add_argument("--seconds", type=float, help="in place of --num-frames")
-    group.add_argument("--fps", metavar="RATE", help="such as 24, 29.97 or 30000/1001")
-
-
-def _add_forcing(group: Any) -> None:
-    for flag, old, metavar, text in (
-        ("--base-num-frames", "--base_num_frames", "N", "most frames made at once, 4 k + 1"),
-        ("--overlap-history", "--overlap_history", "N", "frames each window takes over, 4 k + 1"),
-        ("--ar-step", "--ar_step", "N", "steps each block runs behind the one before; 0: together"),
-        ("--causal-block-size", "--causal_block_size", "N", "latent frames in a block"),
-        (
-            "--addnoise-condition",
-            "--addnoise_condition",
-            "N",
-            "noise over given frames: 0 or 20",
-        ),
-    ):
-        group.add_argument(flag, old, type=int, metavar=metavar, help=text)
-    group.add_argument(
-        "--addnoise-once",
-        action="store_true",
-        default=None,
-        help="the same such noise in every step: finished blocks are then not computed anew",
-    )
-    group.add_argument(
-        "--hand-over",
-        metavar="|".join(HAND_OVERS),
-        help="what a window is given of the one before: its latents, or its frames encoded anew",
-    )
-    group.add_argument(
-        "--causal-attention",
-        "--causal_attention",
-        type=int,
-        metavar="N",
-        help="latent frames a block of block-causal attention, for models that learned with it",
-    )
-
-
-def _add_sampling(group: Any) -> None:
-    group.add_argument("--steps", "--inference_steps", "--num_inference_steps", type=int)
-    group.add_argument("--guidance-scale", "--guidance_scale", type=float, metavar="X")
-    group.add_argument("--shift", type=float, help="of the noise levels")
-    group.add_argument("--seed", type=int)
-    group.add_argument(
-        "--noise",
-        metavar="|".join(NOISES),
-        help="whose numbers a seed means; torch: those of PyTorch's CPU generator (default: jax)",
-    )
-    group.add_argument(
-        "--reference-exact",
-        action="store_true",
-        help="round and hand over as the original does, and refuse what it gets wrong",
-    )
-
-
 def _add_running(group: Any) -> None:
-    group.add_argument("--dtype", default="bfloat16", metavar="|".join(DTYPES))
     group.add_argument(
-        "--attention",
-        metavar="PATH",
-        help=f"{', '.join(ATTENTION_PATHS)}; chosen by device and shape if not given",
-    )
-    group.add_argument(
-        "--cache",
-        metavar="|".join(CACHES),
-        help="leave calls of the transformer out where little changes (default: none)",
-    )
-    group.add_argument(
-        "--teacache",
-        dest="cache",
-        action="store_const",
-        const="teacache",
-        help="the same as --cache teacache",
-    )
-    group.add_argument(
-        "--cache-threshold",
-        "--teacache_thresh",
-        type=float,
-        metavar="X",
-        help="how much change may go by; 0.2 for teacache, 0.05 for easycache",
-    )
-    group.add_argument(
-        "--use-ret-steps",
-        "--use_ret_steps",
-        action="store_true",
-        help="teacache looks at the time embedding that the blocks take",
-    )
-    group.add_argument(
-        "--batched-guidance",
-        action="store_true",
-        help="both prompts in one call of the transformer, for twice the memory",
+        "--dtype",
+        default="bfloat16",
+        metavar="|".join(DTYPES),
+        help="of the transformer and the encoders (default: bfloat16)",
     )
     group.add_argument(
         "--backend",
         default="jax",
-        choices=BACKENDS,
+        choices=BACKEND_NAMES,
         help="who runs the encoders and the VAE: JAX, or PyTorch (hybrid; default: jax)",
     )
     group.add_argument(
         "--vae-tiling",
         default="auto",
-        choices=VAE_TILINGS,
+        choices=VAE_TILING_NAMES,
         help="let the VAE cut frames into tiles, for less memory and faint seams (default: auto, "
         "where a whole frame would not fit)",
     )
@@ -200,7 +163,13 @@ def _add_running(group: Any) -> None:
 
 
 def _add_output(group: Any) -> None:
-    group.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="FILE.mp4")
+    group.add_argument(
+        "--output",
+        type=Path,
+        default=DEFAULT_OUTPUT,
+        metavar="FILE.mp4",
+        help=f"the file to write (default: {DEFAULT_OUTPUT})",
+    )
     group.add_argument(
         "--overwrite", action="store_true", help="replace the output file if there is one"
     )
@@ -229,3 +198,30 @@ def _add_output(group: Any) -> None:
     group.add_argument(
         "--no-metadata", action="store_true", help="leave the settings out of the video file"
     )
+
+
+def add_resume_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of ``resume``."""
+    parser.add_argument("job", type=Path, help="the job folder, by default the output's name.job")
+
+
+def add_info_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of ``info``."""
+    parser.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face id")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    parser.add_argument("--preset", help="name of the released checkpoint it is, if known")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+
+
+def add_doctor_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of ``doctor``."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+
+
+# Verbs whose flags stand here; the others' modules have an `add_parser`.
+FLAGS: Final[Mapping[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "generate": add_generate_flags,
+    "resume": add_resume_flags,
+    "info": add_info_flags,
+    "doctor": add_doctor_flags,
+}

@@ -12,12 +12,13 @@ from typing import Final
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.cli import dry_run
-from skyreels_jax.cli.flags import LATENTS_SUFFIX, add_flags
+from skyreels_jax.cli.flags import LATENTS_SUFFIX
 from skyreels_jax.cli.job import begin, decode_file, open_pipeline
 from skyreels_jax.cli.report import describe
 from skyreels_jax.errors import RequestError, UnsupportedError
-from skyreels_jax.generation.request import Request, ResolvedRequest
-from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.resolved import ResolvedRequest
+from skyreels_jax.generation.request.settings import Request, keywords
 from skyreels_jax.generation.store import SavedLatents
 from skyreels_jax.media import check_output
 from skyreels_jax.ops.attention import ATTENTION_PATHS
@@ -26,18 +27,6 @@ from skyreels_jax.weights.components.vae import stored_vae
 
 # A dry run tells what does not fit by itself, stage by stage.
 UNLIMITED: Final = sys.maxsize
-
-
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the ``generate`` verb."""
-    parser = subparsers.add_parser(
-        "generate",
-        help="make a video from a prompt, and an image where the checkpoint takes one",
-        description="Make a video. Settings that are not given come from the checkpoint's preset "
-        "and are printed with their source.",
-    )
-    add_flags(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     pipeline = open_pipeline(vars(args))
     checkpoint = pipeline.checkpoint
     if args.dry_run:
-        request = settle(args, checkpoint, memory=UNLIMITED)
+        request = resolve_and_print(args, checkpoint, memory=UNLIMITED)
         pipeline.verify()
         vae = (args.vae_tiling, args.vae_dtype)
         return dry_run.report(checkpoint, request, args.backend, *vae)
@@ -63,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         saved = SavedLatents.open(args.resume_latents)
         stored_vae(checkpoint.layout).verify()
         return decode_file(args, pipeline, saved)
-    return begin(args, pipeline, settle(args, checkpoint))
+    return begin(args, pipeline, resolve_and_print(args, checkpoint))
 
 
 def check_not_there(path: Path, overwrite: bool) -> None:
@@ -72,7 +61,7 @@ def check_not_there(path: Path, overwrite: bool) -> None:
         raise RequestError(f"{path} exists: give another --output, or --overwrite to replace it")
 
 
-def settle(
+def resolve_and_print(
     args: argparse.Namespace, checkpoint: Checkpoint, *, memory: int | None = None
 ) -> ResolvedRequest:
     """Decide every setting and say what it is.
@@ -100,42 +89,15 @@ def check_attention(checkpoint: Checkpoint, request: ResolvedRequest) -> None:
 
 
 def request_of(args: argparse.Namespace) -> Request:
-    """The request that the flags spell."""
-    return Request(
-        prompt=prompts_of(args),
-        negative_prompt=args.negative_prompt,
-        image=args.image,
-        last_image=args.last_image,
-        resolution=args.resolution,
-        aspect=args.aspect,
-        height=args.height,
-        width=args.width,
-        num_frames=args.num_frames,
-        seconds=args.seconds,
-        steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        shift=args.shift,
-        fps=args.fps,
-        seed=args.seed,
-        dtype=args.dtype,
-        attention=args.attention,
-        noise=args.noise,
-        reference_exact=args.reference_exact,
-        batched_guidance=args.batched_guidance,
-        output=args.output,
-        video=args.video,
-        base_num_frames=args.base_num_frames,
-        overlap_history=args.overlap_history,
-        ar_step=args.ar_step,
-        causal_block_size=args.causal_block_size,
-        addnoise_condition=args.addnoise_condition,
-        addnoise_once=args.addnoise_once,
-        hand_over=args.hand_over,
-        causal_attention=args.causal_attention,
-        cache=args.cache,
-        cache_threshold=args.cache_threshold,
-        use_ret_steps=args.use_ret_steps,
-    )
+    """The request that the flags spell.
+
+    Raises:
+        RequestError: a value is of the wrong kind.
+    """
+    given = {name: getattr(args, name) for name in keywords() if name != "prompt"}
+    given = {name: value for name, value in given.items() if value is not None}
+    others = {"dtype": args.dtype, "output": args.output}
+    return Request.of({"prompt": prompts_of(args), **given}, **others)
 
 
 def prompts_of(args: argparse.Namespace) -> Sequence[str] | Mapping[int, str]:

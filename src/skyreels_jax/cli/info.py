@@ -16,16 +16,6 @@ from skyreels_jax.weights.layout import ComponentName
 NEEDED: Final[tuple[ComponentName, ...]] = ("vae", "text_encoder", "tokenizer")
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the ``info`` verb."""
-    parser = subparsers.add_parser("info", help="what a checkpoint is and what it lacks")
-    parser.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face id")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
-    parser.add_argument("--preset", help="name of the released checkpoint it is, if known")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
-    parser.set_defaults(run=run)
-
-
 def run(args: argparse.Namespace) -> int:
     """Print the report; a folder that is not sound is an error instead."""
     checkpoint = Checkpoint.open(args.source, revision=args.revision, preset=args.preset)

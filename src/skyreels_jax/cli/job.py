@@ -22,7 +22,7 @@ from skyreels_jax.cli.progress import console_progress
 from skyreels_jax.cli.report import summarise
 from skyreels_jax.errors import SkyReelsError, Stopped
 from skyreels_jax.files import whole_file
-from skyreels_jax.generation.request import ResolvedRequest
+from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.store import FolderStore, SavedLatents
 from skyreels_jax.generation.video import settings_of, write_mp4
 from skyreels_jax.geometry import pixel_frames

@@ -6,16 +6,17 @@ Anything else is a bug and shows its traceback.
 """
 
 import argparse
-import difflib
 import importlib
 import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any, Final, NoReturn
 
+import skyreels_jax
+from skyreels_jax.cli.flags import FLAGS
 from skyreels_jax.errors import SkyReelsError
+from skyreels_jax.generation.request.names import hint, in_flags
 from skyreels_jax.interrupt import (
     HUNG_UP,
     INTERRUPTED,
@@ -26,28 +27,24 @@ from skyreels_jax.interrupt import (
 )
 
 USAGE_ERROR: Final = 2
-# Each verb is a module of this package with `add_parser` and, set as the parser's default, `run`.
-# Its help stands here too: a list of verbs should not wait until the modules have imported JAX.
+# What a shell returns for a program whose reader went away (SIGPIPE).
+CLOSED_PIPE: Final = 141
+# Each verb is a module of this package with `run`. Its help stands here and its flags in `flags`:
+# neither should wait until the modules have imported JAX.
 VERBS: Final[Mapping[str, str]] = {
     "generate": "make a video from a prompt, and an image where the checkpoint takes one",
-    "resume": "go on with a long video that was interrupted",
-    "convert": "translate a checkpoint into the other layout or another dtype",
+    "resume": "go on with a video that was interrupted",
+    "convert": "translate a checkpoint into the other format or another dtype",
     "data": "write videos with captions, to train on",
     "train": "train a model from a TOML file, or go on with it",
     "validate": "compare the JAX model with PyTorch's, layer by layer and frame by frame",
     "info": "what a checkpoint is and what it lacks",
     "doctor": "versions, devices, memory and caches",
 }
-# Flags of the original's scripts that have no counterpart under a similar name.
-ELSEWHERE: Final[Mapping[str, str]] = {
-    "--outdir": "name the file with --output",
-    "--offload": "not needed: each part leaves memory before the next one comes",
-    "--use_usp": "not needed to run on one device",
-}
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says in one line what is wrong, with the nearest flag's name."""
+    """An argument parser that says in one line what is wrong, with the nearest name."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         # Abbreviated flags would change their meaning whenever a flag is added.
@@ -68,10 +65,7 @@ class Parser(argparse.ArgumentParser):
             # As argparse has it, what contains a space is a value.
             if not flag.startswith("--") or " " in flag or flag in known:
                 continue
-            if flag in ELSEWHERE:
-                self.error(f"{flag} does not exist: {ELSEWHERE[flag]}")
-            near = difflib.get_close_matches(flag, known, n=1)
-            self.error(f"{flag} does not exist" + (f"; did you mean {near[0]}?" if near else ""))
+            self.error(in_flags(f"{flag} does not exist{hint(flag, known)}"))
 
     def flags(self) -> list[str]:
         """Every flag of this parser and of its verbs."""
@@ -91,19 +85,32 @@ def build_parser(verb: str | None) -> Parser:
         description="SkyReels-V2 video diffusion in JAX: generate, convert, inspect.",
         epilog="`skyreels-jax VERB --help` lists the flags of a verb.",
     )
-    parser.add_argument(
-        "--version", action="version", version=f"%(prog)s {version('skyreels-jax')}"
-    )
+    version = f"%(prog)s {skyreels_jax.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
     for name, summary in VERBS.items():
-        if name != verb:
-            verbs.add_parser(name, help=summary)
-            continue
-        importlib.import_module(f"skyreels_jax.cli.{name}").add_parser(verbs)
+        if name != verb or name in FLAGS:
+            verb_parser = verbs.add_parser(name, help=summary, description=f"{summary}.")
+            if name != verb:
+                continue
+            FLAGS[name](verb_parser)
+            verb_parser.set_defaults(run=_Later(name))
+        else:
+            importlib.import_module(f"skyreels_jax.cli.{name}").add_parser(verbs)
         verbs.choices[name].add_argument(
             "--verbose", action="store_true", help="log shapes, dtypes and timings; show tracebacks"
         )
     return parser
+
+
+class _Later:
+    """A verb's ``run``, whose module is imported when it is called."""
+
+    def __init__(self, verb: str):
+        self.verb = verb
+
+    def __call__(self, args: argparse.Namespace) -> int:
+        return importlib.import_module(f"skyreels_jax.cli.{self.verb}").run(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,7 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit code (see the module's docstring).
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser(next((word for word in argv if not word.startswith("-")), None))
+    verb = next((word for word in argv if not word.startswith("-")), None)
+    parser = build_parser(verb)
+    if verb is not None and verb not in VERBS:
+        parser.error(f"{verb!r} is no verb{_nearest(verb)}; there are {', '.join(VERBS)}")
     parser.check_flags(argv)
     args = parser.parse_args(argv)
     logging.basicConfig(
@@ -132,12 +142,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SkyReelsError as error:
         if args.verbose:
             logging.getLogger(__name__).exception("refused")
-        line = " ".join(part.strip() for part in str(error).splitlines())
+        line = in_flags(" ".join(part.strip() for part in str(error).splitlines()))
         print(f"skyreels-jax: error: {line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as stop:
         print("skyreels-jax: stopped", file=sys.stderr)
         return exit_code(stop)
+
+
+def _nearest(verb: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(verb.lower(), VERBS, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
@@ -147,7 +164,16 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
     crash now and then if the interpreter is taken down around them.
     """
     sys.unraisablehook = send_again
-    code = main(argv)
+    try:
+        try:
+            code = main(argv)
+        finally:
+            # Here and not at the interpreter's end, which complains on standard error.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = CLOSED_PIPE
     if code in (INTERRUPTED, TERMINATED, HUNG_UP):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -122,7 +122,8 @@ def score(
 
 def from_text(pipeline: Pipeline, scene: Scene, seed: int, **settings: Any) -> Frames:
     """Make a video by the plain caption alone."""
-    return pipeline(plain_caption(scene), seed=seed, **{**MINI_CLIP, **settings}).frames
+    chosen: dict[str, Any] = {**MINI_CLIP, **settings}
+    return pipeline(plain_caption(scene), seed=seed, **chosen).frames
 
 
 def from_image(pipeline: Pipeline, scene: Scene, seed: int, **settings: Any) -> Frames:

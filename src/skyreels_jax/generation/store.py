@@ -29,7 +29,8 @@ from skyreels_jax import geometry
 from skyreels_jax.diffusion.cache_settings import CacheSettings
 from skyreels_jax.errors import RequestError
 from skyreels_jax.files import remove_temporary, whole_file, write_json
-from skyreels_jax.generation.request import Forcing, GivenVideo, ResolvedRequest
+from skyreels_jax.generation.request.resolved import Forcing, GivenVideo, ResolvedRequest
+from skyreels_jax.generation.request.settings import current_names
 from skyreels_jax.generation.windows import Window
 from skyreels_jax.media import read_image, write_image
 from skyreels_jax.shapes import HostLatents
@@ -39,6 +40,8 @@ _RECORD: Final = "job.json"
 _TENSOR: Final = "latents"
 _SETTINGS: Final = "settings"
 _IMAGES: Final = ("image", "last_image")
+# The fields of a request that jobs of earlier versions have under an old name.
+_OLD_NAMES: Final = {"notices": "warnings"}
 # Everything a job may hold, beside temporary files; nothing else is ever removed.
 _OWN: Final = ("job.json", "*image.png", "window-*.safetensors", "partial.mp4")
 
@@ -232,6 +235,7 @@ def _from_json(values: Mapping[str, Any], images: Mapping[str, Any]) -> Resolved
     Raises:
         TypeError: fields are missing or unknown.
     """
+    values = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
     forcing, video, cache = values["forcing"], values["video"], values["cache"]
     coefficients = None if cache["coefficients"] is None else tuple(cache["coefficients"])
     return ResolvedRequest(
@@ -239,9 +243,9 @@ def _from_json(values: Mapping[str, Any], images: Mapping[str, Any]) -> Resolved
             **values,
             "prompts": tuple(values["prompts"]),
             "fps": geometry.frame_rate(values["fps"]),
-            "notices": tuple(values["notices"]),
+            "warnings": tuple(values["warnings"]),
             "cache": CacheSettings(**{**cache, "coefficients": coefficients}),
-            "forcing": None if forcing is None else Forcing(**forcing),
+            "forcing": None if forcing is None else Forcing(**current_names(forcing)),
             "video": None
             if video is None
             else GivenVideo(**{**video, "path": Path(video["path"])}),

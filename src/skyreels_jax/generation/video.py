@@ -24,7 +24,7 @@ from skyreels_jax.components.lazy import loaded_vae
 from skyreels_jax.components.protocols import Autoencoder, Components
 from skyreels_jax.diffusion.sigmas import FlowSchedule
 from skyreels_jax.errors import NumericsError, Stopped
-from skyreels_jax.generation.request import ResolvedRequest
+from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.store import MemoryStore
 from skyreels_jax.generation.window_generator import WindowGenerator
 from skyreels_jax.generation.windows import Window
@@ -115,7 +115,7 @@ def generate(
     Args:
         components: encoders and VAE.
         load: gives the transformer; keep it between calls to compile once.
-        request: from :func:`skyreels_jax.generation.resolve.resolve`.
+        request: from :func:`skyreels_jax.generation.request.resolve.resolve`.
         noise: of a window, ``[1, 16, frames, H, W]`` with its known frames, in place of the seed's.
         schedule: sigmas in place of those of ``request.steps`` and ``request.shift``.
         progress: told of every stage.
@@ -163,7 +163,7 @@ def stream_frames(generator: WindowGenerator) -> Iterator[Frames]:
         first = generator.make(windows[0], generator.known.prefix)
     with refused_in_words(_SMALLER_DECODE if alone else _SMALLER_WINDOWS):
         vae = loaded_vae(generator.components.vae)
-        continue_from = request.forcing.hand_over if request.forcing else "latents"
+        continue_from = request.forcing.continuation if request.forcing else "latents"
         pixels = _CONTINUATIONS[continue_from](generator, vae, first)
         yield from _checked_frames(pixels, request.num_frames - overlap, generator.clock)
 

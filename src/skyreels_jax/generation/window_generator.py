@@ -34,7 +34,7 @@ from skyreels_jax.diffusion.frame_schedule import (
 )
 from skyreels_jax.diffusion.guidance import Guidance, NoGuidance, guidance_of
 from skyreels_jax.diffusion.sigmas import FlowSchedule, flow_sigmas
-from skyreels_jax.generation.request import ResolvedRequest
+from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.store import NoStore, WindowStore
 from skyreels_jax.generation.windows import Window
 from skyreels_jax.sampling.denoiser import Denoiser, Sampling
@@ -125,7 +125,7 @@ class WindowGenerator:
             components: encoders and VAE.
             load: gives the transformer. It is called once text and images are encoded, and what it
                 gives is let go of after the last window.
-            request: from :func:`skyreels_jax.generation.resolve.resolve`.
+            request: from :func:`skyreels_jax.generation.request.resolve.resolve`.
             clock: times, reports, and may be asked to stop.
             store: where finished windows are kept and taken from; ``None`` for nowhere.
             noise: of a window, ``[1, 16, frames, H, W]`` with its known frames, in place of the

@@ -88,7 +88,7 @@ def prompts_by_window(
         if len(prompts) > len(windows):
             raise RequestError(
                 f"{len(prompts)} prompts for {len(windows)} windows: give at most one for each, or "
-                "shorter windows (--base-num-frames)"
+                "shorter windows (`base_num_frames`)"
             )
         return tuple(prompts[min(i, len(prompts) - 1)] for i in range(len(windows)))
     starts = sorted(prompts)

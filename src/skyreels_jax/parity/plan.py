@@ -10,8 +10,9 @@ import numpy as np
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation.request import Request, ResolvedRequest
-from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.resolved import ResolvedRequest
+from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.media import RgbImage
 from skyreels_jax.parity.activation_sites import LAYERS, Layers
 

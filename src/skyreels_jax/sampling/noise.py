@@ -10,9 +10,10 @@ from jaxtyping import Array, Float
 
 from skyreels_jax.shapes import Latents
 
-NOISES: Final = ("jax", "torch")
 # PyTorch fills arrays in groups of this many numbers, one half from the other.
 _GROUP: Final = 16
+# Both generators take this much of a seed.
+_SEED_BITS: Final = 2**32 - 1
 
 
 def draw_noise(seed: int, shape: tuple[int, ...], window: int = 0) -> Latents:
@@ -28,7 +29,7 @@ def draw_noise(seed: int, shape: tuple[int, ...], window: int = 0) -> Latents:
 
 def noise_key(seed: int, window: int) -> Array:
     """The generator is named so that a seed means the same everywhere."""
-    key = jax.random.key(seed, impl="threefry2x32")
+    key = jax.random.key(seed & _SEED_BITS, impl="threefry2x32")
     return jax.random.fold_in(key, window) if window else key
 
 
@@ -40,7 +41,7 @@ def draw_torch_noise(seed: int, shape: tuple[int, ...], skip: int = 0) -> Float[
     the first half radii, the second angles.
 
     Args:
-        seed: 0 to 2**32 - 1.
+        seed: 0 to 2**64 - 1, of which PyTorch's generator takes the lower half.
         shape: of a multiple of 16 numbers.
         skip: so many numbers were drawn before, in groups of 16 too.
 
@@ -50,7 +51,7 @@ def draw_torch_noise(seed: int, shape: tuple[int, ...], skip: int = 0) -> Float[
     count = math.prod(shape)
     if count % _GROUP or skip % _GROUP:
         raise ValueError(f"{count} numbers after {skip}: multiples of {_GROUP} are needed")
-    generator = np.random.RandomState(seed)
+    generator = np.random.RandomState(seed & _SEED_BITS)
     for some in (skip, count):
         words = generator.randint(0, 2**32, some, dtype=np.uint32)
     uniform = (words & np.uint32(2**24 - 1)).astype(np.float32) * np.float32(2**-24)

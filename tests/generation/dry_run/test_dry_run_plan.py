@@ -14,8 +14,9 @@ from tests.fabricate import Checkpoints
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.generation.dry_run.plan import Memory, StagePlan, plan, plan_vae
-from skyreels_jax.generation.request import Request, ResolvedRequest
-from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.resolved import ResolvedRequest
+from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.memory import Direction, bytes_of, vae_work
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_config import WAN_VAE, Residual, VaeConfig
@@ -266,7 +267,7 @@ def test_a_plan_in_tiles_is_that_of_its_tiles():
     assert tiled.total < whole.total
 
 
-LONG = {"num_frames": 21, "base_num_frames": 9, "overlap_history": 1, "hand_over": "latents"}
+LONG = {"num_frames": 21, "base_num_frames": 9, "overlap_history": 1, "continuation": "latents"}
 
 
 def test_a_long_video_is_planned_by_its_windows(checkpoints):

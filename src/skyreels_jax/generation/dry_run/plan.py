@@ -22,7 +22,7 @@ from skyreels_jax.diffusion.cache_settings import step_cache
 from skyreels_jax.diffusion.guidance import NoGuidance, guidance_of
 from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.generation.dry_run.operations import operations
-from skyreels_jax.generation.request import ResolvedRequest
+from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.window_generator import conditioning_noise, frame_schedule_for
 from skyreels_jax.generation.windows import Window
 from skyreels_jax.geometry import latent_frames

@@ -1,4 +1,4 @@
-"""What ``--reference-exact`` refuses: requests that the original gets wrong, or no seed decides.
+"""What ``reference_exact`` refuses: requests that the original gets wrong, or no seed decides.
 
 Sources: the diffusion-forcing pipeline of SkyReels-V2; docs/numerics.md lists what it does and what
 is done here instead.
@@ -11,7 +11,7 @@ import numpy as np
 
 from skyreels_jax import geometry
 from skyreels_jax.diffusion.sigmas import flow_sigmas
-from skyreels_jax.generation.request import Forcing
+from skyreels_jax.generation.request.resolved import Forcing
 from skyreels_jax.geometry import latent_frames
 
 
@@ -19,38 +19,38 @@ def reference_violations(values: Mapping[str, Any]) -> list[str]:
     """A line for each setting with which the original would not give the video asked for."""
     found = []
     if values["noise"] != "torch":
-        found.append(f"--noise {values['noise']} is not the original's; leave it out")
+        found.append(f"`noise` {values['noise']} is not the original's; leave it out")
     timesteps = flow_sigmas(values["steps"], values["shift"]).timesteps
     if len(np.unique(timesteps)) < len(timesteps):
         found.append(
-            f"--steps {values['steps']} with --shift {values['shift']:g}: two steps have the same "
+            f"`steps` {values['steps']} with `shift` {values['shift']:g}: two steps have the same "
             "whole timestep, by which the original finds its place; 100 or fewer are safe"
         )
-    if values["cache"].name == "easycache":
-        found.append("--cache easycache: the original has TeaCache only")
+    if (cache := values["cache"].name) not in ("none", "teacache"):
+        found.append(f"`cache` {cache}: the original has TeaCache only")
     forcing = values["forcing"]
     if forcing is not None:
-        found.extend(_of_forcing(forcing, values))
-    return [f"--reference-exact: {line}" for line in found]
+        found.extend(_forcing_violations(forcing, values))
+    return [f"`reference_exact`: {line}" for line in found]
 
 
-def _of_forcing(forcing: Forcing, values: Mapping[str, Any]) -> Iterator[str]:
+def _forcing_violations(forcing: Forcing, values: Mapping[str, Any]) -> Iterator[str]:
     block = forcing.causal_block_size
     if values["video"] is not None:
-        yield "--video: the original stretches it to the size asked for, here it is cropped"
+        yield "`video`: the original stretches it to the size asked for, here it is cropped"
     if values["image"] is not None and block > 1:
-        yield f"--image with --causal-block-size {block}: the original overwrites it with noise"
+        yield f"`image` with `causal_block_size` {block}: the original overwrites it with noise"
     if values["last_image"] is not None and (
         block > 1 or values["num_frames"] > forcing.base_num_frames or values["image"] is None
     ):
         yield (
-            "--last-image: the original needs --image, blocks of 1 and a video made at once; "
+            "`last_image`: the original needs `image`, blocks of 1 and a video made at once; "
             "otherwise it fails, leaves frames noise or delivers the end frame's latent"
         )
     if forcing.addnoise_condition:
-        yield "--addnoise-condition: the original's noise for it comes from an unseeded generator"
-    if forcing.hand_over != "pixels":
-        yield f"--hand-over {forcing.hand_over}: the original hands pixels over"
+        yield "`addnoise_condition`: the original's noise for it comes from an unseeded generator"
+    if forcing.continuation != "pixels":
+        yield f"`continuation` {forcing.continuation}: the original continues from pixels"
     if block > 1:
         yield from _indivisible(forcing, values)
 
@@ -71,6 +71,6 @@ def _indivisible(forcing: Forcing, values: Mapping[str, Any]) -> Iterator[str]:
             near = [given + step * by for by in (-(length % block), block - length % block)]
             legal = " or ".join(str(frames) for frames in near if frames > 0)
             yield (
-                f"--{name.replace('_', '-')} {given} makes {length} latent frames in a window, "
+                f"`{name}` {given} makes {length} latent frames in a window, "
                 f"which blocks of {block} do not divide; nearest: {legal}"
             )

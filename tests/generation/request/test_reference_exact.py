@@ -1,4 +1,4 @@
-"""``--reference-exact``: what it sets, what it refuses, and that it reaches the run."""
+"""```reference_exact```: what it sets, what it refuses, and that it reaches the run."""
 
 from typing import Any
 
@@ -10,8 +10,9 @@ from tests import standins
 
 from skyreels_jax.components.protocols import Components
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation.request import Request, ResolvedRequest
-from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.resolved import ResolvedRequest
+from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.window_generator import WindowGenerator, starting_noise
 from skyreels_jax.sampling.denoiser import Denoiser
 
@@ -28,12 +29,12 @@ def request(task: str = "df", **wishes: Any) -> ResolvedRequest:
 def test_it_is_the_originals_way_in_everything_that_has_two():
     asked = request(dtype="bfloat16", **LONG)
     assert asked.forcing is not None
-    assert (asked.forcing.hand_over, asked.noise, asked.latent_dtype) == (
+    assert (asked.forcing.continuation, asked.noise, asked.latent_dtype) == (
         *("pixels", "torch", "bfloat16"),
     )
     usual = request(dtype="bfloat16", reference_exact=False, **LONG)
     assert usual.forcing is not None
-    assert (usual.forcing.hand_over, usual.noise, usual.latent_dtype) == (
+    assert (usual.forcing.continuation, usual.noise, usual.latent_dtype) == (
         *("latents", "jax", "float32"),
     )
 
@@ -49,10 +50,10 @@ def test_the_originals_counter_of_teacache_comes_with_it(monkeypatch):
         seen.append(original_counter)
         return true(*arguments, original_counter=original_counter, **others)
 
-    from skyreels_jax.generation import draft
+    from skyreels_jax.generation.request import builder
 
-    true = draft.resolve_cache
-    monkeypatch.setattr(draft, "resolve_cache", note)
+    true = builder.resolve_cache
+    monkeypatch.setattr(builder, "resolve_cache", note)
     request()
     request(reference_exact=False)
     assert seen == [True, False]
@@ -102,16 +103,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an overlap that is no block": (
         LONG | {"causal_block_size": 5},
-        r"--overlap-history 5 makes 2 latent frames.*nearest: 17",
+        r"`overlap_history` 5 makes 2 latent frames.*nearest: 17",
     ),
     "a last window that blocks do not divide": (
         {"num_frames": 33, "base_num_frames": 21, "overlap_history": 5, "causal_block_size": 2},
-        r"--num-frames 33 makes 5 latent frames",
+        r"`num_frames` 33 makes 5 latent frames",
     ),
-    "an end frame without a start": ({"last_image": IMAGE}, "the original needs --image"),
+    "an end frame without a start": ({"last_image": IMAGE}, "the original needs `image`"),
     "an end frame of a long video": (LONG | {"image": IMAGE, "last_image": IMAGE}, "made at once"),
     "noise of nobody's seed": ({"addnoise_condition": 20}, "unseeded generator"),
-    "latents handed over": (LONG | {"hand_over": "latents"}, "the original hands pixels over"),
+    "windows from latents": (LONG | {"continuation": "latents"}, "continues from pixels"),
     "timesteps that collide": ({"steps": 150}, "the same whole timestep"),
     "another cache": ({"cache": "easycache"}, "TeaCache only"),
     "other noise": ({"noise": "jax"}, "is not the original's"),
@@ -121,7 +122,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED.keys())
 def test_what_the_original_gets_wrong_is_refused(case):
     wishes, rule = case
-    with pytest.raises(RequestError, match=f"(?s)--reference-exact: .*{rule}"):
+    with pytest.raises(RequestError, match=f"(?s)`reference_exact`: .*{rule}"):
         request(**wishes)
     own = {name: value for name, value in wishes.items() if name != "noise"}
     request(**own, reference_exact=False)  # and works as we do it

@@ -12,8 +12,9 @@ from tests import standins
 
 from skyreels_jax.checkpoints import Default
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation.request import Request, ResolvedRequest
-from skyreels_jax.generation.resolve import resolve
+from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.resolved import ResolvedRequest
+from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.prompts import NEGATIVE_PROMPT_EN, NEGATIVE_PROMPT_ZH
 
 PLENTY = 2**40
@@ -55,6 +56,15 @@ def test_what_was_said_is_kept():
 
 def test_seeds_are_drawn_anew():
     assert resolved().seed != resolved().seed
+    assert resolved(seed=-1).seed != resolved(seed=-1).seed
+    assert resolved(seed=-1).sources["seed"] == "drawn at random"
+
+
+def test_seeds_of_64_bits_go_with_the_noise_of_pytorch():
+    assert resolved(seed=804822466654819, noise="torch").seed == 804822466654819
+    assert resolved(seed=2**64 - 1, noise="torch").seed == 2**64 - 1
+    assert "more takes `noise` torch" in refusal(seed=804822466654819)
+    assert "must be between" in refusal(seed=2**64, noise="torch")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +95,7 @@ def test_words_for_sizes_and_lengths():
 def test_a_portrait_image_turns_a_default_or_named_size_and_is_told():
     request = resolved("i2v", image=picture(40, 30))
     assert (request.height, request.width) == (48, 32)
-    assert "upright" in request.notices[0]
+    assert "upright" in request.warnings[0]
     named = resolved("i2v", image=picture(40, 30), resolution="540P")
     assert (named.height, named.width) == (960, 544)
 
@@ -94,20 +104,20 @@ def test_a_portrait_image_turns_nothing_that_was_asked_for():
     for wishes in ({"height": 32, "width": 48}, {"aspect": "3:2"}):
         request = resolved("i2v", image=picture(40, 30), **wishes)
         assert request.height < request.width
-        (said,) = request.notices
+        (said,) = request.warnings
         assert "shows 50% of its height" in said
 
 
 def test_a_square_photograph_is_cropped_and_that_is_said():
-    (said,) = resolved("i2v", image=picture(32, 32)).notices
+    (said,) = resolved("i2v", image=picture(32, 32)).warnings
     assert said == (
-        "the image is 32 x 32: a video of 48 x 32 shows 67% of its height; --aspect image keeps all"
+        "the image is 32 x 32: a video of 48 x 32 shows 67% of its height; `aspect` image keeps all"
     )
-    (said,) = resolved("i2v", image=picture(20, 100)).notices
+    (said,) = resolved("i2v", image=picture(20, 100)).warnings
     assert "30% of its width" in said
-    assert resolved("i2v", image=picture(32, 44)).notices == ()
+    assert resolved("i2v", image=picture(32, 44)).warnings == ()
     whole = resolved("i2v", image=picture(30, 30), aspect="image")
-    assert (whole.height, whole.width, whole.notices) == (32, 32, ())
+    assert (whole.height, whole.width, whole.warnings) == (32, 32, ())
 
 
 @pytest.mark.parametrize("fps", [29.97, "29.97", "30000/1001", Fraction(30000, 1001)])
@@ -134,42 +144,46 @@ def test_settings_are_json_and_rebuild_the_request():
 
 
 BAD = {
-    "empty prompt": ({"prompt": ""}, "--prompt is empty"),
-    "blank prompt": ({"prompt": " \n\t"}, "--prompt is empty"),
-    "odd height": ({"height": 541, "width": 960}, "--height 541 .* 528 or 544"),
-    "zero height": ({"height": 0, "width": 960}, "--height 0 .* 16"),
-    "negative width": ({"height": 544, "width": -16}, "--width -16 .* 16"),
-    "height alone": ({"height": 544}, "--height was given without --width"),
-    "width alone": ({"width": 544}, "--width was given without --height"),
-    "two sizes": ({"height": 544, "width": 960, "resolution": "540P"}, "exclude --resolution"),
-    "size and aspect": ({"height": 544, "width": 960, "aspect": "1:1"}, "exclude --resolution"),
+    "empty prompt": ({"prompt": ""}, "`prompt` is empty"),
+    "blank prompt": ({"prompt": " \n\t"}, "`prompt` is empty"),
+    "prompt of an entity": ({"prompt": "&nbsp; &amp;#8203;"}, "`prompt` is empty"),
+    "prompt without width": ({"prompt": "\u200b\ufeff"}, "`prompt` is empty"),
+    "second prompt blank": ({"prompt": ["a fox", "&nbsp;"]}, "`prompt` is empty"),
+    "no prompts": ({"prompt": []}, "`prompt` is empty"),
+    "odd height": ({"height": 541, "width": 960}, "`height` 541 .* 528 or 544"),
+    "zero height": ({"height": 0, "width": 960}, "`height` 0 .* 16"),
+    "negative width": ({"height": 544, "width": -16}, "`width` -16 .* 16"),
+    "height alone": ({"height": 544}, "`height` was given without `width`"),
+    "width alone": ({"width": 544}, "`width` was given without `height`"),
+    "two sizes": ({"height": 544, "width": 960, "resolution": "540P"}, "exclude `resolution`"),
+    "size and aspect": ({"height": 544, "width": 960, "aspect": "1:1"}, "exclude `resolution`"),
     "unknown resolution": ({"resolution": "1080P"}, "'1080P' is unknown; there are 540P, 720P"),
     "bad aspect": ({"aspect": "wide"}, "16:9 or 9:16"),
     "frames not 4k+1": (
         {"num_frames": 98},
-        r"--num-frames 98 must be 4 k \+ 1; nearest: 97 or 101",
+        r"`num_frames` 98 must be 4 k \+ 1; nearest: 97 or 101",
     ),
-    "no frames": ({"num_frames": 0}, "--num-frames 0 .* nearest: 1$"),
-    "negative frames": ({"num_frames": -3}, "--num-frames -3 .* nearest: 1$"),
+    "no frames": ({"num_frames": 0}, "`num_frames` 0 .* nearest: 1$"),
+    "negative frames": ({"num_frames": -3}, "`num_frames` -3 .* nearest: 1$"),
     "frames and seconds": ({"num_frames": 9, "seconds": 1.0}, "exclude each other"),
-    "no seconds": ({"seconds": 0.0}, "--seconds 0.0 must be a number above 0"),
-    "endless seconds": ({"seconds": float("inf")}, "--seconds inf must be a number"),
-    "no steps": ({"steps": 0}, "--steps 0 must be between 1 and 1000"),
-    "too many steps": ({"steps": 1001}, "--steps 1001 must be between 1 and 1000"),
-    "guidance nan": ({"guidance_scale": float("nan")}, "--guidance-scale nan must be a number"),
-    "negative guidance": ({"guidance_scale": -1.0}, "--guidance-scale -1.0 .* at least 0"),
-    "no shift": ({"shift": 0.0}, "--shift 0.0 must be a number above 0"),
-    "infinite shift": ({"shift": float("inf")}, "--shift inf must be a number above 0"),
-    "extreme shift": ({"shift": 1e6}, "--shift 1000000.0 with 3 steps: sigmas must fall"),
-    "no fps": ({"fps": 0}, "--fps 0 must be from 1 to 240"),
-    "negative seed": ({"seed": -1}, "--seed -1 must be between 0 and 4294967295"),
-    "long seed": ({"seed": 2**32}, "--seed 4294967296 must be between"),
-    "unknown dtype": ({"dtype": "float16"}, "--dtype 'float16' .* bfloat16, float32"),
-    "unknown attention": ({"attention": "flash"}, "--attention 'flash' .* xla"),
+    "no seconds": ({"seconds": 0.0}, "`seconds` 0.0 must be a number above 0"),
+    "endless seconds": ({"seconds": float("inf")}, "`seconds` inf must be a number"),
+    "no steps": ({"steps": 0}, "`steps` 0 must be between 1 and 1000"),
+    "too many steps": ({"steps": 1001}, "`steps` 1001 must be between 1 and 1000"),
+    "guidance nan": ({"guidance_scale": float("nan")}, "`guidance_scale` nan must be a number"),
+    "negative guidance": ({"guidance_scale": -1.0}, "`guidance_scale` -1.0 .* at least 0"),
+    "no shift": ({"shift": 0.0}, "`shift` 0.0 must be a number above 0"),
+    "infinite shift": ({"shift": float("inf")}, "`shift` inf must be a number above 0"),
+    "extreme shift": ({"shift": 1e6}, "`shift` 1000000.0 with 3 steps: sigmas must fall"),
+    "no fps": ({"fps": 0}, "`fps` 0 must be a number from 1 to 240"),
+    "negative seed": ({"seed": -2}, "`seed` -2 must be between -1 and 18446744073709551615"),
+    "long seed": ({"seed": 2**32}, "`seed` 4294967296 must be between"),
+    "unknown dtype": ({"dtype": "float16"}, "`dtype` 'float16' .* bfloat16, float32"),
+    "unknown attention": ({"attention": "flash"}, "`attention` 'flash' .* xla"),
     "output suffix": ({"output": "out.gif"}, r"out\.gif: the name must end in \.mp4"),
     "output nowhere": ({"output": "no/such/out.mp4"}, "folder no/such does not exist"),
-    "image for text": ({"image": picture()}, r"\(--image\): T2V checkpoints take none"),
-    "last image for text": ({"last_image": picture()}, r"\(--last-image\): T2V .* FLF2V"),
+    "image for text": ({"image": picture()}, "`image`: T2V checkpoints take none"),
+    "last image for text": ({"last_image": picture()}, "`last_image`: T2V .* FLF2V"),
 }
 
 
@@ -199,7 +213,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | 
         path.write_bytes(content)
     message = refusal("i2v", image=path, steps=0)
     assert "in.png" in message
-    assert "--steps" in message
+    assert "`steps`" in message
 
 
 def test_an_image_as_the_wrong_kind_of_array_is_refused():
@@ -211,10 +225,10 @@ def test_too_little_memory_is_said_before_anything_is_loaded():
     message = refusal(memory=1000)
     assert "not enough memory: 9 frames of 32 x 48 in bfloat16 take at least" in message
     assert "float32" not in message
-    assert "--dtype bfloat16" in refusal(memory=1000, dtype="float32")
+    assert "`dtype` bfloat16" in refusal(memory=1000, dtype="float32")
 
 
 def test_a_default_that_is_illegal_is_found_too():
     checkpoint = standins.checkpoint(num_frames=Default(10, "preset broken"))
-    with pytest.raises(RequestError, match="--num-frames 10"):
+    with pytest.raises(RequestError, match="`num_frames` 10"):
         resolve(Request(prompt="a fox"), checkpoint, memory=PLENTY)

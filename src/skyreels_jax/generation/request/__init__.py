@@ -1,0 +1,1 @@
+"""What is asked for: declared once in `settings`, resolved against a checkpoint by `resolve`."""
