@@ -1,19 +1,18 @@
-"""Prompts to token ids: text repair, UMT5's tokenizer from either published file, 512 tokens."""
+"""Prompts to token ids: text repair, UMT5's tokenizer, 512 tokens."""
 
 import html
 import json
 import logging
 import re
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import ftfy
 import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int32
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import models, pre_tokenizers
 
 from skyreels_jax.errors import WeightsError
 
@@ -36,8 +35,6 @@ NEGATIVE_PROMPT_EN: Final = (
 
 PAD: Final = "<pad>"
 EOS: Final = "</s>"
-# T5's sentinels, unless a folder's tokenizer_config.json says another number.
-EXTRA_IDS: Final = 100
 _UNKNOWN_TOKEN: Final = "<unk>"
 
 logger = logging.getLogger(__name__)
@@ -86,21 +83,15 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """Read ``tokenizer.json``, or ``spiece.model`` where a folder has only that.
+        """Read ``tokenizer.json``.
 
         Raises:
-            WeightsError: neither is there, a file is damaged, or it is no T5 tokenizer.
+            WeightsError: it is not there, is damaged, or is no T5 tokenizer.
         """
-        folder = Path(folder)
-        path = folder / "tokenizer.json"
+        path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            path = folder / "spiece.model"
-        if not path.is_file():
-            raise WeightsError(
-                f"{folder}: no tokenizer here; expected tokenizer.json or spiece.model "
-                "(the folder is `tokenizer/` or `google/umt5-xxl/` of a checkpoint)"
-            )
-        backend = _read_json(path) if path.suffix == ".json" else _read_sentencepiece(path)
+            raise WeightsError(_missing(Path(folder)))
+        backend = _read_json(path)
         backend.no_padding()
         backend.no_truncation()
         pad, eos = backend.token_to_id(PAD), backend.token_to_id(EOS)
@@ -138,118 +129,24 @@ class Tokenizer:
         return TokenBatch(ids, mask, tuple(lengths))
 
 
+def _missing(folder: Path) -> str:
+    if (folder / "spiece.model").exists():
+        return (
+            f"{folder} has spiece.model and no tokenizer.json, which is what is read: fetch it "
+            "from the folder google/umt5-xxl of the original checkpoint, or make it with "
+            "transformers.T5TokenizerFast.from_pretrained(folder).save_pretrained(folder)"
+        )
+    return (
+        f"{folder}: no tokenizer here; expected tokenizer.json (the folder is `tokenizer/` or "
+        "`google/umt5-xxl/` of a checkpoint)"
+    )
+
+
 def _read_json(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise WeightsError(f"{path}: not a readable tokenizer file ({error})") from error
-
-
-def _read_sentencepiece(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer that transformers would build from the same ``spiece.model``.
-
-    The file is read here rather than run by the sentencepiece library, so that there is one
-    tokenizer: the original's ids come from the ``tokenizers`` library too, which, other than
-    sentencepiece, knows special tokens that are written out in a prompt.
-    """
-    try:
-        pieces, charsmap, is_unigram = _parse_model(path.read_bytes())
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        raise WeightsError(f"{path}: not a readable sentencepiece model ({error})") from error
-    kinds = [kind for _, _, kind in pieces]
-    if not is_unigram or kinds.count(_UNKNOWN) != 1:
-        raise WeightsError(f"{path}: not a T5 tokenizer, which is a unigram model with one <unk>")
-    # The sentinels follow the vocabulary in falling order, as T5 was trained with them.
-    sentinels = [f"<extra_id_{i}>" for i in reversed(range(_extra_ids(path)))]
-    vocab = [(piece, score) for piece, score, _ in pieces] + [(token, 0.0) for token in sentinels]
-    try:
-        backend = tokenizers.Tokenizer(models.Unigram(vocab, kinds.index(_UNKNOWN), False))
-        if charsmap:
-            backend.normalizer = normalizers.Precompiled(charsmap)
-    except Exception as error:  # the library raises bare Exception
-        raise WeightsError(f"{path}: damaged vocabulary or normaliser ({error})") from error
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
-    )
-    special = [piece for piece, _, kind in pieces if kind in (_UNKNOWN, _CONTROL)] + sentinels
-    backend.add_special_tokens(
-        [tokenizers.AddedToken(token, normalized=False, special=True) for token in special]
-    )
-    return backend
-
-
-def _extra_ids(path: Path) -> int:
-    settings = path.with_name("tokenizer_config.json")
-    if not settings.is_file():
-        return EXTRA_IDS
-    try:
-        return int(json.loads(settings.read_text(encoding="utf-8")).get("extra_ids", EXTRA_IDS))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{settings}: not a tokenizer's settings ({error})") from error
-
-
-# Kinds of pieces in sentencepiece_model.proto.
-_NORMAL: Final = 1
-_UNKNOWN: Final = 2
-_CONTROL: Final = 3
-
-
-def _parse_model(data: bytes) -> tuple[list[tuple[str, float, int]], bytes, bool]:
-    """Pieces ``(text, score, kind)``, normaliser table and whether it is a unigram model.
-
-    Field numbers are those of sentencepiece_model.proto: pieces 1 (text 1, score 2, kind 3),
-    trainer 2 (model type 3; 1 is unigram), normaliser 3 (table 2).
-    """
-    pieces: list[tuple[str, float, int]] = []
-    charsmap = b""
-    is_unigram = True
-    for number, value in _fields(data):
-        if number > 3 or not isinstance(value, bytes):
-            continue
-        message = dict(_fields(value))
-        if number == 1:
-            (score,) = struct.unpack("<f", message.get(2, bytes(4)))
-            pieces.append((message[1].decode("utf-8"), score, message.get(3, _NORMAL)))
-        elif number == 2:
-            is_unigram = message.get(3, 1) == 1
-        else:
-            charsmap = message.get(2, b"")
-    if not pieces:
-        raise ValueError("it holds no pieces")
-    return pieces, charsmap, is_unigram
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of one protobuf message: integers for varints, else the bytes of the value."""
-    position = 0
-    while position < len(data):
-        tag, position = _varint(data, position)
-        number, wire = tag >> 3, tag & 7
-        if wire == 0:
-            value, position = _varint(data, position)
-            yield number, value
-            continue
-        if wire == 2:
-            size, position = _varint(data, position)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
-            raise ValueError(f"wire type {wire} at byte {position}")
-        if position + size > len(data):
-            raise ValueError(f"it ends inside a field, at byte {len(data)}")
-        yield number, data[position : position + size]
-        position += size
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """The integer at ``position`` and where it ends."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = data[position + shift // 7]
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position + shift // 7 + 1
-    raise ValueError(f"a number without end at byte {position}")
 
 
 def write_unigram(folder: Path, words: Sequence[str], characters: str) -> int:

@@ -131,7 +131,7 @@ def halve(values: dict[str, torch.Tensor]) -> None:
 FOLDERS: dict[str, Bad] = {
     "empty folder": broken(empty, "config.json is missing", "found there: nothing"),
     "no config": broken(remove("config.json"), "config.json is missing"),
-    "config cut off": broken(cut("config.json", 40), "config.json is not JSON"),
+    "config cut off": broken(cut("config.json", 40), "config.json is no JSON"),
     "config of another model": broken(
         config(_class_name="FluxTransformer2DModel"), "config.json", "FluxTransformer2DModel"
     ),
@@ -165,7 +165,7 @@ FOLDERS: dict[str, Bad] = {
     "no text encoder": broken(remove(TEXT), TEXT, "is missing"),
     "no tokenizer": broken(remove(TOKENIZER), TOKENIZER, "is missing"),
     "tokenizer without its files": broken(
-        remove(f"{TOKENIZER}/tokenizer.json"), TOKENIZER, "tokenizer.json or spiece.model"
+        remove(f"{TOKENIZER}/tokenizer.json"), TOKENIZER, "tokenizer.json"
     ),
     "tokenizer damaged": broken(
         cut(f"{TOKENIZER}/tokenizer.json", 100), "tokenizer.json", "not a readable tokenizer"
@@ -187,7 +187,7 @@ FOLDERS: dict[str, Bad] = {
     ),
     "VAE is an empty file": broken(replace(VAE, b""), VAE, "no PyTorch file"),
     "model_index cut off": broken(
-        cut("model_index.json", 9), "model_index.json is not JSON", model="t2v-diffusers"
+        cut("model_index.json", 9), "model_index.json is no JSON", model="t2v-diffusers"
     ),
     "no VAE folder": broken(remove("vae"), "vae is missing", model="t2v-diffusers"),
     "VAE config with another value": broken(

@@ -259,7 +259,10 @@ SINGLE = {
     "header dtype unknown": (header(dtype="Q4_K"), ["model.safetensors", "'Q4_K'; known are"]),
     "header overlap": (overlap, ["model.safetensors is corrupt: its tensors"]),
     "header hole": (hole, ["model.safetensors is corrupt: its tensors leave a hole"]),
-    "tensor twice in a file": (twice_in_one_file, ["model.safetensors names a tensor twice", NAME]),
+    "tensor twice in a file": (
+        twice_in_one_file,
+        ["model.safetensors is not a safetensors file", f"{NAME!r} stands there twice"],
+    ),
     "tensor renamed": (
         rename_tensor,
         [

@@ -319,8 +319,8 @@ def test_other_files_are_refused_by_name(tmp_path: Path, kind: str):
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path):
-    for file in (tmp_path, tmp_path / "none.pth"):
-        with pytest.raises(WeightsError, match="cannot be read"):
+    for file, words in ((tmp_path, "is a folder"), (tmp_path / "none.pth", "no such file")):
+        with pytest.raises(WeightsError, match=words):
             PthSource(file)
 
 
@@ -408,3 +408,40 @@ def test_the_attacks_work_on_a_reader_that_unpickles(tmp_path: Path, kind: str):
     canary = tmp_path / "canary"
     pickle.loads(MAGIC + attacks(str(canary))[kind] + b".")
     assert canary.exists()
+
+
+# Files made by hand by somebody else: what they hold, or one refusal, and nothing is executed
+
+DATA = Path(__file__).parent / "data" / "pth"
+ZEROS = {"a": [0.0] * 4}
+# The tensors of the few that are sound, by name of the file.
+SOUND_FILES = {
+    "all_crc_zeroed,_data_altered": {"a": [1e9, 0, 0, 0]},  # Without checksums, as torch may write.
+    "bool_storage_with_7": {"a": [7] * 16},
+    "crc_wrong_local_only": ZEROS,
+    "cuda_device": ZEROS,
+    "good": ZEROS,
+    "key_newline_esc": {"a\x1b[31m\n": [0.0] * 4},
+    "no_byteorder": ZEROS,
+    "zero_stride_within_file_(repeat)": {"a": [0.0] * 16},
+}
+
+
+@pytest.mark.parametrize("file", sorted(DATA.glob("*.pth")), ids=lambda file: file.stem)
+def test_files_made_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: Path):
+    monkeypatch.chdir(tmp_path)  # Where what is executed would leave its mark.
+    if file.stem in SOUND_FILES:
+        source = PthSource(file)
+        arrays = {name: source.read(name) for name in source.tensors()}
+        as_numbers = {n: x.view(np.uint8) if x.dtype == bool else x for n, x in arrays.items()}
+        assert {n: x.tolist() for n, x in as_numbers.items()} == SOUND_FILES[file.stem]
+    else:
+        with pytest.raises(WeightsError):
+            source = PthSource(file)
+            for name in source.tensors():
+                source.read(name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_files_made_by_hand_are_all_there():
+    assert len(list(DATA.glob("*.pth"))) == 62

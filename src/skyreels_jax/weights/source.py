@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from skyreels_jax.errors import WeightsError
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -43,3 +45,28 @@ class TensorSource(Protocol):
     def read(self, name: str) -> np.ndarray:
         """The data of one tensor as a read-only, memory-mapped view where the file allows it."""
         ...
+
+
+@dataclass
+class Allowance:
+    """Bytes of Python objects that may still be made while ``file`` is being read.
+
+    Descriptions are small beside the tensors they describe. A hostile file can be nothing but
+    description, one byte of it making an object of a hundred; this is where that ends.
+    """
+
+    file: str
+    left: int
+
+    def spend(self, nbytes: int) -> None:
+        """Take ``nbytes`` off.
+
+        Raises:
+            WeightsError: if fewer are left.
+        """
+        self.left -= nbytes
+        if self.left < 0:
+            raise WeightsError(
+                f"{self.file} is corrupt or hostile: describing its tensors takes several times "
+                "the memory of the file itself"
+            )

@@ -2,8 +2,8 @@
 
 Format: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.12 (central directory),
 4.3.14 to 4.3.16 (end records), 4.5.3 (64-bit sizes). PyTorch writes no comments, one disk, and the
-end records at the very end; anything else is refused rather than guessed at. The standard library's
-zipfile is not used: it tolerates all that, trusts names, and keeps 500 bytes a member.
+end records at the very end; anything else is refused rather than guessed at. Why the standard
+library's zipfile does not read it: docs/adr/0006.
 """
 
 import struct
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.weights.allowance import Allowance
+from skyreels_jax.weights.source import Allowance
 
 MAX_MEMBERS: Final = 100_000
 

@@ -15,7 +15,6 @@ from typing import Any, Final
 import numpy as np
 
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.weights.allowance import Allowance
 from skyreels_jax.weights.pickle_values import (
     GLOBALS,
     Constructor,
@@ -24,6 +23,7 @@ from skyreels_jax.weights.pickle_values import (
     Storage,
     StorageType,
 )
+from skyreels_jax.weights.source import Allowance
 
 MAX_OPCODES: Final = 1_000_000
 MAX_DEPTH: Final = 16

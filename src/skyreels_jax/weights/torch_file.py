@@ -15,10 +15,10 @@ from typing import Any, Final
 import numpy as np
 
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.weights.allowance import Allowance
+from skyreels_jax.files import open_regular
 from skyreels_jax.weights.pickle_values import PickledTensor, Storage
 from skyreels_jax.weights.safetensors_file import LFS_POINTER
-from skyreels_jax.weights.source import TensorInfo
+from skyreels_jax.weights.source import Allowance, TensorInfo
 from skyreels_jax.weights.stored_zip import Member, check_crc, read_directory
 from skyreels_jax.weights.tensor_pickle import read_pickle
 
@@ -26,14 +26,14 @@ from skyreels_jax.weights.tensor_pickle import read_pickle
 # counted), or this many bytes where the file is small.
 ALLOWANCE_FACTOR: Final = 3.5
 ALLOWANCE_FLOOR: Final = 4 << 20
-# Measured: what was pickled of a tensor, a TensorInfo and a View, with places in dictionaries.
+# Measured: what was pickled of a tensor, a TensorInfo and a view, with places in dictionaries.
 _TENSOR_COST: Final = 550
 # Shapes of empty tensors are bounded by nothing else; NumPy counts bytes in 63 bits.
 _MAX_EMPTY: Final = 1 << 48
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class _View:
     """A tensor and the member of the archive that it is a part of; counts in elements."""
 
     info: TensorInfo
@@ -89,7 +89,7 @@ class PthSource:
                 raise WeightsError(f"{file} has byte order {order!r}; only b'little' is read")
         # What the pickle's memo holds is let go before the views are made.
         pickled = read_pickle(str(file), self._record(f"{top}/data.pkl", data), replace(allowance))
-        self._views: dict[str, View] = {}
+        self._views: dict[str, _View] = {}
         for name, tensor in _state_dict(file, pickled).items():
             allowance.spend(_TENSOR_COST)
             self._views[name] = self._view(name, tensor, top, len(data))
@@ -135,7 +135,7 @@ class PthSource:
             check_crc(str(self._file), name, member, content)
             self._checked.add(member)
 
-    def _view(self, name: str, tensor: PickledTensor, top: str, file_size: int) -> View:
+    def _view(self, name: str, tensor: PickledTensor, top: str, file_size: int) -> _View:
         """Where a tensor is, after checking it against its storage and that against the archive."""
 
         def corrupt(why: str) -> WeightsError:
@@ -149,7 +149,7 @@ class PthSource:
         if size != _nbytes(storage):
             raise corrupt(f"lies in a storage of {_nbytes(storage)} bytes that has {size}")
         info = TensorInfo(tensor.shape, tensor.dtype, str(self._file))
-        view = View(info, member, tensor.offset, tensor.strides)
+        view = _View(info, member, tensor.offset, tensor.strides)
         if 0 in tensor.shape:
             if math.prod(length for length in tensor.shape if length) > _MAX_EMPTY:
                 raise corrupt(f"has shape {list(tensor.shape)}")
@@ -169,7 +169,7 @@ def _nbytes(storage: Storage) -> int:
 def _mapped(file: Path) -> memoryview:
     """The whole file, after a look at its first bytes."""
     try:
-        with file.open("rb") as stream:
+        with open_regular(file, error=WeightsError) as stream:
             start = stream.read(len(LFS_POINTER))
         if start == LFS_POINTER:
             raise WeightsError(f"{file} is a Git LFS pointer: fetch the file (git lfs pull)")
