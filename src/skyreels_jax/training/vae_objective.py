@@ -35,7 +35,9 @@ class VaeLoss:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: no weight may be negative")
         if self.absolute + self.squared <= 0:
-            raise ValueError("absolute = 0 and squared = 0: nothing compares the frames; nearest: absolute = 1")
+            raise ValueError(
+                "absolute = 0 and squared = 0: nothing compares frames; nearest: absolute = 1"
+            )
 
 
 class Moments(NamedTuple):
