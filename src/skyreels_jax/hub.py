@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 from skyreels_jax.errors import RequestError
 
 # Everything that either layout needs, and nothing else: the repositories also hold a tokenizer of
-# CLIP's unused text tower, and pictures. `*` matches slashes here.
+# CLIP's unused text encoder, and pictures. `*` matches slashes here.
 NEEDED: Final = (
     "*.json",
     "*.safetensors",

@@ -165,7 +165,16 @@ class StoredComponent(Generic[ConfigT, ModelT]):
         Raises:
             WeightsError: the files and the model do not cover each other, or a value is not finite.
         """
-        return self._state(self.abstract(), dtype, placement)
+        model = self.abstract()
+        return load_into(
+            model,
+            self.rules,
+            self.source,
+            self.format,
+            dtype=dtype,
+            ignored=self.spec.ignored,
+            placement=placement,
+        )
 
     def load(
         self,
@@ -186,20 +195,17 @@ class StoredComponent(Generic[ConfigT, ModelT]):
         """
         stored = dtype if param_dtype is None else param_dtype
         model = self.abstract(dtype, stored)
-        state = self._state(model, stored, placement)
-        graph, _ = nnx.split(model)
-        return nnx.merge(graph, state)
-
-    def _state(self, model: ModelT, dtype: DTypeLike, placement: Placement) -> nnx.State:
-        return load_into(
+        state = load_into(
             model,
             self.rules,
             self.source,
             self.format,
-            dtype=dtype,
+            dtype=stored,
             ignored=self.spec.ignored,
             placement=placement,
         )
+        graph, _ = nnx.split(model)
+        return nnx.merge(graph, state)
 
     def tensors(self, format: Format, *, dtype: DTypeLike | None = None) -> TensorStream:
         """All tensors under the names of ``format``, read one at a time and proved finite.
