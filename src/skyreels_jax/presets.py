@@ -95,7 +95,6 @@ class Preset:
         steps: of the solver.
         cache: coefficients of TeaCache; None where nobody has measured any.
         repo: Hugging Face id in the original layout; None where there is none.
-        diffusers_repo: the same in the diffusers layout.
         negative_prompt: what to keep away from; None for what the original says.
         ar_step: steps by which each latent frame runs behind the one before (diffusion forcing).
     """
@@ -111,7 +110,6 @@ class Preset:
     steps: int = 30
     cache: CacheCoefficients | None
     repo: str | None
-    diffusers_repo: str | None
     negative_prompt: str | None = None
     ar_step: int = 0
 
@@ -141,7 +139,6 @@ def _preset(task: Task, size: str, shape: str, config: TransformerConfig) -> Pre
         guidance_scale=5.0 if from_image else 6.0,
         cache=cache,
         repo=f"Skywork/{name}" if task != "flf2v" else None,
-        diffusers_repo=f"Skywork/{name}-Diffusers",
     )
 
 
@@ -160,7 +157,6 @@ def _mini(name: str, task: Task, config: TransformerConfig) -> Preset:
         steps=20,
         cache=_CACHE_MINI if task == "df" else None,
         repo=None,
-        diffusers_repo=None,
         # In training, no text is the empty text.
         negative_prompt="",
         # Which way things move is decided with their first frame in sight (docs/quality.md).

@@ -12,7 +12,7 @@ from typing import Any
 from skyreels_jax.checkpoints import Checkpoint, Default
 from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation.request.builder import RequestBuilder
+from skyreels_jax.generation.request.builder import GIVEN, RequestBuilder
 from skyreels_jax.generation.request.forcing import resolve_forcing
 from skyreels_jax.generation.request.reference import reference_violations
 from skyreels_jax.generation.request.resolved import ResolvedRequest
@@ -78,6 +78,8 @@ def resolve(
     }
     for entry in dataclasses.fields(PlainSettings):
         values[entry.name] = getattr(request, entry.name)
+        if values[entry.name] != entry.default:
+            builder.sources[entry.name] = GIVEN
     values["forcing"] = resolve_forcing(builder, values)
     problems = [*builder.problems, *_violations(request, values)]
     if request.reference_exact and not problems:
