@@ -33,7 +33,6 @@ def test_the_table_has_the_eight_releases_and_the_first_last_frame_recipes():
     }
     for name, preset in released.items():
         assert preset.repo in (None, f"Skywork/{name}")
-        assert preset.diffusers_repo == f"Skywork/{name}-Diffusers"
         assert (preset.num_frames - 1) % 4 == 0
         assert all(side % 16 == 0 for side in preset.resolution)
         assert (preset.config.model_type == "i2v") == (preset.task in ("i2v", "flf2v"))

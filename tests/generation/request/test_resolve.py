@@ -232,3 +232,8 @@ def test_a_default_that_is_illegal_is_found_too():
     checkpoint = standins.checkpoint(num_frames=Default(10, "preset broken"))
     with pytest.raises(RequestError, match="`num_frames` 10"):
         resolve(Request(prompt="a fox"), checkpoint, memory=PLENTY)
+
+
+def test_a_plain_setting_is_told_where_it_was_given():
+    assert resolved(dtype="float32").sources["dtype"] == "given"
+    assert not {"dtype", "attention", "batched_guidance"} & resolved().sources.keys()
