@@ -122,7 +122,7 @@ def test_a_grey_frame_squashes_to_the_same_grey():
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_latents_and_frames_are_those_of_diffusers(checkpoints: Checkpoints, format: Format):
-    vae = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", format)), "cpu")
+    autoencoder = TorchAutoencoder.load(Checkpoint.open(checkpoints("t2v", format)), "cpu")
     vae = AutoencoderKLWan.from_pretrained(
         checkpoints("t2v", "diffusers") / "vae", low_cpu_mem_usage=False
     ).eval()
@@ -135,10 +135,10 @@ def test_latents_and_frames_are_those_of_diffusers(checkpoints: Checkpoints, for
     with torch.no_grad():
         latents = (vae.encode(video).latent_dist.mean - mean) / std
         frames = vae.decode(latents * std + mean).sample
-    ours = vae.encode(video[0].numpy())
+    ours = autoencoder.encode(video[0].numpy())
     assert ours.shape == (16, 2, 4, 6)
     np.testing.assert_allclose(ours, latents[0].numpy(), atol=2e-6)  # measured 0
-    decoded = np.concatenate(list(vae.decode_pieces([latents[0].numpy()])), axis=1)
+    decoded = np.concatenate(list(autoencoder.decode_pieces([latents[0].numpy()])), axis=1)
     np.testing.assert_allclose(decoded, frames[0].numpy(), atol=2e-5)  # measured 0
     assert np.abs(decoded - video[0].numpy()).max() > 0.1
 

@@ -10,7 +10,7 @@ from tests.fabricate import Checkpoints
 from tests.weights.tiny import DF, I2V, T2V, edit_tensors, save
 
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.cli import convert, info
+from skyreels_jax.cli.main import build_parser
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.testing.random_checkpoint import Kind
 from skyreels_jax.weights.convert_folder import convert_folder
@@ -41,11 +41,8 @@ IMAGE_TO_VIDEO = TEXT_TO_VIDEO | {
 
 
 def command(*words) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    verbs = parser.add_subparsers()
-    convert.add_parser(verbs)
-    info.add_parser(verbs)
-    return parser.parse_args([str(word) for word in words])
+    arguments = [str(word) for word in words]
+    return build_parser(arguments[0]).parse_args(arguments)
 
 
 def run(*words) -> int:
@@ -145,15 +142,15 @@ def test_from_diffusers_to_original(tmp_path, capsys):
         "model.safetensors",
     ]
     printed = capsys.readouterr().out
-    assert "left out  vae: the original layout has it as Wan2.1_VAE.pth" in printed
-    assert "left out  scheduler: the original layout has no such part" in printed
+    assert "left out  vae: the original format has it as Wan2.1_VAE.pth" in printed
+    assert "left out  scheduler: the original format has no such part" in printed
     assert Checkpoint.open(tmp_path / "out").config == DF
 
 
 @pytest.mark.parametrize("make", [original_folder, diffusers_folder])
 def test_in_the_same_layout_everything_follows_and_the_transformer_is_rounded(tmp_path, make):
     source = make(tmp_path)
-    layout = read_layout(source).dialect
+    layout = read_layout(source).format
     out = tmp_path / "out"
     assert run("convert", source, out, "--layout", layout, "--dtype", "bfloat16") == 0
     card = ["README.md"] if layout == "diffusers" else []
