@@ -143,7 +143,7 @@ def test_from_diffusers_to_original(tmp_path, capsys):
     ]
     printed = capsys.readouterr().out
     assert "left out  vae: the original format has it as Wan2.1_VAE.pth" in printed
-    assert "left out  scheduler: the original format has no such part" in printed
+    assert "left out  scheduler: the original format has no such component" in printed
     assert Checkpoint.open(tmp_path / "out").config == DF
 
 
