@@ -32,7 +32,7 @@ from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request.keywords import VideoSettings
 from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.resolved import ResolvedRequest
-from skyreels_jax.generation.request.settings import DTYPES, Request
+from skyreels_jax.generation.request.settings import COMPUTE_DTYPES, Request
 from skyreels_jax.generation.store import MemoryStore, WindowStore
 from skyreels_jax.generation.video import (
     Video,
@@ -108,10 +108,10 @@ class Pipeline:
             UnsupportedError: the hybrid backend's PyTorch is not installed.
         """
         for name, value, known in (
-            ("dtype", dtype, DTYPES),
+            ("dtype", dtype, COMPUTE_DTYPES),
             ("backend", backend, BACKENDS),
             ("vae_tiling", vae_tiling, VAE_TILINGS),
-            ("vae_dtype", vae_dtype, DTYPES),
+            ("vae_dtype", vae_dtype, COMPUTE_DTYPES),
             ("keep", keep, ("auto", True, False)),
         ):
             if value not in known:

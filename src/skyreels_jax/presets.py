@@ -19,7 +19,7 @@ from skyreels_jax.models.transformer_config import (
     TransformerConfig,
 )
 
-# What a checkpoint was trained for: text, diffusion forcing (text, with a noise level per frame),
+# What a checkpoint was trained for: text, diffusion forcing (text, with a timestep per frame),
 # a first image, or a first and a last one.
 Task = Literal["t2v", "df", "i2v", "flf2v"]
 

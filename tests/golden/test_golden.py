@@ -8,23 +8,15 @@ change.
 from typing import Any
 
 import pytest
-from jaxtyping import TypeCheckError
 from tests.golden.named_requests import BY_NAME, REQUESTS, NamedRequest, Studio
 from tests.golden.record import differences, environment, made, read_table
 
 TABLE = read_table()
 EXACTLY = TABLE["environment"] == environment()
-# `Pipeline.__call__` annotates its prompt as one string. It takes several, but not where
-# annotations are checked, as in these tests; `python -m tests.golden.record --check` runs them.
-SEVERAL_PROMPTS = pytest.mark.xfail(
-    raises=TypeCheckError, strict=True, reason="Pipeline.__call__ annotates one prompt"
-)
 
 
 def marked(request: NamedRequest) -> Any:
-    refused = not isinstance(request.prompt, str) and not request.file
-    marks = [SEVERAL_PROMPTS] if refused else []
-    return pytest.param(request, id=request.name, marks=marks)
+    return pytest.param(request, id=request.name)
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from skyreels_jax.generation.request.kinds import Kind, Prompts, Switch
+from skyreels_jax.generation.request.kinds import Prompts, SettingKind, Switch
 from skyreels_jax.generation.request.settings import (
-    DTYPES,
+    COMPUTE_DTYPES,
+    DIMENSIONS,
     FORCING,
     OUTPUT,
     RUNNING,
     SAMPLING,
     SHOWN,
-    SIZE,
     Setting,
     declared,
 )
@@ -50,7 +50,7 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser.add_argument_group("checkpoint"))
     groups = {
         name: parser.add_argument_group(name)
-        for name in (SHOWN, SIZE, SAMPLING, FORCING, RUNNING, OUTPUT)
+        for name in (SHOWN, DIMENSIONS, SAMPLING, FORCING, RUNNING, OUTPUT)
     }
     prompts = groups[SHOWN].add_mutually_exclusive_group(required=True)
     for setting in declared().values():
@@ -92,7 +92,7 @@ def _add_setting(group: Any, setting: Setting) -> None:
 class _Converter:
     """A kind as argparse calls it: what it refuses is an error of the command line."""
 
-    def __init__(self, kind: Kind):
+    def __init__(self, kind: SettingKind):
         self.kind = kind
 
     def __call__(self, text: str) -> Any:
@@ -128,7 +128,7 @@ def _add_running(group: Any) -> None:
     group.add_argument(
         "--dtype",
         default="bfloat16",
-        metavar="|".join(DTYPES),
+        metavar="|".join(COMPUTE_DTYPES),
         help="of the transformer and the encoders (default: bfloat16)",
     )
     group.add_argument(
@@ -147,7 +147,7 @@ def _add_running(group: Any) -> None:
     group.add_argument(
         "--vae-dtype",
         default="float32",
-        metavar="|".join(DTYPES),
+        metavar="|".join(COMPUTE_DTYPES),
         help="of the VAE; bfloat16 saves memory and costs quality (default: float32)",
     )
     group.add_argument(

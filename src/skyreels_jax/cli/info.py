@@ -13,14 +13,14 @@ from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.layout import ComponentName
 
 # What generating takes besides the transformer.
-NEEDED: Final[tuple[ComponentName, ...]] = ("vae", "text_encoder", "tokenizer")
+_NEEDED: Final[tuple[ComponentName, ...]] = ("vae", "text_encoder", "tokenizer")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; a folder that is not sound is an error instead."""
     checkpoint = Checkpoint.open(args.source, revision=args.revision, preset=args.preset)
     stored_transformer(checkpoint.layout).verify()
-    report = describe(checkpoint)
+    report = _describe(checkpoint)
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -29,12 +29,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Everything that the headers and the configuration files tell."""
     layout, defaults = checkpoint.layout, checkpoint.defaults
     tensors = layout.tensors().tensors()
     dtypes = Counter(info.dtype.name for info in tensors.values())
-    needed = [*NEEDED, *(["image_encoder"] if checkpoint.config.image_dim is not None else [])]
+    needed = [*_NEEDED, *(["image_encoder"] if checkpoint.config.image_dim is not None else [])]
     return {
         "folder": str(checkpoint.folder),
         "repository": checkpoint.repo,
@@ -47,14 +47,14 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "files": len({info.file for info in tensors.values()}),
         "dtypes": dict(dtypes.most_common()),
         "transformer_bytes": sum(info.nbytes for info in tensors.values()),
-        "parts": {part: size_of(path) for part, path in layout.components.items()},
+        "parts": {part: _size_of(path) for part, path in layout.components.items()},
         "missing_parts": [part for part in needed if part not in layout.components],
         "config": dataclasses.asdict(checkpoint.config),
         "defaults": dataclasses.asdict(defaults),
     }
 
 
-def size_of(path: Path) -> int:
+def _size_of(path: Path) -> int:
     """Bytes of a file, or of all files of a folder."""
     files = [path] if path.is_file() else path.rglob("*")
     return sum(file.stat().st_size for file in files if file.is_file())

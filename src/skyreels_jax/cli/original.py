@@ -20,7 +20,7 @@ SCRIPTS: Final = {
     "generate_video_df": ("Skywork/SkyReels-V2-DF-1.3B-540P", "diffusion_forcing"),
 }
 PROMPT_LETTERS: Final = 100
-NOT_NEEDED: Final = "not needed: each part leaves memory before the next one comes"
+_NOT_NEEDED: Final = "not needed: each part leaves memory before the next one comes"
 
 
 def translate(script: str, argv: Sequence[str]) -> list[str]:
@@ -44,7 +44,7 @@ def translate(script: str, argv: Sequence[str]) -> list[str]:
     for is_given, flag, why in (
         (known.prompt_enhancer, "--prompt_enhancer", "without effect beside --image, as it was"),
         (known.use_usp, "--use_usp", "about speed alone: one device makes the same video here"),
-        (known.offload, "--offload", NOT_NEEDED),
+        (known.offload, "--offload", _NOT_NEEDED),
     ):
         if is_given:
             print(f"{script}.py: {flag} is {why}", file=sys.stderr)
@@ -70,7 +70,7 @@ def _parser(script: str) -> Parser:
     parser.add_argument("--outdir", default=outdir)
     for switch in ("--offload", "--use_usp", "--prompt_enhancer"):
         parser.add_argument(switch, action="store_true")
-    # In the original attention's blocks are as long as those of the timetable.
+    # In the original attention's blocks are as long as those of the frame schedule.
     parser.add_argument("--causal_attention", action="store_true")
     parser.add_argument("--causal_block_size", type=int)
     return parser

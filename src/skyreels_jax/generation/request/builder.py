@@ -15,7 +15,7 @@ GIVEN: Final = "given"
 # Part of an image's height or width: from here on a warning says what is cut off.
 _MUCH_CUT: Final = 0.1
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class RequestBuilder:
@@ -43,7 +43,7 @@ class RequestBuilder:
                 if setting.group == FORCING and getattr(request, name) is not None
             )
 
-    def choose(self, name: str, default: Default[T]) -> T:
+    def choose(self, name: str, default: Default[_T]) -> _T:
         """What was given under ``name``, else the default; notes its source, checks its range."""
         given = getattr(self.request, name)
         self.sources[name] = default.source if given is None else GIVEN

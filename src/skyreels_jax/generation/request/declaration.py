@@ -4,16 +4,16 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from skyreels_jax.generation.request.kinds import Kind, Picture
+from skyreels_jax.generation.request.kinds import Picture, SettingKind
 
 # Groups of flags, in their order.
 SHOWN: Final = "what to show"
-SIZE: Final = "size and length"
+DIMENSIONS: Final = "size and length"
 SAMPLING: Final = "sampling"
 FORCING: Final = "long video and diffusion forcing"
 RUNNING: Final = "running"
 OUTPUT: Final = "output"
-GROUPS: Final = (SHOWN, SIZE, SAMPLING, FORCING, RUNNING, OUTPUT)
+GROUPS: Final = (SHOWN, DIMENSIONS, SAMPLING, FORCING, RUNNING, OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Setting:
     """
 
     name: str = ""
-    kind: Kind
+    kind: SettingKind
     help: str
     group: str
     metavar: str = ""
@@ -55,7 +55,7 @@ class Setting:
         return (*((f"--{self.name}",) if "_" in self.name else ()), *self.flags)
 
 
-def setting(kind: Kind, text: str, group: str, *, default: Any = None, **more: Any) -> Any:
+def setting(kind: SettingKind, text: str, group: str, *, default: Any = None, **more: Any) -> Any:
     """A field of a request."""
     metadata = {"setting": Setting(kind=kind, help=text, group=group, **more)}
     # Images compare as arrays do, element by element.

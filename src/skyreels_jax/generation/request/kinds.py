@@ -20,7 +20,7 @@ from typing import Any
 from skyreels_jax import geometry
 
 
-class Kind(ABC):
+class SettingKind(ABC):
     """How a setting's values are converted and checked.
 
     Attributes:
@@ -44,7 +44,7 @@ class Kind(ABC):
 
 
 @dataclass(frozen=True)
-class Whole(Kind):
+class WholeNumber(SettingKind):
     """An ``int`` from ``least`` to ``most``; ``usual`` is advice that stands behind the rule."""
 
     annotation = "int"
@@ -76,7 +76,7 @@ class Whole(Kind):
 
 
 @dataclass(frozen=True)
-class Stepped(Kind):
+class Stepped(SettingKind):
     """An ``int`` ``k * step + offset``; ``takes`` says it in words."""
 
     annotation = "int"
@@ -87,7 +87,7 @@ class Stepped(Kind):
     takes: str = ""
 
     def convert(self, value: object) -> int:
-        """As :class:`Whole`."""
+        """As :class:`WholeNumber`."""
         return _whole(value)
 
     def violation(self, value: int) -> str | None:
@@ -99,7 +99,7 @@ class Stepped(Kind):
 
 
 @dataclass(frozen=True)
-class Real(Kind):
+class Real(SettingKind):
     """A ``float`` of at least ``least``, or above it where it is ``open``."""
 
     annotation = "float"
@@ -135,7 +135,7 @@ class Real(Kind):
 
 
 @dataclass(frozen=True)
-class FrameRate(Kind):
+class FrameRate(SettingKind):
     """Frames a second, whole or a fraction (:func:`skyreels_jax.geometry.frame_rate`)."""
 
     annotation = "int | float | str | Fraction"
@@ -156,7 +156,7 @@ class FrameRate(Kind):
 
 
 @dataclass(frozen=True)
-class Choice(Kind):
+class Choice(SettingKind):
     """One of ``names``, which an editor completes."""
 
     names: tuple[str, ...]
@@ -190,7 +190,7 @@ class Choice(Kind):
 
 
 @dataclass(frozen=True)
-class Switch(Kind):
+class Switch(SettingKind):
     """A ``bool``."""
 
     annotation = "bool"
@@ -205,7 +205,7 @@ class Switch(Kind):
 
 
 @dataclass(frozen=True)
-class Text(Kind):
+class Text(SettingKind):
     """A ``str``; ``rule`` says which."""
 
     annotation = "str"
@@ -225,7 +225,7 @@ class Text(Kind):
 
 
 @dataclass(frozen=True)
-class File(Kind):
+class File(SettingKind):
     """A :class:`~pathlib.Path`, from one or from its name."""
 
     annotation = "str | Path"
@@ -241,7 +241,7 @@ class File(Kind):
 
 
 @dataclass(frozen=True)
-class Picture(Kind):
+class Picture(SettingKind):
     """An image: the path of a file, a PIL image or an array ``uint8 [height, width, 3]``."""
 
     annotation = "ImageInput"
@@ -261,7 +261,7 @@ class Picture(Kind):
 
 
 @dataclass(frozen=True)
-class Prompts(Kind):
+class Prompts(SettingKind):
     """A prompt, several in order, or several by the pixel frame from which on each holds."""
 
     annotation = "str | Sequence[str] | Mapping[int, str]"

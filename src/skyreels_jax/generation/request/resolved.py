@@ -35,7 +35,7 @@ class Forcing:
 class GivenVideo:
     """A video to continue: where it is, how many frames it has at the rate of the request.
 
-    ``fps`` is its own rate; ``sound`` the codec of its sound, if it has any.
+    ``fps`` is its own rate; ``sound`` the format of its sound, if it has any.
     """
 
     path: Path

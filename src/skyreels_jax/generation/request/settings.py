@@ -20,13 +20,13 @@ from skyreels_jax import geometry
 from skyreels_jax.diffusion.cache_settings import CACHES
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request.declaration import (
+    DIMENSIONS,
     FORCING,
     GROUPS,
     OUTPUT,
     RUNNING,
     SAMPLING,
     SHOWN,
-    SIZE,
     Setting,
     setting,
 )
@@ -40,19 +40,19 @@ from skyreels_jax.generation.request.kinds import (
     Stepped,
     Switch,
     Text,
-    Whole,
+    WholeNumber,
 )
 from skyreels_jax.generation.request.names import described, hint
 
 if TYPE_CHECKING:
-    from skyreels_jax.media import ImageInput
+    from skyreels_jax.media import ImageInput as _Image
 else:
-    ImageInput = object
+    _Image = object
 
 # What a window is given of the one before: its last latents, or their decoded pixels encoded anew.
-Continuation = Literal["latents", "pixels"]
-CONTINUATIONS: Final = get_args(Continuation)
-DTYPES: Final = ("bfloat16", "float32")
+_Continuation = Literal["latents", "pixels"]
+CONTINUATIONS: Final = get_args(_Continuation)
+COMPUTE_DTYPES: Final = ("bfloat16", "float32")
 # Whose numbers a seed means: JAX's generator's, or those of PyTorch's on the CPU.
 NOISES: Final = ("jax", "torch")
 # The largest seed of each.
@@ -73,7 +73,7 @@ class PlainSettings:
     """Settings that are resolved as they are asked for, whatever the checkpoint."""
 
     dtype: str = setting(
-        Choice(DTYPES),
+        Choice(COMPUTE_DTYPES),
         "dtype to compute in",
         RUNNING,
         default="bfloat16",
@@ -120,10 +120,10 @@ class Request(PlainSettings):
     negative_prompt: str | None = setting(
         Text(), "what to keep away from; empty for nothing in particular", SHOWN, unset=_PRESET
     )
-    image: ImageInput | None = setting(
+    image: _Image | None = setting(
         Picture(), "the first frame", SHOWN, tasks=("i2v", "flf2v", "df")
     )
-    last_image: ImageInput | None = setting(
+    last_image: _Image | None = setting(
         Picture(),
         "the last frame; with DF, what comes right after it",
         SHOWN,
@@ -136,44 +136,46 @@ class Request(PlainSettings):
     resolution: str | None = setting(
         Text(f"one of {', '.join(geometry.RESOLUTIONS)}"),
         "in place of height and width",
-        SIZE,
+        DIMENSIONS,
         metavar="|".join(geometry.RESOLUTIONS),
     )
     aspect: str | None = setting(
         Text("width:height, for example 9:16, or image"),
         "width to height such as 9:16, or `image` for that of the image; keeps the area",
-        SIZE,
+        DIMENSIONS,
         metavar="W:H",
         unset="the checkpoint's, turned to an upright image",
     )
     height: int | None = setting(
         Stepped(geometry.SIZE_MULTIPLE, 0, f"a multiple of {geometry.SIZE_MULTIPLE}"),
         "in pixels, a multiple of 16; together with width",
-        SIZE,
+        DIMENSIONS,
         metavar="PIXELS",
         unset=_PRESET,
     )
     width: int | None = setting(
         Stepped(geometry.SIZE_MULTIPLE, 0, f"a multiple of {geometry.SIZE_MULTIPLE}"),
         "in pixels, a multiple of 16; together with height",
-        SIZE,
+        DIMENSIONS,
         metavar="PIXELS",
         unset=_PRESET,
     )
     num_frames: int | None = setting(
         Stepped(geometry.FRAMES_PER_LATENT, 1, "4 k + 1"),
         "4 k + 1; where a video is continued, with the frames taken over from it",
-        SIZE,
+        DIMENSIONS,
         unset=_PRESET,
     )
     seconds: float | None = setting(
-        Real(0.0, open=True), "in place of num_frames; the nearest legal number is taken", SIZE
+        Real(0.0, open=True),
+        "in place of num_frames; the nearest legal number is taken",
+        DIMENSIONS,
     )
     fps: int | float | str | Fraction | None = setting(
-        FrameRate(), "frames a second, such as 24, 29.97 or 30000/1001", SIZE, unset=_PRESET
+        FrameRate(), "frames a second, such as 24, 29.97 or 30000/1001", DIMENSIONS, unset=_PRESET
     )
     steps: int | None = setting(
-        Whole(1, MAX_STEPS),
+        WholeNumber(1, MAX_STEPS),
         "steps of the solver",
         SAMPLING,
         unset=_PRESET,
@@ -192,7 +194,7 @@ class Request(PlainSettings):
         unset=_PRESET,
     )
     seed: int | None = setting(
-        Whole(DRAW_SEED, MAX_SEEDS["torch"]),
+        WholeNumber(DRAW_SEED, MAX_SEEDS["torch"]),
         "seed of the noise, below 2**32, or below 2**64 with noise torch; -1 draws one",
         SAMPLING,
         unset="drawn at random",
@@ -218,17 +220,17 @@ class Request(PlainSettings):
         tasks=("df",),
     )
     ar_step: int | None = setting(
-        Whole(0),
+        WholeNumber(0),
         "steps by which each block of frames runs behind the one before; 0: together",
         FORCING,
         unset=_PRESET,
         tasks=("df",),
     )
     causal_block_size: int | None = setting(
-        Whole(1), "latent frames in a block", FORCING, unset="1", tasks=("df",)
+        WholeNumber(1), "latent frames in a block", FORCING, unset="1", tasks=("df",)
     )
     addnoise_condition: int | None = setting(
-        Whole(0, MAX_STEPS - 1, usual="20 is usual"),
+        WholeNumber(0, MAX_STEPS - 1, usual="20 is usual"),
         "timestep to which given frames are noised where the model sees them",
         FORCING,
         unset="0",
@@ -250,7 +252,7 @@ class Request(PlainSettings):
         tasks=("df",),
     )
     causal_attention: int | None = setting(
-        Whole(1),
+        WholeNumber(1),
         "latent frames in a block of block-causal attention, for models that learned with it",
         FORCING,
         unset=_PRESET,
