@@ -22,6 +22,7 @@ TWICE: Mapping[str, str] = {
     "main": "the entry of a program that runs with `python -m`",
     "add_parser": "a verb of the command line",
     "run": "a verb of the command line",
+    "ImageInput": "a stand-in where the declaration of settings must not import NumPy",
 }
 
 # Words that the field's own replaced, as they would stand in code, text or messages.
@@ -81,8 +82,16 @@ def sources() -> Sources:
 
 def public_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """Names without an underscore that a module defines itself; imports are not definitions."""
-    for node in ast.walk(ast.Module([n for n in tree.body if not _is_scope(n)], [])):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+    top = ast.Module([n for n in tree.body if not _is_scope(n)], [])
+    # The variable of a comprehension is none of the module's.
+    inner = {
+        name
+        for node in ast.walk(top)
+        if isinstance(node, ast.comprehension)
+        for name in ast.walk(node.target)
+    }
+    for node in ast.walk(top):
+        if node not in inner and isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id, node.lineno
     for node in tree.body:
         if _is_scope(node):

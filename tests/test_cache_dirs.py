@@ -37,5 +37,5 @@ def test_size_counts_files_below_and_nothing_where_there_is_no_folder(tmp_path: 
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_bytes(b"12345")
     (tmp_path / "c").write_bytes(b"123")
-    assert cache_dirs.size_of(tmp_path) == (2, 8)
-    assert cache_dirs.size_of(tmp_path / "nowhere") == (0, 0)
+    assert cache_dirs.folder_size(tmp_path) == (2, 8)
+    assert cache_dirs.folder_size(tmp_path / "nowhere") == (0, 0)

@@ -5,7 +5,7 @@ from tests import house
 
 FILES = house.sources()
 # What the whole package keeps already; `python -m tests.house` lists who breaks the other rules.
-HELD: tuple[str, ...] = ()
+HELD: tuple[str, ...] = ("defined twice", "old words", "docstrings", "lengths")
 
 
 def test_the_house_keeps_its_rules():

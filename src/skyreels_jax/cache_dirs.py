@@ -46,7 +46,7 @@ def enable_compilation_cache() -> Path:
     return folder
 
 
-def size_of(folder: Path) -> tuple[int, int]:
+def folder_size(folder: Path) -> tuple[int, int]:
     """``(files, bytes)`` under ``folder``; zeros where it does not exist."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return len(sizes), sum(sizes)

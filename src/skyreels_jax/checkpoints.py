@@ -22,14 +22,14 @@ from skyreels_jax.weights.engine import Placement, on_default_device
 from skyreels_jax.weights.layout import ComponentName, Layout, read_layout, read_object
 from skyreels_jax.weights.pipeline_folder import About
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Default(Generic[T]):
+class Default(Generic[_T]):
     """A setting that nobody gave, and where it was taken from."""
 
-    value: T
+    value: _T
     source: str
 
 
@@ -261,7 +261,7 @@ def _recorded_names(layout: Layout, repo: str | None) -> Iterable[tuple[str, str
 
 
 def _task(layout: Layout, config: TransformerConfig) -> Task:
-    """Of a model that is no released one."""
+    """The task of a model that is no released one."""
     if config.model_type == "i2v":
         return "i2v" if config.pos_embed_seq_len is None else "flf2v"
     pipeline = layout.model_index.get("_class_name")

@@ -18,7 +18,7 @@ from skyreels_jax.errors import RequestError
 
 # Everything that either layout needs, and nothing else: the repositories also hold a tokenizer of
 # CLIP's unused text encoder, and pictures. `*` matches slashes here.
-NEEDED: Final = (
+_NEEDED: Final = (
     "*.json",
     "*.safetensors",
     "Wan2.1_VAE.pth",
@@ -27,7 +27,7 @@ NEEDED: Final = (
     "google/umt5-xxl/*",
     "tokenizer/*",
 )
-NOT_NEEDED: Final = ("xlm-roberta-large/*",)
+_NOT_NEEDED: Final = ("xlm-roberta-large/*",)
 # The checkpoints that the package makes for itself.
 ASSETS: Final = Path(__file__).parent / "assets"
 BUILT_IN: Final = ("mini", "mini-i2v")
@@ -98,8 +98,8 @@ def _fetch(repo: str, revision: str | None) -> Path:
             huggingface_hub.snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=list(NEEDED),
-                ignore_patterns=list(NOT_NEEDED),
+                allow_patterns=list(_NEEDED),
+                ignore_patterns=list(_NOT_NEEDED),
             )
         )
     except RevisionNotFoundError as error:

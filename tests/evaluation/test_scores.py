@@ -11,7 +11,7 @@ from skyreels_jax.evaluation.quality import LONG, LONG_OVERLAP, joins, table, wr
 from skyreels_jax.evaluation.scores import (
     FPS,
     FRAMES,
-    SIZE,
+    MINI_SIZE,
     Share,
     first_frame,
     held_out_scenes,
@@ -27,7 +27,7 @@ from skyreels_jax.moving_shapes.scene import HELD_OUT, Combination, Scene
 
 def drawn(scene: Scene, seed: int) -> np.ndarray:
     del seed
-    return render(scene, frames=FRAMES, fps=float(FPS), size=SIZE)
+    return render(scene, frames=FRAMES, fps=float(FPS), size=MINI_SIZE)
 
 
 def test_a_perfect_model_is_perfect_and_others_are_not():
@@ -53,7 +53,7 @@ def test_scenes_are_held_out_ones_and_ones_that_last():
     assert {Combination(t.colour, t.kind, t.direction) for t in things} == set(HELD_OUT)
     assert held_out_scenes(48) == scenes != held_out_scenes(48, seed=1)
     for scene in lasting_scenes(20):
-        video = render(scene, frames=LONG, fps=float(FPS), size=SIZE)
+        video = render(scene, frames=LONG, fps=float(FPS), size=MINI_SIZE)
         assert detect_things(video, FPS)[0].steady
 
 
@@ -73,9 +73,9 @@ def test_a_jump_at_a_join_is_seen(shift: float, expected: float):
     thing = replace(
         scene.things[0], motion="move", direction="right", speed="slow", x=0.2, y=0.5, radius=0.15
     )
-    video = render(replace(scene, things=(thing,)), frames=33, fps=float(FPS), size=SIZE)
+    video = render(replace(scene, things=(thing,)), frames=33, fps=float(FPS), size=MINI_SIZE)
     moved = replace(thing, x=thing.x + shift)
-    after = render(replace(scene, things=(moved,)), frames=33, fps=float(FPS), size=SIZE)
+    after = render(replace(scene, things=(moved,)), frames=33, fps=float(FPS), size=MINI_SIZE)
     join = joins()[0]
     seen = detect_things(np.concatenate([video[:join], after[join:]]), FPS)[0]
     assert jump_at_joins(seen, [join]) == pytest.approx(expected, rel=0.15)

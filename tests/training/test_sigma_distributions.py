@@ -14,7 +14,7 @@ import pytest
 from skyreels_jax.training.objective import cosmap
 from skyreels_jax.training.sigma_distributions import (
     KNOWN_FRAME_SIGMA,
-    Continuation,
+    ContinuedVideo,
     IndependentFrames,
     LogitNormal,
     Mixed,
@@ -123,7 +123,7 @@ def test_a_mixture_is_of_both_kinds():
 
 
 def test_a_continuation_knows_its_first_frames():
-    sigma = np.asarray(Continuation(LogitNormal(shift=4.0)).sample(jax.random.key(5), 4000, 5))
+    sigma = np.asarray(ContinuedVideo(LogitNormal(shift=4.0)).sample(jax.random.key(5), 4000, 5))
     known = sigma == np.float32(KNOWN_FRAME_SIGMA)
     given = known.sum(axis=1)
     # In front, at least one, never all, each number alike.
@@ -135,7 +135,7 @@ def test_a_continuation_knows_its_first_frames():
     assert np.all(others == sigma[:, 4:])
     assert abs(np.median(sigma[:, 4]) - 0.8) < 0.01
     with pytest.raises(ValueError, match="one latent frame"):
-        Continuation(LogitNormal()).sample(jax.random.key(5), 1, 1)
+        ContinuedVideo(LogitNormal()).sample(jax.random.key(5), 1, 1)
 
 
 @pytest.mark.parametrize(

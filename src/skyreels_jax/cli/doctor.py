@@ -41,7 +41,7 @@ def collect() -> Iterator[tuple[str, str]]:
     yield "host memory", host_memory()
     cache_dirs.enable_compilation_cache()
     folder = cache_dirs.compilation_cache_folder()
-    files, size = cache_dirs.size_of(folder)
+    files, size = cache_dirs.folder_size(folder)
     yield "compilation cache", f"{folder} ({files} files, {size / 1e6:.1f} MB)"
     yield "cache root", str(cache_dirs.cache_root())
     yield "video encoder", "libx264 of PyAV"

@@ -23,7 +23,7 @@ from skyreels_jax.errors import RequestError
 from skyreels_jax.evaluation.scores import (
     FPS,
     FRAMES,
-    SIZE,
+    MINI_SIZE,
     Score,
     first_frame,
     from_image,
@@ -127,7 +127,7 @@ def _through_vae(checkpoint: Checkpoint, count: int) -> Score:
 
     def make(scene: Scene, seed: int) -> Frames:
         del seed
-        frames = render(scene, frames=FRAMES, fps=float(FPS), size=SIZE)
+        frames = render(scene, frames=FRAMES, fps=float(FPS), size=MINI_SIZE)
         for name, given in (("clip", frames), ("frame", frames[:1])):
             out = reconstruct(given)
             errors[name].append(float(np.mean((out.astype(float) - given.astype(float)) ** 2)))

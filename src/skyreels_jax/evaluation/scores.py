@@ -23,13 +23,13 @@ from skyreels_jax.moving_shapes.scene import (
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.shapes import Frames
 
-SIZE: Final = (64, 64)
+MINI_SIZE: Final = (64, 64)
 FRAMES: Final = 17
 FPS: Final = 16
 # Settings of the videos that the small models make: those they were trained on.
 MINI_CLIP: Final[Mapping[str, int]] = {
-    "height": SIZE[0],
-    "width": SIZE[1],
+    "height": MINI_SIZE[0],
+    "width": MINI_SIZE[1],
     "num_frames": FRAMES,
     "fps": FPS,
 }
@@ -133,7 +133,7 @@ def from_image(pipeline: Pipeline, scene: Scene, seed: int, **settings: Any) -> 
 
 def first_frame(scene: Scene) -> np.ndarray:
     """Draw the first frame of a scene, uint8 ``[64, 64, 3]``."""
-    return render(scene, frames=1, fps=float(FPS), size=SIZE)[0]
+    return render(scene, frames=1, fps=float(FPS), size=MINI_SIZE)[0]
 
 
 def jump_at_joins(detected: DetectedThing, joins: Sequence[int]) -> float:

@@ -3,7 +3,7 @@
 Memory holds one window and the VAE's state, whatever the length. A window continues the one before
 in one of two ways: from its latents as they are, with one decoding that goes on through the whole
 video (diffusers' way), or from its decoded pixels encoded anew, with a decoding for each window
-(the original's way). docs/adr/0004-hand-over.md has the reasons for the default.
+(the original's way). ADR 0004 has the reasons for the default.
 """
 
 import base64

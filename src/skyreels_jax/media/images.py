@@ -18,7 +18,7 @@ RgbImage = UInt8[np.ndarray, "height width 3"]
 # What an image may be given as; an array must be an RgbImage, which `read_image` checks.
 ImageInput = str | Path | Image.Image | np.ndarray
 # Only these decoders run, whatever a file's name says: others start programs or read other files.
-FORMATS: Final = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
+_FORMATS: Final = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
 # The largest sensors in use have 102 million; decoded, one takes a gigabyte at most.
 MAX_PIXELS: Final = 110_000_000
 
@@ -56,13 +56,13 @@ def read_image(image: object) -> RgbImage:
     with open_regular(image, "image") as file:
         refuse_as_image(image, describe_kind(read_head(file)))
         try:
-            opened = Image.open(file, formats=FORMATS)
+            opened = Image.open(file, formats=_FORMATS)
         except Image.DecompressionBombError as error:
             raise RequestError(f"image {image} is too large to be decoded: {error}") from error
         except Exception as error:  # Decoders raise whatever their libraries do.
             raise RequestError(
                 f"image {image} cannot be read ({_in_short(error)}); is it whole, and a "
-                f"{', '.join(FORMATS)}?"
+                f"{', '.join(_FORMATS)}?"
             ) from error
         with opened:
             return _decoded(opened, f"image {image}")

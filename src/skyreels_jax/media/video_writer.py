@@ -179,7 +179,7 @@ class VideoWriter:
         if failure is None:
             self._file.__exit__(None, None, None)
             return
-        # The file does not get its name, and what failed first is told.
+        # The file does not get its name, and what failed first is raised.
         self._file.__exit__(type(failure), failure, failure.__traceback__)
         if failure is not error:
             raise failure

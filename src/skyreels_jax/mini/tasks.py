@@ -163,7 +163,7 @@ class EncoderTask(Generic[_ModelT]):
     def _together(self, inputs: list) -> PyTree: ...
 
     def init(self) -> Params:
-        """Tower and heads."""
+        """Encoder and heads."""
         return self.first
 
     def batch(self, index: int) -> tuple[PyTree, np.ndarray]:

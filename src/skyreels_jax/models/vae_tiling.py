@@ -37,7 +37,7 @@ class Tiling(Protocol):
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeFrame:
     """No tiles."""
 
     def cut(self, chunk: Chunk, unit: int) -> _Grid:
@@ -55,7 +55,7 @@ class Whole:
         return cache
 
 
-WHOLE: Final = Whole()
+WHOLE: Final = WholeFrame()
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,6 @@ def plan_comparison(
     *,
     num_tests: int = 1,
     seed: int = 0,
-    prompt: str = "a red ball rolls over green grass",
-    image: RgbImage | None = None,
     reference: str = "diffusers",
     dtype: str = "float32",
     layers: str = "all",
@@ -116,19 +114,20 @@ def plan_comparison(
         model: folder of the checkpoint.
         num_tests: each has the next seed.
         seed: of the first test.
-        prompt: of all tests.
-        image: of all tests; otherwise one is drawn for each, where the task takes one.
         reference: the other side, as of :class:`ParityPlan`.
         dtype: ``float32`` or ``bfloat16``.
         layers: what is recorded.
         device: of PyTorch.
         preset: as of :meth:`Checkpoint.open`.
-        **settings: settings of a :class:`Request`.
+        **settings: settings of a :class:`Request`. The prompt is that of all tests; so is the
+            image, and otherwise one is drawn for each, where the task takes one.
 
     Raises:
         RequestError: with everything that is wrong.
         WeightsError: there is no checkpoint.
     """
+    prompt: str = settings.pop("prompt", "a red ball rolls over green grass")
+    image: RgbImage | None = settings.pop("image", None)
     for name, value, known in (
         ("reference", reference, _REFERENCES),
         ("dtype", dtype, _DTYPES),

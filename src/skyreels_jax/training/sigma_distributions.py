@@ -87,7 +87,7 @@ class IndependentFrames:
 
 
 @dataclass(frozen=True)
-class Continuation:
+class ContinuedVideo:
     """One frame or more given, at :data:`KNOWN_FRAME_SIGMA`, the others at one other sigma.
 
     This is what extending a video asks for, and every window of a long one but the first.
@@ -195,7 +195,7 @@ def draw_sigmas(
     distribution: SigmaDistribution, key: Array, batch: int, frames: int
 ) -> DrawnSigmas:
     """Sigmas of all frames, and which of these are given: none, where that is not drawn."""
-    if isinstance(distribution, Mixed | Continuation):
+    if isinstance(distribution, Mixed | ContinuedVideo):
         return distribution.draw(key, batch, frames)
     sigma = distribution.sample(key, batch, frames)
     return DrawnSigmas(

@@ -10,7 +10,7 @@ from skyreels_jax.moving_shapes.clips import CLIP_SIZES, FRAME_RATES, max_frames
 from skyreels_jax.training.config import check_at_least, check_choice, check_heads
 from skyreels_jax.training.objective import cosmap
 from skyreels_jax.training.sigma_distributions import (
-    Continuation,
+    ContinuedVideo,
     IndependentFrames,
     LogitNormal,
     Mixed,
@@ -123,7 +123,7 @@ class Objective:
         )
         shared = self.frames + self.continued
         if self.continued:
-            by_frame = Mixed(Continuation(whole), by_frame, self.continued / shared)
+            by_frame = Mixed(ContinuedVideo(whole), by_frame, self.continued / shared)
         return Mixed(by_frame, whole, shared) if shared else whole
 
     def weight(self, sigma: Sigmas) -> Sigmas:
