@@ -22,7 +22,6 @@ TWICE: Mapping[str, str] = {
     "main": "the entry of a program that runs with `python -m`",
     "add_parser": "a verb of the command line",
     "run": "a verb of the command line",
-    "ImageInput": "a stand-in where the declaration of settings must not import NumPy",
 }
 
 # Words that the field's own replaced, as they would stand in code, text or messages.

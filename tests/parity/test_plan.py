@@ -19,8 +19,8 @@ SMALL = {"height": 32, "width": 48, "num_frames": 9}
         ({"dtype": "float16"}, "--dtype 'float16' does not exist; there are float32, bfloat16"),
         ({"layers": "some"}, "--layers 'some' does not exist; there are all, blocks, none"),
         ({"num_tests": 0}, "--num_tests 0 must be at least 1"),
-        ({"num_frames": 8}, "--num-frames 8 must be 4 k"),
-        ({"steps": 0}, "--steps 0 must be between 1 and 1000"),
+        ({"num_frames": 8}, "`num_frames` 8 must be 4 k"),
+        ({"steps": 0}, "`steps` 0 must be between 1 and 1000"),
     ],
 )
 def test_a_refusal_says_the_rule(checkpoints: Checkpoints, wrong, rule: str):
