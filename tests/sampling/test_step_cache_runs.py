@@ -29,7 +29,9 @@ def checkpoint(task: str, preset: str | None = "SkyReels-V2-DF-1.3B-540P"):
 
 def video(denoiser, task="df", **wishes):
     asked = {"prompt": "a fox", "negative_prompt": "a hen", "seed": 7, "steps": 12} | wishes
-    return generate(COMPONENTS, denoiser, resolve(Request(**asked), checkpoint(task), memory=2**40))
+    return generate(
+        COMPONENTS, lambda: denoiser, resolve(Request(**asked), checkpoint(task), memory=2**40)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +78,11 @@ def test_image_to_video_has_caches_too():
     ("wishes", "preset", "words"),
     [
         ({"cache": "magic"}, "SkyReels-V2-DF-14B-540P", "there are none, teacache, easycache"),
-        ({"cache": "teacache"}, None, "use --cache easycache, or --preset"),
-        ({"cache_threshold": 0.1}, None, "without --cache"),
+        ({"cache": "teacache"}, None, "use easycache, or say by `preset`"),
+        ({"cache_threshold": 0.1}, None, "without `cache`"),
         ({"cache": "easycache", "cache_threshold": -0.1}, None, "at least 0"),
         ({"cache": "easycache", "cache_threshold": float("nan")}, None, "at least 0"),
-        ({"cache": "easycache", "use_ret_steps": True}, None, "is a setting of --cache teacache"),
+        ({"cache": "easycache", "use_ret_steps": True}, None, "is a setting of the cache teacache"),
     ],
 )
 def test_bad_caches_are_refused(wishes: dict, preset, words: str):
