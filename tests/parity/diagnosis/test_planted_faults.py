@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -543,8 +544,10 @@ CODE: dict[str, tuple[str, Plant, str, str]] = {
 }
 
 
-def forget_programs():
+def forget_programs(*, whole_step: bool = False):
     """Compile anew: the code of the running process has changed."""
+    if whole_step:
+        jax.clear_caches()  # JAX remembers what it has traced of a function, whatever that calls.
     for compiled in (capture._entry, capture._block, capture._head):
         compiled.cache_clear()
 
@@ -559,10 +562,10 @@ OUTSIDE = (
 def code_fault_is_found(cases, monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, report_of):
     kind, plant, place, nature = CODE[name]
     case = cases(kind)
-    forget_programs()
+    forget_programs(whole_step=name in OUTSIDE)
     with monkeypatch.context() as patch:
         report = report_of(case, plant(patch, case), folder)
-    forget_programs()
+    forget_programs(whole_step=name in OUTSIDE)
     assert_found(report, place, nature)
 
 
