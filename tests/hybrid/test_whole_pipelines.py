@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -152,6 +153,7 @@ def swapped_axes(pipeline: HybridPipeline, monkeypatch: pytest.MonkeyPatch) -> H
         return RopeTable(*(part[:, order] for part in true(grid, head_dim)))
 
     monkeypatch.setattr(transformer, "rope_table", swapped)
+    jax.clear_caches()  # JAX remembers what it has traced of the step, whatever that calls
     return replaced(pipeline, _executables={})  # compiled anew
 
 
@@ -165,7 +167,9 @@ def test_a_changed_transformer_is_caught(
         pipeline = with_one_weight_changed(pipeline)
     else:
         pipeline = swapped_axes(pipeline, monkeypatch)
-    assert psnr(ours(pipeline), theirs(kind, 24)) < ENOUGH  # measured 57, 54; 47, 43
+    video = ours(pipeline)
+    jax.clear_caches()  # nothing of this model may serve the tests that follow
+    assert psnr(video, theirs(kind, 24)) < ENOUGH  # measured 57, 54; 47, 43
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from skyreels_jax.moving_shapes.scene import (
     draw_scene,
     held_out,
     is_held_out,
+    unit_vector,
 )
 
 SECONDS = 17 / 16
@@ -162,7 +163,7 @@ def test_the_words_of_a_direction_say_where_it_points():
     signs = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
     for direction in DIRECTIONS:
         said = np.sum([signs[word] for word in direction.split()], axis=0)
-        assert np.array_equal(np.sign(np.round(_unit(direction), 9)), said), direction
+        assert np.array_equal(np.sign(np.round(unit_vector(direction), 9)), said), direction
 
 
 def test_a_bouncing_thing_turns_at_the_edges():
