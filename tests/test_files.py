@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -119,38 +117,3 @@ def test_what_is_no_json_value_is_not_written(tmp_path: Path):
     assert os.listdir(tmp_path) == []
     files.write_json(tmp_path / "a.json", {"a": [1, "影"]})
     assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"a": [1, "影"]}
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from skyreels_jax.files import locked
-with locked(Path(sys.argv[1]), "output"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("name", ["out.mp4", "x" * 251 + ".mp4"])
-def test_what_another_process_works_on_is_refused_until_that_is_gone(tmp_path: Path, name: str):
-    path = tmp_path / name
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(RequestError, match="another process"), files.locked(path, "output"):
-            pass
-        with files.locked(tmp_path / "another.mp4", "output"):
-            pass
-        other.kill()
-    with files.locked(path, "output"):
-        pass
-    with files.locked(path, "output"):
-        pass
-
-
-def test_space_that_is_not_there_is_said_beforehand(tmp_path: Path):
-    files.check_space(tmp_path, 1, "the video")
-    with pytest.raises(RequestError, match="MiB"):
-        files.check_space(tmp_path, 2**60, "the video")

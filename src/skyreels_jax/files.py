@@ -10,11 +10,9 @@ import json
 import math
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -230,50 +228,3 @@ def check_names(paths: Iterable[Path]) -> None:
             )
         if "\0" in path.name:
             raise RequestError(f"output {path.name!r}: a name cannot hold a null character")
-
-
-def check_space(folder: Path, needed: int, what: str) -> None:
-    """Refuse to begin what the disk of ``folder`` has no room for; ``needed`` is in bytes.
-
-    Raises:
-        RequestError: less is free.
-    """
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError:
-        return  # A file system that does not say; writing will tell.
-    if free < needed:
-        raise RequestError(
-            f"{what} takes about {needed / 2**20:.1f} MiB and {folder} has {free / 2**20:.1f} MiB "
-            "free: make room, or write elsewhere"
-        )
-
-
-@contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Keep other processes from working on ``path``, which need not exist, for the body.
-
-    The lock ends with the process, however it ends.
-
-    Raises:
-        RequestError: another process has it.
-    """
-    from filelock import FileLock, Timeout
-
-    # The name does not grow with that of `path`.
-    digest = sha256(os.fsencode(path.name)).hexdigest()[:16]
-    file = path.with_name(f".lock-{digest}.skyreels")
-    lock = FileLock(file, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise RequestError(f"{what} {path} is being worked on by another process") from error
-    except OSError as error:
-        raise RequestError(f"{what} {path} cannot be locked: {error}") from error
-    try:
-        yield
-    finally:
-        # While it is still held: who comes later makes a new one.
-        with suppress(OSError):
-            file.unlink(missing_ok=True)
-        lock.release()
