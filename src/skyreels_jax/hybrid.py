@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,11 @@ from jax.typing import DTypeLike
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.components.clip_preprocessing import ClipPreprocessing
-from skyreels_jax.errors import WeightsError
+from skyreels_jax.errors import RequestError, WeightsError
+from skyreels_jax.generation.request.keywords import VideoSettings
 from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.video import Video, generate
-from skyreels_jax.media import ImageInput
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.sampling.denoiser import Denoiser
@@ -150,30 +150,31 @@ class HybridPipeline:
     def generate(
         self,
         prompt: str,
-        image: "ImageInput | None" = None,
         *,
         num_inference_steps: int | None = None,
         progress: Progress | None = None,
-        **settings: Any,
+        **settings: Unpack[VideoSettings],
     ) -> Video:
         """Make a video.
 
         Args:
             prompt: what to show.
-            image: the first frame, for checkpoints that take one: a PIL image, an array or a path.
-            num_inference_steps: ``steps`` by diffusers' name.
-            progress: told of every stage.
+            num_inference_steps: ``steps`` by diffusers' name; one of the two.
+            progress: called with every stage.
             **settings: of the video, as :class:`~skyreels_jax.pipeline.Pipeline` takes them
-                (``docs/settings.md``); what is left out is the checkpoint's.
+                (``docs/settings.md``): ``image``, ``height``, ...; what is left out is the
+                checkpoint's.
 
         Raises:
             RequestError: with everything about the request that is wrong.
             NumericsError: something was not finite; says what and where.
         """
         if num_inference_steps is not None:
-            settings.setdefault("steps", num_inference_steps)
+            if settings.get("steps") is not None:
+                raise RequestError("`steps` and `num_inference_steps` are the same: give one")
+            settings["steps"] = num_inference_steps
         request = Request.of(
-            {"prompt": prompt, "image": image, **settings},
+            {"prompt": prompt, **settings},
             dtype=jnp.dtype(self.transformer.numerics.compute).name,
         )
         resolved = resolve(request, self.checkpoint)

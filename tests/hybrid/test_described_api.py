@@ -95,7 +95,7 @@ def test_a_diffusion_forcing_checkpoint_makes_videos_from_text_and_from_an_image
 ):
     pipeline = HybridPipeline(checkpoints("df", "diffusers"), device="cpu")
     text = pipeline.generate("a cat", **SMALL)
-    image = pipeline.generate("a cat", photo(), **SMALL)
+    image = pipeline.generate("a cat", image=photo(), **SMALL)
     assert text.frames.shape == image.frames.shape == (5, 32, 48, 3)
     assert np.mean(text.frames[0] != image.frames[0]) > 0.5
 
@@ -149,9 +149,9 @@ def test_illegal_requests_are_refused_in_the_words_of_the_request(checkpoints: C
     with pytest.raises(RequestError, match="need one"):
         pipeline.generate("a cat", **SMALL)
     with pytest.raises(RequestError, match="4 k"):
-        pipeline.generate("a cat", photo(), **{**SMALL, "num_frames": 6})
+        pipeline.generate("a cat", image=photo(), **{**SMALL, "num_frames": 6})
     with pytest.raises(RequestError, match="`tempo` does not exist"):
-        pipeline.generate("a cat", photo(), tempo=3, **SMALL)
+        pipeline.generate("a cat", image=photo(), tempo=3, **SMALL)
 
 
 def test_the_described_names_are_there():
@@ -175,3 +175,9 @@ def test_the_described_requirements_name_this_package_and_what_exists():
     assert extra and f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text()
     # The folder at the root must not stand in for the installed package.
     assert Path(modules.__file__).is_relative_to(ROOT / "src")
+
+
+def test_the_number_of_steps_has_one_name_in_a_call(checkpoints: Checkpoints):
+    pipeline = HybridPipeline(checkpoints("t2v", "original"), device="cpu")
+    with pytest.raises(RequestError, match="`steps` and `num_inference_steps` are the same"):
+        pipeline.generate("a cat", steps=1, num_inference_steps=2)
