@@ -13,9 +13,9 @@ import numpy as np
 from benchmarks.measure import head, middle, row, versions
 from benchmarks.step_cache import MODES
 
-from skyreels_jax.cache_dirs import enable_compilation_cache
 from skyreels_jax.evaluation.quality import LONG_OVERLAP
 from skyreels_jax.evaluation.scores import FPS, FRAMES, Share, from_text, held_out_scenes
+from skyreels_jax.hub import enable_compilation_cache
 from skyreels_jax.moving_shapes.judge import detect_things, judge_scene
 from skyreels_jax.moving_shapes.scene import Scene
 from skyreels_jax.parity.metrics import psnr

@@ -15,7 +15,7 @@ from flax import nnx
 
 from skyreels_jax.diffusion.frame_schedule import plan_blocks, schedule_frames
 from skyreels_jax.diffusion.guidance import NoGuidance
-from skyreels_jax.diffusion.sigmas import flow_sigmas
+from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import T2V_1_3B
 from skyreels_jax.sampling.denoiser import Denoised, Denoiser, Sampling

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from benchmarks.measure import head, middle, row, versions
 
-from skyreels_jax.cache_dirs import enable_compilation_cache
 from skyreels_jax.evaluation.scores import FPS, MINI_CLIP, Share, held_out_scenes
+from skyreels_jax.hub import enable_compilation_cache
 from skyreels_jax.moving_shapes.captions import plain_caption
 from skyreels_jax.moving_shapes.judge import detect_things, judge_scene
 from skyreels_jax.moving_shapes.scene import Scene

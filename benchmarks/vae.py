@@ -31,7 +31,7 @@ def jax_vae(dtype: str, base_dim: int = RELEASED) -> Any:
     from flax import nnx
 
     from skyreels_jax.models.vae import WanVae
-    from skyreels_jax.models.vae_config import WAN_VAE
+    from skyreels_jax.models.vae_layers import WAN_VAE
 
     kinds = {"dtype": dtype, "param_dtype": dtype}
     config = dataclasses.replace(WAN_VAE, base_dim=base_dim)

@@ -27,7 +27,7 @@ def formulations() -> dict[str, Callable[[Any, Any], Any]]:
     import jax.numpy as jnp
     from jax import lax
 
-    from skyreels_jax.ops.causal_conv import causal_conv, conv2d
+    from skyreels_jax.ops.linear import causal_conv, conv2d
 
     def taps(x: Any, kernel: Any) -> Any:
         bias = jnp.zeros(kernel.shape[-1])

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from skyreels_jax import Pipeline
-from skyreels_jax.cache_dirs import enable_compilation_cache
+from skyreels_jax.hub import enable_compilation_cache
 from skyreels_jax.media import contact_sheet, write_image
 
 PROMPT = "a red star moves slowly to the right on a black background"

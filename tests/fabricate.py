@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from skyreels_jax.testing.random_checkpoint import Kind, make_checkpoint
-from skyreels_jax.weights.rules import Format
+from skyreels_jax.weights.plan import Format
 
 Checkpoints = Callable[[Kind, Format], Path]
 

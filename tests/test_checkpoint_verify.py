@@ -11,7 +11,7 @@ from tests.weights.tiny import I2V, T2V, save
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.models.transformer_config import TransformerConfig
-from skyreels_jax.weights.source import TensorSource
+from skyreels_jax.weights.safetensors_file import TensorSource
 
 # Of the random checkpoints' encoders.
 TEXT_DIM, IMAGE_DIM = 32, 160

@@ -8,8 +8,12 @@ from typing import Final, Literal, get_args
 from jax.typing import DTypeLike
 
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.components.autoencoder import VaeTiling, WanAutoencoder
-from skyreels_jax.components.encoders import ClipImageEncoder, Umt5TextEncoder
+from skyreels_jax.components.encoders import (
+    ClipImageEncoder,
+    Umt5TextEncoder,
+    VaeTiling,
+    WanAutoencoder,
+)
 from skyreels_jax.components.protocols import Autoencoder, ImageEncoder, TextEncoder
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.torch_side.components import (

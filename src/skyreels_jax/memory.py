@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from skyreels_jax.errors import UnsupportedError
 from skyreels_jax.models.transformer_config import TransformerConfig
-from skyreels_jax.models.vae_config import VaeConfig
+from skyreels_jax.models.vae_layers import VaeConfig
 from skyreels_jax.weights.components.clip import stored_image_encoder
 from skyreels_jax.weights.components.transformer import TRANSFORMER
 from skyreels_jax.weights.components.umt5 import stored_text_encoder

@@ -17,16 +17,17 @@ from jax.typing import DTypeLike
 
 from skyreels_jax.backends import BACKENDS, LOADERS, Backend
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
-from skyreels_jax.components.autoencoder import VAE_TILINGS, VaeTiling
+from skyreels_jax.components.encoders import VAE_TILINGS, VaeTiling
 from skyreels_jax.components.lazy import (
     Keep,
     Lazy,
     LazyAutoencoder,
     LazyImageEncoder,
     LazyTextEncoder,
+    PromptCache,
     Residency,
+    fingerprint,
 )
-from skyreels_jax.components.prompt_cache import PromptCache, fingerprint
 from skyreels_jax.components.protocols import Components
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request.keywords import VideoSettings

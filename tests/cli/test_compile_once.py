@@ -13,10 +13,10 @@ from tests.fabricate import Checkpoints
 PROGRAM = """
 import json, sys
 import jax
-from skyreels_jax import cache_dirs
+from skyreels_jax import hub
 from skyreels_jax.cli.main import main
 
-cache_dirs.MIN_COMPILE_SECONDS = 0
+hub.MIN_COMPILE_SECONDS = 0
 events = {"cache_hits": 0, "cache_misses": 0}
 
 def heard(event, **details):

@@ -10,7 +10,7 @@ import jax
 import pytest
 from tests.cli.commands import Command
 
-from skyreels_jax import cache_dirs
+from skyreels_jax import hub
 from skyreels_jax.cli import doctor
 
 
@@ -68,7 +68,7 @@ def test_an_accelerator_says_what_is_free():
 
 def test_caches_are_measured_where_they_are(command: Command, cache_folder: Path):
     jax.config.update("jax_compilation_cache_dir", None)  # not the one of the tests' run
-    before = cache_dirs.folder_size(cache_folder / "compiled")[0]
+    before = hub.folder_size(cache_folder / "compiled")[0]
     (cache_folder / "compiled").mkdir(exist_ok=True)
     (cache_folder / "compiled" / "program").write_bytes(bytes(2_000_000))
     told = report(command)

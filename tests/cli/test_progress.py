@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress as RichProgress
 
-from skyreels_jax.cli import progress as progress_module
-from skyreels_jax.cli.progress import QUIET_SECONDS, Bars, Lines, console_progress
+from skyreels_jax.cli import report
+from skyreels_jax.cli.report import QUIET_SECONDS, Bars, Lines, console_progress
 
 
 class Watch:
@@ -15,7 +15,7 @@ class Watch:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 100.0
-        monkeypatch.setattr(progress_module.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(report.time, "perf_counter", lambda: self.now)
 
 
 @pytest.fixture

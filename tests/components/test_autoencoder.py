@@ -9,8 +9,8 @@ import pytest
 from tests.fabricate import Checkpoints
 
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.components import autoencoder
-from skyreels_jax.components.autoencoder import RESERVE, WanAutoencoder, tiling_for
+from skyreels_jax.components import encoders
+from skyreels_jax.components.encoders import RESERVE, WanAutoencoder, tiling_for
 from skyreels_jax.memory import vae_work
 from skyreels_jax.models import vae
 from skyreels_jax.models.vae_tiling import WHOLE, Tiles
@@ -27,7 +27,7 @@ def model(checkpoints: Checkpoints):
 
 
 def has(monkeypatch: pytest.MonkeyPatch, free: int | None) -> None:
-    monkeypatch.setattr(autoencoder, "available_memory", lambda: free)
+    monkeypatch.setattr(encoders, "available_memory", lambda: free)
 
 
 def decoded(vae_jax: WanAutoencoder) -> np.ndarray:

@@ -6,7 +6,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from tests import standins
 
-from skyreels_jax.components.conditioning import (
+from skyreels_jax.components.encoders import (
     condition_latents,
     encode_first_frame,
     prepare_image,

@@ -4,8 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from skyreels_jax.components.lazy import LazyTextEncoder
-from skyreels_jax.components.prompt_cache import PromptCache, fingerprint
+from skyreels_jax.components.lazy import LazyTextEncoder, PromptCache, fingerprint
 
 
 class Recorder:

@@ -2,11 +2,7 @@
 
 import numpy as np
 
-from skyreels_jax.diffusion.sigmas import (
-    NUM_TRAIN_TIMESTEPS,
-    FlowSchedule,
-    schedule_from_sigmas,
-)
+from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS, FlowSchedule, schedule_from_sigmas
 
 # Diffusers' grid starts at 1, where the log signal-to-noise ratio is infinite, less this step back.
 SIGMA_ONE_GAP = 1e-6

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from skyreels_jax.diffusion.block_reuse import BlockReuse, choose_lengths, plan_block_reuse
 from skyreels_jax.diffusion.frame_schedule import FrameSchedule, plan_blocks, schedule_frames
-from skyreels_jax.diffusion.sigmas import flow_sigmas
+from skyreels_jax.diffusion.unipc import flow_sigmas
 
 
 def table(frames: int, block: int, steps: int, ar_step: int, prefix: int = 0) -> FrameSchedule:

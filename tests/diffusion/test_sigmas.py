@@ -5,7 +5,7 @@ import pytest
 from diffusers import UniPCMultistepScheduler
 from tests.diffusion.diffusers_grid import diffusers_sigmas
 
-from skyreels_jax.diffusion.sigmas import FlowSchedule, flow_sigmas, schedule_from_sigmas
+from skyreels_jax.diffusion.unipc import FlowSchedule, flow_sigmas, schedule_from_sigmas
 
 # What the original's scheduler hands its model, printed from it.
 PUBLISHED = {

@@ -11,9 +11,9 @@ import pytest
 
 from skyreels_jax.diffusion.easycache import EasyCache
 from skyreels_jax.diffusion.frame_schedule import plan_blocks, schedule_frames
-from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.diffusion.step_cache import NoCache, Position, StagedForward, StepCache
 from skyreels_jax.diffusion.teacache import TeaCache
+from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.presets import PRESETS
 
 FRAMES, PATCHES, DIM = 5, 2, 8

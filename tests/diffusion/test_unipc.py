@@ -9,7 +9,7 @@ from diffusers import UniPCMultistepScheduler
 from tests.diffusion.diffusers_grid import diffusers_sigmas
 
 from skyreels_jax.diffusion import unipc
-from skyreels_jax.diffusion.sigmas import FlowSchedule, flow_sigmas
+from skyreels_jax.diffusion.unipc import FlowSchedule, flow_sigmas
 
 FRAMES, FRAME_SHAPE = 3, (2, 4)
 # Maximum over all elements; samples are of size 3. Diffusers works its weights out in float32.

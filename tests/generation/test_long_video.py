@@ -10,7 +10,7 @@ from tests import standins
 
 from skyreels_jax import media
 from skyreels_jax.components.protocols import Components
-from skyreels_jax.diffusion.sigmas import flow_sigmas
+from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.errors import RequestError, Stopped
 from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.settings import Request

@@ -11,10 +11,10 @@ from tests import standins
 from tests.diffusion.diffusers_grid import diffusers_sigmas
 
 from skyreels_jax import media
-from skyreels_jax.components.conditioning import condition_latents, prepare_image, to_frames
+from skyreels_jax.components.encoders import condition_latents, prepare_image, to_frames
 from skyreels_jax.components.protocols import Components
 from skyreels_jax.diffusion.guidance import guidance_of
-from skyreels_jax.diffusion.sigmas import flow_sigmas
+from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.errors import NumericsError, RequestError
 from skyreels_jax.generation import video as video_module
 from skyreels_jax.generation.request.resolve import resolve

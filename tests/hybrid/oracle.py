@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from PIL import Image
 
-from skyreels_jax.diffusion.sigmas import FlowSchedule
+from skyreels_jax.diffusion.unipc import FlowSchedule
 
 
 class GivenLevels(UniPCMultistepScheduler):

@@ -22,7 +22,7 @@ from jax_implementation.utils.weight_converter import (
 )
 from skyreels_jax.errors import RequestError, UnsupportedError, WeightsError
 from skyreels_jax.testing.random_checkpoint import make_checkpoint
-from skyreels_jax.weights.rules import FORMATS
+from skyreels_jax.weights.plan import FORMATS
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,7 +17,7 @@ from PIL import Image
 from tests.fabricate import Checkpoints
 from tests.hybrid import oracle
 
-from skyreels_jax.diffusion.sigmas import flow_sigmas
+from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.video import generate

@@ -19,7 +19,7 @@ from PIL import Image
 from tests.fabricate import Checkpoints
 from tests.hybrid import oracle
 
-from skyreels_jax.diffusion.sigmas import flow_sigmas
+from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import Request
@@ -28,7 +28,7 @@ from skyreels_jax.hybrid import HybridPipeline
 from skyreels_jax.models import transformer
 from skyreels_jax.ops.positions import RopeTable
 from skyreels_jax.testing.random_checkpoint import Kind
-from skyreels_jax.weights.rules import Format
+from skyreels_jax.weights.plan import Format
 
 STEPS, SHIFT, GUIDANCE = 10, 5.0, 5.0
 HEIGHT, WIDTH, FRAMES = 48, 64, 9

@@ -14,10 +14,10 @@ from vae_oracle import TINY, decoded, encoded, latents, oracle, ours, pair, pixe
 from skyreels_jax.errors import RequestError
 from skyreels_jax.models import vae as module
 from skyreels_jax.models.vae import WanVae, decode_chunks, decode_to_pixels, encode_pixels
-from skyreels_jax.models.vae_config import WAN_VAE, VaeConfig
+from skyreels_jax.models.vae_layers import WAN_VAE, VaeConfig
 from skyreels_jax.weights.components.vae import vae_rules
 from skyreels_jax.weights.engine import export
-from skyreels_jax.weights.rules import FORMATS, Format
+from skyreels_jax.weights.plan import FORMATS, Format
 
 # Measured 8e-8 to 4e-6, most of it where few channels make a norm ill-conditioned: there PyTorch is
 # as far from float64 as we are.

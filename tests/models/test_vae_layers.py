@@ -12,8 +12,14 @@ from flax import nnx
 
 from skyreels_jax.models import vae_layers
 from skyreels_jax.models.transformer_config import Numerics
-from skyreels_jax.models.vae_config import Resample, Residual
-from skyreels_jax.models.vae_layers import AttentionBlock, Downsample, ResidualBlock, Upsample
+from skyreels_jax.models.vae_layers import (
+    AttentionBlock,
+    Downsample,
+    Resample,
+    Residual,
+    ResidualBlock,
+    Upsample,
+)
 
 TOL = 2e-6  # measured 1.2e-7 to 5.8e-7
 WRONG = 1e-2  # the least that a mistake changes; measured 0.05 and more

@@ -14,7 +14,7 @@ from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.weights.components.transformer import TRANSFORMER, transformer_rules
 from skyreels_jax.weights.engine import load_into
-from skyreels_jax.weights.source import TensorInfo
+from skyreels_jax.weights.safetensors_file import TensorInfo
 
 TEXT_DIM, IMAGE_DIM = 32, 16
 

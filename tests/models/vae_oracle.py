@@ -11,10 +11,10 @@ from flax import nnx
 from tests.weights.fakes import InMemory
 
 from skyreels_jax.models.vae import WanVae
-from skyreels_jax.models.vae_config import VaeConfig
+from skyreels_jax.models.vae_layers import VaeConfig
 from skyreels_jax.weights.components.vae import vae_rules
 from skyreels_jax.weights.engine import load_into
-from skyreels_jax.weights.rules import Format
+from skyreels_jax.weights.plan import Format
 
 TINY = VaeConfig(base_dim=4, z_dim=16, dim_mult=(1, 2, 2, 2), num_res_blocks=1)
 

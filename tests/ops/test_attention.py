@@ -19,6 +19,7 @@ from skyreels_jax.ops.attention import (
     attention,
     choose_path,
     paths_with_past,
+    reference_attention,
 )
 from skyreels_jax.ops.kernels.chunked import ScoreTiling, chunked_attention, even_tile
 from skyreels_jax.ops.kernels.contract import (
@@ -28,7 +29,6 @@ from skyreels_jax.ops.kernels.contract import (
     by_query_block,
 )
 from skyreels_jax.ops.kernels.cudnn import cudnn_attention
-from skyreels_jax.ops.kernels.reference import reference_attention
 from skyreels_jax.ops.kernels.splash import splash_attention
 from skyreels_jax.ops.masks import BlockCausal
 

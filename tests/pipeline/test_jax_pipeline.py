@@ -24,10 +24,9 @@ from tests.hybrid import oracle
 from skyreels_jax import backends
 from skyreels_jax.backends import LOADERS, Backend
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
-from skyreels_jax.components.autoencoder import WanAutoencoder
-from skyreels_jax.components.encoders import ClipImageEncoder, Umt5TextEncoder
+from skyreels_jax.components.encoders import ClipImageEncoder, Umt5TextEncoder, WanAutoencoder
 from skyreels_jax.components.protocols import Components
-from skyreels_jax.diffusion.sigmas import flow_sigmas
+from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.settings import Request
@@ -41,7 +40,7 @@ from skyreels_jax.weights.components.clip import stored_image_encoder
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.layout import Layout
-from skyreels_jax.weights.rules import FORMATS
+from skyreels_jax.weights.plan import FORMATS
 
 STEPS, SHIFT, GUIDANCE = 6, 5.0, 5.0
 HEIGHT, WIDTH, FRAMES = 48, 64, 9

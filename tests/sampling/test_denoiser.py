@@ -9,7 +9,7 @@ from tests import standins
 from skyreels_jax.diffusion import unipc
 from skyreels_jax.diffusion.frame_schedule import plan_blocks, schedule_frames
 from skyreels_jax.diffusion.guidance import guidance_of
-from skyreels_jax.diffusion.sigmas import flow_sigmas
+from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.errors import NumericsError, UnsupportedError
 from skyreels_jax.sampling.denoiser import Denoiser, Sampling
 from skyreels_jax.sampling.noise import draw_noise

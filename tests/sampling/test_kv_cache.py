@@ -13,8 +13,8 @@ from tests import standins
 
 from skyreels_jax.diffusion.frame_schedule import plan_blocks, schedule_frames
 from skyreels_jax.diffusion.guidance import guidance_of
-from skyreels_jax.diffusion.sigmas import flow_sigmas
 from skyreels_jax.diffusion.teacache import TeaCache
+from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.models import transformer
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.sampling import kv_cache

@@ -8,7 +8,7 @@ from skyreels_jax.errors import RequestError
 from skyreels_jax.testing.random_checkpoint import KINDS, Kind, make_checkpoint
 from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.layout import read_layout, safetensors_of
-from skyreels_jax.weights.rules import FORMATS, Format
+from skyreels_jax.weights.plan import FORMATS, Format
 
 
 @pytest.mark.parametrize("kind", KINDS)

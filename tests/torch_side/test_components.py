@@ -29,7 +29,7 @@ from skyreels_jax.torch_side.components import (
 )
 from skyreels_jax.torch_side.modules import to_torch, torch_device
 from skyreels_jax.weights.layout import PATHS
-from skyreels_jax.weights.rules import FORMATS, Format
+from skyreels_jax.weights.plan import FORMATS, Format
 from skyreels_jax.weights.safetensors_file import SafetensorsSource
 
 PROMPTS = ["A cat  on the lake &amp; the sky", "你好 " * 300, ""]

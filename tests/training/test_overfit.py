@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from skyreels_jax.diffusion.guidance import NoGuidance
-from skyreels_jax.diffusion.sigmas import flow_sigmas
+from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.mini.recipe import read_recipe
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig

@@ -8,7 +8,7 @@ from flax import nnx
 
 from skyreels_jax.mini.vae_task import holding_still
 from skyreels_jax.models.vae import WanVae, decode_to_pixels, encode_pixels
-from skyreels_jax.models.vae_config import VaeConfig
+from skyreels_jax.models.vae_layers import VaeConfig
 from skyreels_jax.training.task import Template
 from skyreels_jax.training.vae_objective import (
     Moments,

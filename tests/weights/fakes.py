@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from skyreels_jax.weights.rules import CONV, LINEAR, Rule, Source, leading_ones, rule
-from skyreels_jax.weights.source import TensorInfo
+from skyreels_jax.weights.plan import CONV, LINEAR, Rule, Source, leading_ones, rule
+from skyreels_jax.weights.safetensors_file import TensorInfo
 
 
 class InMemory:

@@ -19,8 +19,8 @@ from skyreels_jax.weights.engine import (
     rounded,
     verify,
 )
-from skyreels_jax.weights.rules import Source, rule
-from skyreels_jax.weights.source import TensorSpec
+from skyreels_jax.weights.plan import Source, rule
+from skyreels_jax.weights.safetensors_file import TensorSpec
 
 
 def load(tensors, rules=RULES, format="original", **kwargs):

@@ -26,7 +26,7 @@ from tests.weights.pth_files import (
 )
 
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.weights.source import TensorSource
+from skyreels_jax.weights.safetensors_file import TensorSource
 from skyreels_jax.weights.torch_file import PthSource
 
 DTYPES = (

@@ -11,7 +11,7 @@ from flax import nnx
 
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.weights.components.transformer import TRANSFORMER
-from skyreels_jax.weights.rules import Format
+from skyreels_jax.weights.plan import Format
 
 T2V = TransformerConfig(
     model_type="t2v",

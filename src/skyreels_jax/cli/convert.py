@@ -5,7 +5,7 @@ from pathlib import Path
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.weights.convert_folder import convert_folder
-from skyreels_jax.weights.rules import FORMATS
+from skyreels_jax.weights.plan import FORMATS
 
 _DTYPES = ("keep", "float32", "bfloat16", "float16")
 

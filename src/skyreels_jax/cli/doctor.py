@@ -7,7 +7,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 
-from skyreels_jax import cache_dirs
+from skyreels_jax import hub
 
 PACKAGES = (
     *("skyreels-jax", "jax", "jaxlib", "flax", "numpy", "safetensors", "tokenizers", "av"),
@@ -39,11 +39,11 @@ def collect() -> Iterator[tuple[str, str]]:
     for device in jax.devices():
         yield f"device {device.id}", f"{device.device_kind}{device_memory(device)}"
     yield "host memory", host_memory()
-    cache_dirs.enable_compilation_cache()
-    folder = cache_dirs.compilation_cache_folder()
-    files, size = cache_dirs.folder_size(folder)
+    hub.enable_compilation_cache()
+    folder = hub.compilation_cache_folder()
+    files, size = hub.folder_size(folder)
     yield "compilation cache", f"{folder} ({files} files, {size / 1e6:.1f} MB)"
-    yield "cache root", str(cache_dirs.cache_root())
+    yield "cache root", str(hub.cache_root())
     yield "video encoder", "libx264 of PyAV"
     yield "ffmpeg", shutil.which("ffmpeg") or "not on the PATH (not needed: PyAV carries its own)"
 

@@ -6,7 +6,7 @@ import jax
 
 from skyreels_jax.backends import Backend
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.components.autoencoder import VaeTiling
+from skyreels_jax.components.encoders import VaeTiling
 from skyreels_jax.errors import UnsupportedError
 from skyreels_jax.generation.dry_run.plan import Memory, StagePlan, plan
 from skyreels_jax.generation.request.resolved import ResolvedRequest

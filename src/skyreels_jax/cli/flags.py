@@ -23,7 +23,7 @@ from skyreels_jax.generation.request.settings import (
 
 DEFAULT_OUTPUT: Final = Path("out.mp4")
 LATENTS_SUFFIX: Final = ".latents.safetensors"
-# Names of `backends.BACKENDS` and `components.autoencoder.VAE_TILINGS`, which a test holds equal.
+# Names of `backends.BACKENDS` and `components.encoders.VAE_TILINGS`, which a test holds equal.
 BACKEND_NAMES: Final = ("jax", "hybrid")
 VAE_TILING_NAMES: Final = ("auto", "on", "off")
 _EXAMPLES: Final = """\

@@ -21,8 +21,8 @@ from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import Request, keywords
 from skyreels_jax.generation.store import SavedLatents
 from skyreels_jax.media import check_output
-from skyreels_jax.ops.attention import ATTENTION_PATHS
-from skyreels_jax.ops.kernels.contract import AttentionCall, this_device
+from skyreels_jax.ops.attention import ATTENTION_PATHS, this_device
+from skyreels_jax.ops.kernels.contract import AttentionCall
 from skyreels_jax.weights.components.vae import stored_vae
 
 # A dry run tells what does not fit by itself, stage by stage.

@@ -15,17 +15,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from skyreels_jax.cache_dirs import enable_compilation_cache, prompt_cache_folder
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.cli.flags import LATENTS_SUFFIX
-from skyreels_jax.cli.progress import console_progress
-from skyreels_jax.cli.report import summarise
+from skyreels_jax.cli.report import console_progress, summarise
 from skyreels_jax.errors import SkyReelsError, Stopped
 from skyreels_jax.files import whole_file
 from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.store import FolderStore, SavedLatents
 from skyreels_jax.generation.video import settings_of, write_mp4
 from skyreels_jax.geometry import pixel_frames
+from skyreels_jax.hub import enable_compilation_cache, prompt_cache_folder
 from skyreels_jax.interrupt import StopRequest, stop_requested
 from skyreels_jax.media import contact_sheet, write_image, write_settings
 from skyreels_jax.pipeline import Pipeline

@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 import skyreels_jax
 from skyreels_jax.cli.flags import FLAGS
 from skyreels_jax.errors import SkyReelsError
-from skyreels_jax.generation.request.names import hint, in_flags
+from skyreels_jax.generation.request.declaration import hint, in_flags
 from skyreels_jax.interrupt import (
     HUNG_UP,
     INTERRUPTED,

@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = read_recipe(args.config, overrides)
 
-    from skyreels_jax.cache_dirs import enable_compilation_cache
     from skyreels_jax.cli.training_samples import write_samples_of
+    from skyreels_jax.hub import enable_compilation_cache
     from skyreels_jax.training.loop import train
     from skyreels_jax.training.transformer_task import VideoTask
 

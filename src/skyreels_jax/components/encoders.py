@@ -1,27 +1,49 @@
-"""The text and image encoders in JAX, as generation takes them."""
+"""Encoders and VAE in JAX as a generation takes them, and images as they are given to them.
 
-from collections.abc import Sequence
+Sources for images: SkyReels-V2's image-to-video pipeline (``resizecrop``,
+``VideoProcessor.preprocess``) and Wan 2.1's mask.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
-from typing import Final
+from itertools import chain
+from pathlib import Path
+from typing import Final, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
+from PIL import Image
 
 from skyreels_jax.components.clip_preprocessing import PREPROCESSING, ClipPreprocessing
-from skyreels_jax.components.protocols import ImageCondition
+from skyreels_jax.components.protocols import Autoencoder, ImageCondition
 from skyreels_jax.errors import WeightsError
+from skyreels_jax.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from skyreels_jax.media import RgbImage, stream_video
+from skyreels_jax.memory import Direction, available_memory, vae_work
+from skyreels_jax.models import vae
 from skyreels_jax.models.clip_vision import ClipVision
 from skyreels_jax.models.umt5 import Umt5Encoder
+from skyreels_jax.models.vae import WanVae
+from skyreels_jax.models.vae_tiling import WHOLE, Tiles, Tiling
 from skyreels_jax.prompts import TEXT_LEN, Tokenizer
+from skyreels_jax.shapes import Frames, HostLatents, Pixels
 
 # Prompts are encoded at the least of these that holds them. A prompt's states do not depend on its
 # padding, so this only saves time; that there are three bounds how often anything is compiled.
 LENGTHS: Final = (128, 256, TEXT_LEN)
-
-
+# Whether the VAE cuts frames into tiles: always, never, or where memory would not hold a whole one.
+VaeTiling = Literal["auto", "on", "off"]
+VAE_TILINGS: Final = get_args(VaeTiling)
+# Of the memory that is free, so much is left for what nobody counted.
+RESERVE: Final = 0.05
+logger = logging.getLogger(__name__)
 _apply = jax.jit(lambda graph, state, *inputs: nnx.merge(graph, state)(*inputs), static_argnums=0)
 
 
@@ -67,3 +89,129 @@ class ClipImageEncoder:
         """States of all 257 tokens after the last block but one, float32."""
         pixels = jnp.asarray(self._prepare(image))[None]
         return np.asarray(_apply(self._graph, self._state, pixels))[0]
+
+
+def tiling_for(choice: VaeTiling, needed: int, free: int | None) -> Tiling:
+    """How frames are cut.
+
+    Args:
+        choice: of the user.
+        needed: bytes that work on whole frames takes (:func:`.memory.vae_work`).
+        free: bytes that there are, with the VAE's weights in memory; ``None`` if nobody can tell.
+    """
+    if choice == "auto":
+        choice = "off" if free is None or needed <= (1 - RESERVE) * free else "on"
+    return Tiles() if choice == "on" else WHOLE
+
+
+@dataclass(frozen=True, eq=False)
+class WanAutoencoder:
+    """Pixels to latents and back: a :class:`~skyreels_jax.components.protocols.Autoencoder`.
+
+    Attributes:
+        model: the VAE.
+        tiling: whether frames are cut into tiles; ``auto`` decides by size and free memory, anew
+            for each video, and warns where it cuts.
+    """
+
+    model: WanVae
+    tiling: VaeTiling = "auto"
+
+    def encode(self, pixels: Pixels) -> HostLatents:
+        """Posterior mean of ``4k + 1`` frames in [-1, 1], normalised: ``(mu - mean) / std``."""
+        tiling = self._tiling("encode", *pixels.shape[-2:])
+        return vae.encode_pixels(self.model, pixels[None], tiling=tiling)[0]
+
+    def decode_pieces(self, pieces: Iterable[HostLatents]) -> Iterator[Pixels]:
+        """Frames in [-1, 1] as they are ready, in memory that does not grow with their number."""
+        pieces = iter(pieces)
+        first = next(pieces)
+        height, width = (PIXELS_PER_LATENT * side for side in first.shape[-2:])
+        tiling = self._tiling("decode", height, width)
+        batches = (piece[None] for piece in chain([first], pieces))
+        for chunk in vae.decode_pieces(self.model, batches, tiling=tiling):
+            yield chunk[0]
+
+    def _tiling(self, direction: Direction, height: int, width: int) -> Tiling:
+        needed, free = vae_work(self.model.config, direction, height, width), available_memory()
+        tiling = tiling_for(self.tiling, needed, free)
+        if self.tiling == "auto" and free is not None and tiling is not WHOLE:
+            logger.warning(
+                "the VAE %ss in tiles: a frame of %d x %d takes %.2f GiB and %.2f are free",
+                *(direction, height, width, needed / 2**30, free / 2**30),
+            )
+        return tiling
+
+
+def prepare_image(
+    image: RgbImage,
+    height: int,
+    width: int,
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
+) -> ImageCondition:
+    """Crop ``image`` around its centre to the video's aspect and resize it.
+
+    The resized image is rounded to 8 bits before it is scaled, as in both references. The original
+    resizes by Lanczos for image-to-video and bicubically for diffusion forcing.
+    """
+    fitted = Image.fromarray(image).crop(_centre_box(image, height, width))
+    resized = np.asarray(fitted.resize((width, height), resampling))
+    pixels = 2 * (resized.astype(np.float32) / 255) - 1
+    return ImageCondition(image, np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
+
+
+def _centre_box(image: RgbImage, height: int, width: int) -> tuple[float, float, float, float]:
+    """The largest centred box of the target's aspect, in the truncated sizes of the original."""
+    rows, columns = image.shape[:2]
+    if rows / columns > height / width:
+        kept_rows, kept_columns = max(1, int(columns * height / width)), columns
+    else:
+        kept_rows, kept_columns = rows, max(1, int(rows * width / height))
+    left, top = (columns - kept_columns) / 2, (rows - kept_rows) / 2
+    return left, top, left + kept_columns, top + kept_rows
+
+
+def condition_latents(
+    vae: Autoencoder, first: ImageCondition, last: ImageCondition | None, num_frames: int
+) -> Float[np.ndarray, "Y F H W"]:
+    """Mask and latents of a video of which only the first frame (and the last) is known.
+
+    Unknown frames are mid-grey. The four mask channels are the pixel frames of each latent, 1 where
+    the frame is known; the first latent stands for its one frame four times.
+    """
+    video = np.zeros((3, num_frames, *first.pixels.shape[1:]), np.float32)
+    known = np.zeros(num_frames, np.float32)
+    video[:, 0], known[0] = first.pixels, 1
+    if last is not None:
+        video[:, -1], known[-1] = last.pixels, 1
+    latents = vae.encode(video).astype(np.float32)
+    by_latent = np.concatenate([np.repeat(known[:1], FRAMES_PER_LATENT), known[1:]])
+    mask = by_latent.reshape(-1, FRAMES_PER_LATENT).T[:, :, None, None]
+    return np.concatenate([np.broadcast_to(mask, (FRAMES_PER_LATENT, *latents.shape[1:])), latents])
+
+
+def to_frames(pixels: Pixels) -> Frames:
+    """Pixels in [-1, 1] as 8-bit frames, rounded to nearest; values outside are clipped.
+
+    The original truncates, which darkens a video by half a level on average.
+    """
+    levels = np.rint((np.clip(pixels, -1, 1) / 2 + 0.5) * 255)
+    return np.ascontiguousarray(np.moveaxis(levels.astype(np.uint8), 0, -1))
+
+
+def encode_first_frame(vae: Autoencoder, image: ImageCondition) -> HostLatents:
+    """The single latent frame of an image, as diffusion forcing continues it."""
+    return vae.encode(image.pixels[:, None]).astype(np.float32)
+
+
+def encode_last_frames(
+    vae: Autoencoder, video: Path, count: int, size: tuple[int, int], fps: int | Fraction
+) -> HostLatents:
+    """Latents of the last ``count`` frames (``4k + 1``) of a file, as a video of their own.
+
+    Frames are taken at ``fps`` and cropped to the aspect of ``size``, where the original stretches
+    them.
+    """
+    last = deque(stream_video(video, fps), maxlen=count)
+    images = [prepare_image(frame, *size, Image.Resampling.BICUBIC) for frame in last]
+    return vae.encode(np.stack([image.pixels for image in images], axis=1)).astype(np.float32)

@@ -1,19 +1,11 @@
-"""The table of step caches: settings of one, and the cache that they make for one run.
+"""The table of step caches, and the settings of one.
 
-Nothing heavy is imported before a cache is made: the command line's help lists them.
+Nothing heavy is imported: the command line's help lists them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from skyreels_jax.diffusion.step_cache import StepCache
-
-# Steps that TeaCache always runs at the start and the end: with the projected embedding or not.
-_TEA_KEPT: Final = {True: (5, 0), False: (1, 1)}
-# EasyCache runs a tenth of the steps at the start, two at least, and the last one.
-_EASY_FIRST: Final = 0.1
+from typing import Final
 
 
 @dataclass(frozen=True)
@@ -40,62 +32,20 @@ class CacheKind:
     """A way to leave calls out.
 
     Attributes:
+        cls: its class, in the module of the same name; ``cls.of(settings, steps, iterations)`` is
+            the cache of a run (:func:`skyreels_jax.diffusion.step_cache.step_cache`).
         threshold: where none is given.
-        make: the cache of settings, for a run of so many steps of each frame and iterations.
         fitted: whether it takes coefficients that were fitted to a checkpoint.
     """
 
+    cls: str
     threshold: float
-    make: "Callable[[CacheSettings, int, int], StepCache]"
     fitted: bool = False
-
-
-def step_cache(settings: CacheSettings, steps: int, iterations: int) -> "StepCache":
-    """The cache of a run of ``iterations``, in which each frame takes ``steps`` steps.
-
-    Threshold 0 is no cache at all: it costs no memory then.
-    """
-    from skyreels_jax.diffusion.step_cache import NoCache
-
-    if settings.name == "none" or settings.threshold == 0:
-        return NoCache()
-    return CACHE_KINDS[settings.name].make(settings, steps, iterations)
-
-
-def _teacache(settings: CacheSettings, steps: int, iterations: int) -> "StepCache":
-    import numpy as np
-
-    from skyreels_jax.diffusion.teacache import TeaCache
-
-    del steps
-    first, last = _TEA_KEPT[settings.use_ret_steps]
-    # Arrays go to the device, so that other numbers compile nothing anew.
-    return TeaCache(
-        np.array(settings.threshold, np.float32),
-        np.array(settings.coefficients or (), np.float32),
-        np.array(first, np.int32),
-        np.array(last, np.int32),
-        np.array(iterations if settings.original_counter else 0, np.int32),
-        settings.use_ret_steps,
-    )
-
-
-def _easycache(settings: CacheSettings, steps: int, iterations: int) -> "StepCache":
-    import numpy as np
-
-    from skyreels_jax.diffusion.easycache import EasyCache
-
-    del iterations
-    return EasyCache(
-        np.array(settings.threshold, np.float32),
-        np.array(max(2, round(_EASY_FIRST * steps)), np.int32),
-        np.array(1, np.int32),
-    )
 
 
 # The thresholds: the original's default of TeaCache; the middle of what EasyCache's authors show.
 CACHE_KINDS: Final[Mapping[str, CacheKind]] = {
-    "teacache": CacheKind(0.2, _teacache, fitted=True),
-    "easycache": CacheKind(0.05, _easycache),
+    "teacache": CacheKind("TeaCache", 0.2, fitted=True),
+    "easycache": CacheKind("EasyCache", 0.05),
 }
 CACHES: Final = ("none", *CACHE_KINDS)

@@ -13,13 +13,18 @@ forcing those that rest would thin the means out, so only frames whose input cha
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from skyreels_jax.diffusion.cache_settings import CacheSettings
 from skyreels_jax.diffusion.step_cache import Number, Position, StagedForward, Velocity
+
+# A tenth of the steps always runs at the start, two at least, and the last one.
+_FIRST: Final = 0.1
 
 
 class _EasyState(NamedTuple):
@@ -50,6 +55,14 @@ class EasyCache:
     threshold: Number
     first: Number
     last: Number
+
+    @classmethod
+    def of(cls, settings: CacheSettings, steps: int, iterations: int) -> "EasyCache":
+        """The cache of a run in which each frame takes ``steps`` steps."""
+        del iterations
+        first = max(2, round(_FIRST * steps))
+        numbers = np.array(settings.threshold, np.float32), np.array(first, np.int32)
+        return cls(*numbers, np.array(1, np.int32))
 
     def init(self, staged: StagedForward) -> _EasyState:
         """Shapes of the latents."""

@@ -5,11 +5,14 @@ decision nor compiles anything for it.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from skyreels_jax.diffusion.cache_settings import CACHE_KINDS, CacheSettings
 
 Velocity = Float[Array, "rows C F H W"]
 # A number of a cache. While a program is traced, a pytree also holds what stands for numbers.
@@ -80,3 +83,14 @@ class NoCache(NamedTuple):
         """The plain prediction."""
         del position
         return staged.head(staged.blocks(staged.tokens)), state, jnp.bool_(True)
+
+
+def step_cache(settings: CacheSettings, steps: int, iterations: int) -> StepCache:
+    """The cache of a run of ``iterations``, in which each frame takes ``steps`` steps.
+
+    Threshold 0 is no cache at all: it costs no memory then.
+    """
+    if settings.name == "none" or settings.threshold == 0:
+        return NoCache()
+    module = import_module(f"skyreels_jax.diffusion.{settings.name}")
+    return getattr(module, CACHE_KINDS[settings.name].cls).of(settings, steps, iterations)

@@ -16,12 +16,16 @@ from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from skyreels_jax.diffusion.cache_settings import CacheSettings
 from skyreels_jax.diffusion.step_cache import Number, Position, StagedForward, Velocity
 
 # A step of the original is two calls: of the prompt and of the negative prompt.
 _CALLS: Final = 2
+# Steps that always run at the start and the end: with the projected embedding or not.
+_KEPT: Final = {True: (5, 0), False: (1, 1)}
 
 
 class _TeaState(NamedTuple):
@@ -57,6 +61,21 @@ class TeaCache:
     last: Number
     wrap: Number
     projected: bool
+
+    @classmethod
+    def of(cls, settings: CacheSettings, steps: int, iterations: int) -> "TeaCache":
+        """The cache of a run of ``iterations``."""
+        del steps
+        first, last = _KEPT[settings.use_ret_steps]
+        # Arrays go to the device, so that other numbers compile nothing anew.
+        return cls(
+            np.array(settings.threshold, np.float32),
+            np.array(settings.coefficients or (), np.float32),
+            np.array(first, np.int32),
+            np.array(last, np.int32),
+            np.array(iterations if settings.original_counter else 0, np.int32),
+            settings.use_ret_steps,
+        )
 
     def init(self, staged: StagedForward) -> _TeaState:
         """Shapes of embedding and residual; the latter is as large as the tokens."""

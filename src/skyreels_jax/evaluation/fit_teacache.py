@@ -21,12 +21,12 @@ import numpy as np
 from jax.experimental import io_callback
 from jaxtyping import Array, Bool, Float
 
-from skyreels_jax.cache_dirs import enable_compilation_cache
 from skyreels_jax.diffusion.step_cache import Position, StagedForward, Velocity
 from skyreels_jax.evaluation.scores import MINI_CLIP, first_frame, held_out_scenes
 from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.window_generator import WindowGenerator
+from skyreels_jax.hub import enable_compilation_cache
 from skyreels_jax.moving_shapes.captions import plain_caption
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.presets import CacheCoefficients

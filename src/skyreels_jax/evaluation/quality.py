@@ -17,7 +17,6 @@ from typing import Final
 
 import numpy as np
 
-from skyreels_jax.cache_dirs import enable_compilation_cache
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.errors import RequestError
 from skyreels_jax.evaluation.scores import (
@@ -34,7 +33,7 @@ from skyreels_jax.evaluation.scores import (
     score,
 )
 from skyreels_jax.files import write_text
-from skyreels_jax.hub import locate
+from skyreels_jax.hub import enable_compilation_cache, locate
 from skyreels_jax.media import write_image
 from skyreels_jax.models import vae
 from skyreels_jax.moving_shapes.judge import detect_things

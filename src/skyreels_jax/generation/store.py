@@ -29,9 +29,8 @@ from skyreels_jax import geometry
 from skyreels_jax.diffusion.cache_settings import CacheSettings
 from skyreels_jax.errors import RequestError
 from skyreels_jax.files import remove_temporary, whole_file, write_json
-from skyreels_jax.generation.request.resolved import Forcing, GivenVideo, ResolvedRequest
+from skyreels_jax.generation.request.resolved import Forcing, GivenVideo, ResolvedRequest, Window
 from skyreels_jax.generation.request.settings import current_names
-from skyreels_jax.generation.windows import Window
 from skyreels_jax.media import read_image, write_image
 from skyreels_jax.shapes import HostLatents
 

@@ -19,15 +19,14 @@ import numpy as np
 from PIL import Image
 
 from skyreels_jax import media
-from skyreels_jax.components.conditioning import prepare_image, to_frames
+from skyreels_jax.components.encoders import prepare_image, to_frames
 from skyreels_jax.components.lazy import loaded_vae
 from skyreels_jax.components.protocols import Autoencoder, Components
-from skyreels_jax.diffusion.sigmas import FlowSchedule
+from skyreels_jax.diffusion.unipc import FlowSchedule
 from skyreels_jax.errors import NumericsError, Stopped
-from skyreels_jax.generation.request.resolved import ResolvedRequest
+from skyreels_jax.generation.request.resolved import ResolvedRequest, Window
 from skyreels_jax.generation.store import MemoryStore
 from skyreels_jax.generation.window_generator import WindowGenerator
-from skyreels_jax.generation.windows import Window
 from skyreels_jax.geometry import pixel_frames
 from skyreels_jax.memory import refused_in_words
 from skyreels_jax.sampling.denoiser import Denoiser

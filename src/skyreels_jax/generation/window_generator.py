@@ -18,14 +18,13 @@ from jaxtyping import Array, Float
 from PIL import Image
 
 from skyreels_jax import geometry
-from skyreels_jax.components.conditioning import (
+from skyreels_jax.components.encoders import (
     condition_latents,
     encode_first_frame,
     encode_last_frames,
     prepare_image,
 )
 from skyreels_jax.components.protocols import Components
-from skyreels_jax.diffusion.cache_settings import step_cache
 from skyreels_jax.diffusion.frame_schedule import (
     FrameSchedule,
     plan_blocks,
@@ -33,10 +32,10 @@ from skyreels_jax.diffusion.frame_schedule import (
     synchronous_schedule,
 )
 from skyreels_jax.diffusion.guidance import Guidance, NoGuidance, guidance_of
-from skyreels_jax.diffusion.sigmas import FlowSchedule, flow_sigmas
-from skyreels_jax.generation.request.resolved import ResolvedRequest
+from skyreels_jax.diffusion.step_cache import step_cache
+from skyreels_jax.diffusion.unipc import FlowSchedule, flow_sigmas
+from skyreels_jax.generation.request.resolved import ResolvedRequest, Window
 from skyreels_jax.generation.store import NoStore, WindowStore
-from skyreels_jax.generation.windows import Window
 from skyreels_jax.sampling.denoiser import Denoiser, Sampling
 from skyreels_jax.sampling.noise import draw_noise, draw_torch_noise, noise_key
 from skyreels_jax.sampling.progress import Clock

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from skyreels_jax.media import write_image
 from skyreels_jax.models.vae import WanVae
-from skyreels_jax.models.vae_config import FRAME_STRIDE, LEVELS, PIXEL_STRIDE, VaeConfig
+from skyreels_jax.models.vae_layers import FRAME_STRIDE, LEVELS, PIXEL_STRIDE, VaeConfig
 from skyreels_jax.moving_shapes.render import render
 from skyreels_jax.moving_shapes.scene import Scene, draw_scene
 from skyreels_jax.training.config import check_at_least, check_choice

@@ -9,11 +9,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from skyreels_jax.models.layers import NORMAL, Linear, Mlp, WanLayerNorm, gelu_exact
+from skyreels_jax.models.layers import NORMAL, Linear, Mlp, WanLayerNorm, gelu_exact, scan_layers
 from skyreels_jax.models.transformer_config import Numerics
 from skyreels_jax.ops.attention import attention
 from skyreels_jax.ops.linear import linear
-from skyreels_jax.ops.scan_layers import scan_layers
 
 _States = Float[Array, "B S D"]
 

@@ -1,4 +1,4 @@
-"""Layers that the models share: linears, norms, embeddings and activations.
+"""What the models share: linears, norms, embeddings, activations, and the loop over layers.
 
 Every layer takes a :class:`Numerics` and follows one rule: what enters a matrix product is rounded
 to ``numerics.compute``, everything else happens in float32. Parameter names are the original's,
@@ -6,7 +6,7 @@ with its numbered ``Sequential`` entries named ``fc1`` and ``fc2``.
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,15 @@ from jaxtyping import Array, Float, Int
 
 from skyreels_jax.models.transformer_config import Numerics
 from skyreels_jax.ops.linear import linear
-from skyreels_jax.ops.norms import layer_norm, rms_norm
 
 XAVIER: Final = nnx.initializers.xavier_uniform()
 NORMAL: Final = nnx.initializers.normal(0.02)
 ZEROS: Final = nnx.initializers.zeros_init()
+Float32 = Float[Array, "*batch D"]
+_Carry = TypeVar("_Carry")
+_Layer = TypeVar("_Layer")
+_Shared = TypeVar("_Shared")
+_Out = TypeVar("_Out")
 
 
 def silu(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
@@ -96,7 +100,7 @@ class WanRMSNorm(nnx.Module):
 class WanLayerNorm(nnx.Module):
     """Layer norm over the last axis with scale and bias; float32 out.
 
-    The norms before modulation have no parameters: they are ``ops.norms.layer_norm``.
+    The norms before modulation have no parameters: they are :func:`layer_norm`.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6, *, numerics: Numerics):
@@ -122,3 +126,92 @@ class Embedding(nnx.Module):
             .at[ids]
             .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         )
+
+
+def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"], eps: float) -> Float32:
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis; float32 whatever comes in.
+
+    The original casts "back" to an array that is float32 already, so its result stays float32 too.
+    """
+    x = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    return x * inverse * _along(scale, x)
+
+
+def layer_norm(
+    x: Float[Array, "*batch D"],
+    scale: Float[Array, " D"] | None = None,
+    bias: Float[Array, " D"] | None = None,
+    *,
+    eps: float,
+) -> Float32:
+    """Zero mean and unit variance over the last axis, then scale and bias where given; float32."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    if scale is not None:
+        x = x * _along(scale, x)
+    if bias is not None:
+        x = x + _along(bias, x)
+    return x
+
+
+def mul_add(
+    x: Float[Array, "*batch D"], y: Float[Array, "*batch D"], z: Float[Array, "*#batch D"]
+) -> Float32:
+    """``x + y * z`` in float32: a gated residual."""
+    return x.astype(jnp.float32) + y.astype(jnp.float32) * z.astype(jnp.float32)
+
+
+def mul_add_add(
+    x: Float[Array, "*batch D"], y: Float[Array, "*#batch D"], z: Float[Array, "*#batch D"]
+) -> Float32:
+    """``x * (1 + y) + z`` in float32: a modulated norm, with scale ``y`` and shift ``z``."""
+    return x.astype(jnp.float32) * (1 + y.astype(jnp.float32)) + z.astype(jnp.float32)
+
+
+def _along(vector: Float[Array, " D"], x: Float[Array, "*batch D"]) -> Float[Array, "*ones D"]:
+    """``vector`` in float32 with the rank of ``x``: rank promotion is always spelled out."""
+    return vector.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def scan_layers(
+    step: Callable[[_Carry, _Layer, _Shared], tuple[_Carry, _Out]],
+    carry: _Carry,
+    layers: _Layer,
+    shared: _Shared = None,
+    *,
+    depth: int | None = None,
+) -> tuple[_Carry, _Out]:
+    """``carry, out = step(carry, layer, shared)`` for each layer in order; the outs are stacked.
+
+    ``layers`` is a pytree of arrays stacked along a leading axis, of which the first ``depth`` (or
+    all) are run. Arrays that every layer takes go into ``shared``, so that gradients reach them;
+    what ``step`` closes over must be constant.
+
+    This is ``jax.lax.scan``, and is differentiated as such. But XLA's CPU compiler cannot slice
+    bfloat16: it widens what is sliced to float32, and where that is the same in every turn of the
+    loop it does so before the loop, to all layers at once. A bfloat16 model then takes three times
+    its memory. Here the stack depends on the turn as far as the compiler can tell, and only the
+    slice is widened.
+    """
+    count = len(jax.tree.leaves(layers)[0]) if depth is None else depth
+
+    def plain(carry: _Carry, layers: _Layer, shared: _Shared) -> tuple[_Carry, _Out]:
+        layers = jax.tree.map(lambda leaf: leaf[:count], layers)
+        return jax.lax.scan(lambda carry, layer: step(carry, layer, shared), carry, layers)
+
+    @jax.custom_jvp
+    def tied(carry: _Carry, layers: _Layer, shared: _Shared) -> tuple[_Carry, _Out]:
+        def turn(carry: _Carry, index: jax.Array) -> tuple[_Carry, _Out]:
+            stack, index = jax.lax.optimization_barrier((layers, index))
+            layer = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
+            )
+            return step(carry, layer, shared)
+
+        return jax.lax.scan(turn, carry, jnp.arange(count))
+
+    # A gradient of slices taken inside the loop would have the whole stack's size in every turn.
+    tied.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return tied(carry, layers, shared)

@@ -17,6 +17,7 @@ from skyreels_jax.models.layers import (
     Linear,
     Mlp,
     gelu_tanh,
+    scan_layers,
     silu,
 )
 from skyreels_jax.models.transformer_config import Numerics, TransformerConfig
@@ -33,7 +34,6 @@ from skyreels_jax.models.transformer_layers import (
 from skyreels_jax.ops.attention import PastKeyValues
 from skyreels_jax.ops.masks import BlockCausal
 from skyreels_jax.ops.positions import RopeTable, rope_table, sinusoidal_embedding_1d
-from skyreels_jax.ops.scan_layers import scan_layers
 from skyreels_jax.shapes import Latents, Timesteps
 
 

@@ -20,12 +20,14 @@ from skyreels_jax.models.layers import (
     WanRMSNorm,
     gelu_exact,
     gelu_tanh,
+    layer_norm,
+    mul_add,
+    mul_add_add,
 )
 from skyreels_jax.models.transformer_config import Numerics, TransformerConfig
 from skyreels_jax.ops.attention import PastKeyValues, attention
 from skyreels_jax.ops.linear import linear
 from skyreels_jax.ops.masks import BlockCausal
-from skyreels_jax.ops.norms import layer_norm, mul_add, mul_add_add
 from skyreels_jax.ops.positions import RopeTable, rope_apply
 from skyreels_jax.shapes import Context, Tokens
 

@@ -10,10 +10,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from skyreels_jax.models.layers import NORMAL, Embedding, WanRMSNorm, gelu_tanh
+from skyreels_jax.models.layers import NORMAL, Embedding, WanRMSNorm, gelu_tanh, scan_layers
 from skyreels_jax.models.transformer_config import Numerics
 from skyreels_jax.ops.linear import exact_precision, linear
-from skyreels_jax.ops.scan_layers import scan_layers
 
 # The relative position buckets of every published mT5 and UMT5.
 BUCKETS: Final = 32

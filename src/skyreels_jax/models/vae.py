@@ -17,14 +17,9 @@ from jaxtyping import Array, Float
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.models.transformer_config import Numerics
-from skyreels_jax.models.vae_config import (
+from skyreels_jax.models.vae_layers import (
     FRAME_STRIDE,
     PIXEL_STRIDE,
-    Resample,
-    Residual,
-    VaeConfig,
-)
-from skyreels_jax.models.vae_layers import (
     AttentionBlock,
     Cache,
     CausalConv,
@@ -32,8 +27,11 @@ from skyreels_jax.models.vae_layers import (
     Downsample,
     LayerFrames,
     Pointwise,
+    Resample,
+    Residual,
     ResidualBlock,
     Upsample,
+    VaeConfig,
     VaeHead,
     run_by_frame,
     run_layers,

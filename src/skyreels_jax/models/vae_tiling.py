@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from skyreels_jax.errors import RequestError
-from skyreels_jax.models.vae_config import PIXEL_STRIDE
+from skyreels_jax.models.vae_layers import PIXEL_STRIDE
 
 Chunk = np.ndarray | Array
 _Grid = Sequence[Sequence[Chunk]]

@@ -1,10 +1,11 @@
-"""Attention behind one function, and the table of ways to compute it."""
+"""Attention behind one function: the table of ways to compute it, and its plain definition."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from skyreels_jax.errors import UnsupportedError
@@ -12,28 +13,66 @@ from skyreels_jax.ops.kernels.chunked import chunked_attention
 from skyreels_jax.ops.kernels.contract import (
     AttentionCall,
     AttentionPath,
+    Device,
     PastKeyValues,
-    describe_call,
-    serves_all,
 )
 from skyreels_jax.ops.kernels.cudnn import cudnn_attention, cudnn_refusal
-from skyreels_jax.ops.kernels.reference import reference_attention
 from skyreels_jax.ops.kernels.splash import splash_attention, splash_refusal
 from skyreels_jax.ops.kernels.tokamax import tokamax_attention, tokamax_refusal
+from skyreels_jax.ops.linear import exact_precision
 from skyreels_jax.ops.masks import Mask
+
+# All scores of a call at once, in float32, are worth their memory up to so many bytes.
+SMALL_SCORES: Final = 4 * 1024**2
+
+
+def reference_attention(
+    query: Float[Array, "B L N K"],
+    key: Float[Array, "B S N K"],
+    value: Float[Array, "B S N V"],
+    *,
+    mask: Mask | None,
+    scale: float,
+    past: PastKeyValues | None = None,
+) -> Float[Array, "B L N V"]:
+    """Scores, softmax and average as written in the textbook; scores and softmax in float32."""
+    own = (query.shape[1], key.shape[1])
+    allowed = None if mask is None else jnp.asarray(mask.as_array(*own))
+    if past is not None:
+        filled = jnp.arange(past.key.shape[1]) < past.length
+        filled = jnp.broadcast_to(filled, (own[0], len(filled)))
+        seen = jnp.ones(own, bool) if allowed is None else allowed
+        allowed = jnp.concatenate([filled, seen], axis=1)
+        key = jnp.concatenate([past.key, key], axis=1)
+        value = jnp.concatenate([past.value, value], axis=1)
+    precision = exact_precision(query.dtype)
+    scores = jnp.einsum(
+        "BLNK,BSNK->BNLS", query, key, precision=precision, preferred_element_type=jnp.float32
+    )
+    scores = scores * scale
+    if allowed is not None:
+        scores = jnp.where(allowed[None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    out = jnp.einsum(
+        "BNLS,BSNK->BLNK", weights, value, precision=precision, preferred_element_type=jnp.float32
+    )
+    return out.astype(query.dtype)
+
+
+def _serves_all(call: AttentionCall) -> None:
+    """The refusal of a path that never refuses."""
+    del call
+
 
 ATTENTION_PATHS: Final[Mapping[str, AttentionPath]] = MappingProxyType(
     {
-        "xla": AttentionPath(reference_attention, serves_all, takes_past=True),
-        "chunked": AttentionPath(chunked_attention, serves_all, takes_past=True),
+        "xla": AttentionPath(reference_attention, _serves_all, takes_past=True),
+        "chunked": AttentionPath(chunked_attention, _serves_all, takes_past=True),
         "cudnn": AttentionPath(cudnn_attention, cudnn_refusal, takes_past=True),
         "splash": AttentionPath(splash_attention, splash_refusal),
         "tokamax": AttentionPath(tokamax_attention, tokamax_refusal),
     }
 )
-
-# All scores of a call at once are worth their memory up to here.
-SMALL_SCORES: Final = 4 * 1024**2
 
 
 def attention(
@@ -61,7 +100,10 @@ def attention(
         UnsupportedError: if the named implementation does not exist or cannot serve this call. It
             is never replaced by another.
     """
-    call = describe_call(query, key, past)
+    batch, q_len, heads, width = query.shape
+    key_len = key.shape[1] + (0 if past is None else past.key.shape[1])
+    dtype = jnp.dtype(query.dtype).name
+    call = AttentionCall(this_device(), dtype, (batch, q_len, heads, width), key_len)
     name = choose_path(call) if implementation is None else implementation
     if name not in ATTENTION_PATHS:
         raise UnsupportedError(
@@ -95,6 +137,19 @@ def choose_path(call: AttentionCall) -> str:
 
     ``cudnn`` wherever it can; else ``xla`` while all scores together are small, else ``chunked``.
     """
-    if ATTENTION_PATHS["cudnn"].refusal(call) is None:
+    if call.device.platform == "cuda" and ATTENTION_PATHS["cudnn"].refusal(call) is None:
         return "cudnn"
-    return "xla" if call.score_bytes <= SMALL_SCORES else "chunked"
+    batch, q_len, heads, _ = call.query
+    scores = batch * heads * q_len * call.key_len
+    return "xla" if 4 * scores <= SMALL_SCORES else "chunked"
+
+
+def this_device() -> Device:
+    """The default device of this process."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return Device(device.platform)
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; "gfx90a" on ROCm
+    if not capability.replace(".", "", 1).isdigit():
+        return Device("rocm")
+    return Device("cuda", float(capability))

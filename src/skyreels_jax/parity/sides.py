@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from skyreels_jax.components.conditioning import prepare_image
+from skyreels_jax.components.encoders import prepare_image
 from skyreels_jax.diffusion.guidance import guidance_of
-from skyreels_jax.diffusion.sigmas import flow_sigmas
+from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.generation.video import generate
 from skyreels_jax.generation.window_generator import encode_inputs
 from skyreels_jax.geometry import LATENT_CHANNELS, latent_shape

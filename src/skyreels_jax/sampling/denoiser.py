@@ -21,11 +21,10 @@ from skyreels_jax.diffusion import unipc
 from skyreels_jax.diffusion.block_reuse import BlockReuse, plan_block_reuse
 from skyreels_jax.diffusion.frame_schedule import FrameSchedule, synchronous_schedule
 from skyreels_jax.diffusion.guidance import Guidance
-from skyreels_jax.diffusion.sigmas import FlowSchedule
 from skyreels_jax.diffusion.step_cache import NoCache, StepCache
+from skyreels_jax.diffusion.unipc import FlowSchedule
 from skyreels_jax.ops.attention import paths_with_past
-from skyreels_jax.sampling.monitor import StepMonitor
-from skyreels_jax.sampling.progress import Clock
+from skyreels_jax.sampling.progress import Clock, StepMonitor
 from skyreels_jax.sampling.run_plan import RunPlan, work_items
 from skyreels_jax.sampling.step import (
     Conditioning,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from skyreels_jax.diffusion import unipc
 from skyreels_jax.diffusion.block_reuse import BlockRange, BlockReuse
 from skyreels_jax.sampling.kv_cache import allocate
-from skyreels_jax.sampling.monitor import IterationReport
+from skyreels_jax.sampling.progress import IterationReport
 from skyreels_jax.sampling.step import DenoisingStep, Iteration, SamplerState
 from skyreels_jax.shapes import Latents
 

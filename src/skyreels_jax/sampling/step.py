@@ -18,12 +18,12 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from skyreels_jax.diffusion import unipc
 from skyreels_jax.diffusion.frame_schedule import FrameSchedule
 from skyreels_jax.diffusion.guidance import Guidance
-from skyreels_jax.diffusion.sigmas import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.diffusion.step_cache import CacheState, Position, StagedForward, StepCache
+from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.models.transformer_layers import KeyValues
 from skyreels_jax.ops.attention import PastKeyValues
 from skyreels_jax.sampling.kv_cache import KVCache, append_block
-from skyreels_jax.sampling.monitor import IterationReport
+from skyreels_jax.sampling.progress import IterationReport
 
 _Tree = TypeVar("_Tree")
 # Keys and values of cross-attention, as the model made them of text and image states.

@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from skyreels_jax.models.clip_vision import ClipVisionConfig
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.umt5 import Umt5Config
-from skyreels_jax.models.vae_config import VaeConfig
+from skyreels_jax.models.vae_layers import VaeConfig
 from skyreels_jax.presets import PIPELINE_OF_TASK
 from skyreels_jax.prompts import write_unigram
 from skyreels_jax.weights.components.clip import CLIP, image_processor_json, stored_image_encoder
@@ -37,8 +37,8 @@ from skyreels_jax.weights.components.vae import VAE, stored_vae
 from skyreels_jax.weights.engine import TensorStream, export
 from skyreels_jax.weights.layout import PATHS, ComponentName, Layout, read_layout
 from skyreels_jax.weights.pipeline_folder import write_pipeline_files
-from skyreels_jax.weights.rules import FORMATS, Format
-from skyreels_jax.weights.source import TensorSpec
+from skyreels_jax.weights.plan import FORMATS, Format
+from skyreels_jax.weights.safetensors_file import TensorSpec
 from skyreels_jax.weights.writer import new_folder, write_config
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.diffusion.sigmas import FlowSchedule
+from skyreels_jax.diffusion.unipc import FlowSchedule
 from skyreels_jax.presets import PIPELINE_OF_TASK
 from skyreels_jax.shapes import Frames
 from skyreels_jax.torch_side.hooks import TransformerCall, to_host

@@ -22,7 +22,7 @@ from skyreels_jax.files import whole_file
 from skyreels_jax.models.clip_vision import PIXEL_MEAN, PIXEL_STD, ClipVision
 from skyreels_jax.models.umt5 import Umt5Encoder
 from skyreels_jax.models.vae import WanVae
-from skyreels_jax.models.vae_config import FRAME_STRIDE
+from skyreels_jax.models.vae_layers import FRAME_STRIDE
 from skyreels_jax.moving_shapes.captions import caption
 from skyreels_jax.moving_shapes.clips import FRAME_RATES
 from skyreels_jax.moving_shapes.render import render

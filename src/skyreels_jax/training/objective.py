@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from skyreels_jax.diffusion.sigmas import NUM_TRAIN_TIMESTEPS
+from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_layers import CrossContext
 from skyreels_jax.shapes import Context, Latents

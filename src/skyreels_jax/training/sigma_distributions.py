@@ -1,7 +1,7 @@
 """Which sigmas a training step sees: one a video, or one a frame (diffusion forcing).
 
 ``sigma`` is the share of noise, 0 to below 1, as in inference
-(:mod:`skyreels_jax.diffusion.sigmas`): larger is noisier.
+(:mod:`skyreels_jax.diffusion.unipc`): larger is noisier.
 """
 
 import math
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from skyreels_jax.diffusion.sigmas import NUM_TRAIN_TIMESTEPS
+from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
 
 Sigmas = Float[Array, "B steps"]
 # The sigma of frames that are given: the original's `addnoise_condition`, 20 of 1000.

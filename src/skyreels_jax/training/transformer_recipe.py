@@ -5,7 +5,7 @@ from typing import Final, Literal
 
 import jax.numpy as jnp
 
-from skyreels_jax.models.vae_config import FRAME_STRIDE
+from skyreels_jax.models.vae_layers import FRAME_STRIDE
 from skyreels_jax.moving_shapes.clips import CLIP_SIZES, FRAME_RATES, max_frames
 from skyreels_jax.training.config import check_at_least, check_choice, check_heads
 from skyreels_jax.training.objective import cosmap

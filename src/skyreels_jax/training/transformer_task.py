@@ -41,7 +41,7 @@ from skyreels_jax.weights.components.transformer import TRANSFORMER, stored_tran
 from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.layout import ComponentName, Layout
 from skyreels_jax.weights.pipeline_folder import write_pipeline_files
-from skyreels_jax.weights.rules import Format
+from skyreels_jax.weights.plan import Format
 
 # Streams of random numbers that no two uses share.
 _TRAINING: Final = 1

@@ -20,7 +20,7 @@ from skyreels_jax.weights.pipeline_folder import (
     write_card,
     write_pipeline_files,
 )
-from skyreels_jax.weights.rules import Format
+from skyreels_jax.weights.plan import Format
 from skyreels_jax.weights.writer import new_folder, write_config
 
 

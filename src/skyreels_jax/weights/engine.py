@@ -16,8 +16,11 @@ from jax.typing import DTypeLike
 
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.weights.plan import (
+    Format,
     Plan,
+    Rule,
     Slot,
+    Source,
     by_tensor,
     check,
     layers_in_file,
@@ -25,8 +28,7 @@ from skyreels_jax.weights.plan import (
     make_plan,
     source_shape,
 )
-from skyreels_jax.weights.rules import Format, Rule, Source
-from skyreels_jax.weights.source import TensorSource, TensorSpec
+from skyreels_jax.weights.safetensors_file import TensorSource, TensorSpec
 
 # Puts one finished parameter, given its dotted path, where it will live.
 Placement = Callable[[str, np.ndarray], jax.Array]

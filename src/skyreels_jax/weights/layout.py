@@ -24,8 +24,7 @@ from typing import Any, Final, Literal, get_args
 
 from skyreels_jax import files
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.weights.plan import natural
-from skyreels_jax.weights.rules import Format
+from skyreels_jax.weights.plan import Format, natural
 from skyreels_jax.weights.safetensors_file import SafetensorsSource
 
 ComponentName = Literal[

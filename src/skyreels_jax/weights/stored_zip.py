@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.weights.source import Allowance
+from skyreels_jax.weights.safetensors_file import Allowance
 
 MAX_MEMBERS: Final = 100_000
 

@@ -23,7 +23,7 @@ from skyreels_jax.weights.pickle_values import (
     Storage,
     StorageType,
 )
-from skyreels_jax.weights.source import Allowance
+from skyreels_jax.weights.safetensors_file import Allowance
 
 MAX_OPCODES: Final = 1_000_000
 MAX_DEPTH: Final = 16

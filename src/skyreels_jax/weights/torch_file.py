@@ -17,8 +17,7 @@ import numpy as np
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.files import open_regular
 from skyreels_jax.weights.pickle_values import PickledTensor, Storage
-from skyreels_jax.weights.safetensors_file import LFS_POINTER
-from skyreels_jax.weights.source import Allowance, TensorInfo
+from skyreels_jax.weights.safetensors_file import LFS_POINTER, Allowance, TensorInfo
 from skyreels_jax.weights.stored_zip import Member, check_crc, read_directory
 from skyreels_jax.weights.tensor_pickle import read_pickle
 

@@ -15,8 +15,7 @@ import numpy as np
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.files import write_text
 from skyreels_jax.weights.engine import TensorStream
-from skyreels_jax.weights.safetensors_file import DTYPES
-from skyreels_jax.weights.source import TensorSpec
+from skyreels_jax.weights.safetensors_file import DTYPES, TensorSpec
 
 _CODES: Final[Mapping[np.dtype, str]] = {dtype: code for code, dtype in DTYPES.items()}
 # What diffusers and transformers cut their own files to.

@@ -19,7 +19,7 @@ from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.memory import Direction, bytes_of, vae_work
 from skyreels_jax.models.vae import WanVae
-from skyreels_jax.models.vae_config import WAN_VAE, Residual, VaeConfig
+from skyreels_jax.models.vae_layers import WAN_VAE, Residual, VaeConfig
 from skyreels_jax.testing.random_checkpoint import (
     SMALL_CLIP,
     SMALL_VAE,
@@ -27,7 +27,7 @@ from skyreels_jax.testing.random_checkpoint import (
     Kind,
     transformer_of,
 )
-from skyreels_jax.weights.rules import Format
+from skyreels_jax.weights.plan import Format
 
 PLENTY = Memory(2**50)
 STEPS = 3
@@ -302,7 +302,7 @@ PEAK = """
 import jax, numpy as np
 from flax import nnx
 from skyreels_jax.models.vae import WanVae, decode_chunks
-from skyreels_jax.models.vae_config import VaeConfig
+from skyreels_jax.models.vae_layers import VaeConfig
 
 def peak():
     # Not of getrusage: that begins with the peak of the process that started this one.

@@ -18,8 +18,8 @@ import torch
 from skyreels_jax.backends import BACKENDS
 from skyreels_jax.cli import flags
 from skyreels_jax.cli.main import build_parser
-from skyreels_jax.components.autoencoder import VAE_TILINGS
-from skyreels_jax.diffusion.sigmas import NUM_TRAIN_TIMESTEPS
+from skyreels_jax.components.encoders import VAE_TILINGS
+from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request import documentation, settings
 from skyreels_jax.generation.request.keywords import VideoSettings

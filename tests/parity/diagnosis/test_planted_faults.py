@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 from tests.fabricate import Checkpoints
 
-from skyreels_jax.components import conditioning
+from skyreels_jax.components import encoders
 from skyreels_jax.diffusion import guidance, unipc
 from skyreels_jax.generation import window_generator
 from skyreels_jax.models import layers, transformer, transformer_layers
@@ -439,7 +439,7 @@ def clip_tokens(patch, case):
 
 
 def inverted_mask(patch, case):
-    true = conditioning.condition_latents
+    true = encoders.condition_latents
 
     def inverted(*arguments):
         y = np.array(true(*arguments))
@@ -466,7 +466,7 @@ class Unnormalised:
 
 
 def statistics(patch, case):
-    from skyreels_jax.models.vae_config import WAN_VAE
+    from skyreels_jax.models.vae_layers import WAN_VAE
 
     mean, std = (
         np.asarray(values, np.float32).reshape(-1, 1, 1, 1)

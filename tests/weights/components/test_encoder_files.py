@@ -22,7 +22,7 @@ from skyreels_jax.models.umt5 import UMT5_XXL, Umt5Encoder
 from skyreels_jax.weights.components import clip as clip_files
 from skyreels_jax.weights.components import umt5 as umt5_files
 from skyreels_jax.weights.engine import export, load_into, parameters, rename
-from skyreels_jax.weights.rules import FORMATS, Source
+from skyreels_jax.weights.plan import FORMATS, Source
 
 # One tower with heads of 80, which is what a file without configuration is taken to have.
 HEADS_OF_80 = replace(CLIP, dim=160, num_heads=2)

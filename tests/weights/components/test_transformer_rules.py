@@ -7,7 +7,7 @@ from tests.weights.tiny import CONFIGS, I2V
 from skyreels_jax.models import transformer_config as presets
 from skyreels_jax.weights.components.transformer import TRANSFORMER, transformer_rules
 from skyreels_jax.weights.engine import export, parameters
-from skyreels_jax.weights.rules import FORMATS
+from skyreels_jax.weights.plan import FORMATS
 
 
 # The original's names of one block and of the rest, as in its state_dict.

@@ -7,14 +7,14 @@ import torch
 from tests.weights.fakes import InMemory
 
 from skyreels_jax.errors import UnsupportedError, WeightsError
-from skyreels_jax.models.vae_config import LATENTS_MEAN, LATENTS_STD, WAN_VAE, VaeConfig
+from skyreels_jax.models.vae_layers import LATENTS_MEAN, LATENTS_STD, WAN_VAE, VaeConfig
 from skyreels_jax.weights.components.vae import (
     vae_config_from_json,
     vae_config_from_tensors,
     vae_rules,
 )
 from skyreels_jax.weights.engine import rename
-from skyreels_jax.weights.rules import FORMATS
+from skyreels_jax.weights.plan import FORMATS
 
 CONFIGS = {
     "released": WAN_VAE,

@@ -17,14 +17,13 @@ from jax import ShapeDtypeStruct as Abstract
 
 from skyreels_jax import geometry
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.components.autoencoder import VaeTiling, tiling_for
-from skyreels_jax.diffusion.cache_settings import step_cache
+from skyreels_jax.components.encoders import VaeTiling, tiling_for
 from skyreels_jax.diffusion.guidance import NoGuidance, guidance_of
-from skyreels_jax.diffusion.sigmas import flow_sigmas
+from skyreels_jax.diffusion.step_cache import step_cache
+from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.generation.dry_run.operations import operations
-from skyreels_jax.generation.request.resolved import ResolvedRequest
+from skyreels_jax.generation.request.resolved import ResolvedRequest, Window
 from skyreels_jax.generation.window_generator import conditioning_noise, frame_schedule_for
-from skyreels_jax.generation.windows import Window
 from skyreels_jax.geometry import latent_frames
 from skyreels_jax.memory import Direction, bytes_of, vae_work
 from skyreels_jax.models.vae import WanVae

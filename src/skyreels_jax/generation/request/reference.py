@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from skyreels_jax import geometry
-from skyreels_jax.diffusion.sigmas import flow_sigmas
+from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.generation.request.resolved import Forcing
 from skyreels_jax.geometry import latent_frames
 

@@ -3,9 +3,8 @@
 A field of :class:`Request` says what a setting takes, where it is from if nobody gives it, and how
 it is called on the command line. From that come the flag and its help, the conversion and the
 checks, the typed keywords of a call (:mod:`.keywords`), the table in ``docs/settings.md``, what is
-printed, and the entry in the settings of a video. ``python -m
-skyreels_jax.generation.request.documentation`` writes keywords and table anew. Nothing heavy is
-imported: help comes from here.
+printed, and the entry in the settings of a video. :mod:`.documentation` writes keywords and table
+anew. Nothing heavy is imported: help comes from here.
 """
 
 import dataclasses
@@ -28,6 +27,8 @@ from skyreels_jax.generation.request.declaration import (
     SAMPLING,
     SHOWN,
     Setting,
+    described,
+    hint,
     setting,
 )
 from skyreels_jax.generation.request.kinds import (
@@ -42,7 +43,6 @@ from skyreels_jax.generation.request.kinds import (
     Text,
     WholeNumber,
 )
-from skyreels_jax.generation.request.names import described, hint
 
 if TYPE_CHECKING:
     from skyreels_jax.media import ImageInput as _Image

@@ -19,17 +19,6 @@ class Device:
     capability: float = 0.0
 
 
-def this_device() -> Device:
-    """The default device of this process."""
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return Device(device.platform)
-    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; "gfx90a" on ROCm
-    if not capability.replace(".", "", 1).isdigit():
-        return Device("rocm")
-    return Device("cuda", float(capability))
-
-
 @dataclass(frozen=True)
 class AttentionCall:
     """Everything a choice may depend on: ``query`` is ``[B, L, N, K]``, the keys have ``key_len``.
@@ -41,12 +30,6 @@ class AttentionCall:
     dtype: str
     query: tuple[int, int, int, int]
     key_len: int
-
-    @property
-    def score_bytes(self) -> int:
-        """Size of all scores in float32: what a path that draws them out needs."""
-        batch, q_len, heads, _ = self.query
-        return 4 * batch * heads * q_len * self.key_len
 
 
 class PastKeyValues(NamedTuple):
@@ -73,21 +56,6 @@ class AttentionPath:
     compute: Callable[..., Array]
     refusal: Callable[[AttentionCall], str | None]
     takes_past: bool = False
-
-
-def serves_all(call: AttentionCall) -> str | None:
-    """The refusal of a path that never refuses."""
-    del call
-    return None
-
-
-def describe_call(query: Array, key: Array, past: PastKeyValues | None = None) -> AttentionCall:
-    """The call with these operands on this machine."""
-    batch, length, heads, width = query.shape
-    key_len = key.shape[1] + (0 if past is None else past.key.shape[1])
-    return AttentionCall(
-        this_device(), jnp.dtype(query.dtype).name, (batch, length, heads, width), key_len
-    )
 
 
 def by_query_block(

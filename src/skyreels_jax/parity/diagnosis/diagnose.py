@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from skyreels_jax.diffusion.sigmas import flow_sigmas
+from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.parity.compare import Distance
 from skyreels_jax.parity.diagnosis import attention_faults
 from skyreels_jax.parity.diagnosis import hypotheses as tries

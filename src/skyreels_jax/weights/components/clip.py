@@ -17,7 +17,7 @@ from skyreels_jax.weights.components.stored import (
     open_files,
 )
 from skyreels_jax.weights.layout import Layout
-from skyreels_jax.weights.rules import (
+from skyreels_jax.weights.plan import (
     CONV,
     COPY,
     LINEAR,

@@ -25,8 +25,8 @@ from skyreels_jax.weights.engine import (
     verify,
 )
 from skyreels_jax.weights.layout import CONFIG, ComponentName, Layout, read_object, safetensors_of
-from skyreels_jax.weights.rules import Format, Rule
-from skyreels_jax.weights.source import TensorSource
+from skyreels_jax.weights.plan import Format, Rule
+from skyreels_jax.weights.safetensors_file import TensorSource
 from skyreels_jax.weights.torch_file import PthSource
 from skyreels_jax.weights.writer import MAX_SHARD_BYTES, write_config, write_tensors
 

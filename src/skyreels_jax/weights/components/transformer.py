@@ -15,9 +15,18 @@ from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import FLF2V_1_3B, TransformerConfig
 from skyreels_jax.weights.components.stored import ComponentSpec, StoredComponent
 from skyreels_jax.weights.layout import TRANSFORMER_CLASSES, Layout
-from skyreels_jax.weights.plan import Problems, layers_in_file
-from skyreels_jax.weights.rules import CONV, LINEAR, Format, Rule, Transform, leading_ones, rule
-from skyreels_jax.weights.source import TensorSpec
+from skyreels_jax.weights.plan import (
+    CONV,
+    LINEAR,
+    Format,
+    Problems,
+    Rule,
+    Transform,
+    layers_in_file,
+    leading_ones,
+    rule,
+)
+from skyreels_jax.weights.safetensors_file import TensorSpec
 
 # diffusers builds a norm for image queries that its forward never calls, and its own loader ignores
 # the name; files written by its early versions carry it.

@@ -17,7 +17,7 @@ from skyreels_jax.weights.components.stored import (
     open_files,
 )
 from skyreels_jax.weights.layout import Layout
-from skyreels_jax.weights.rules import LINEAR, Format, Rule, rule
+from skyreels_jax.weights.plan import LINEAR, Format, Rule, rule
 
 # A second name that older files give the embedding (``shared.weight``).
 _IGNORED: Final = (r"encoder\.embed_tokens\.weight",)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from skyreels_jax.errors import UnsupportedError, WeightsError
 from skyreels_jax.models.vae import WanVae
-from skyreels_jax.models.vae_config import (
+from skyreels_jax.models.vae_layers import (
     FRAME_STRIDE,
     LATENTS_MEAN,
     LATENTS_STD,
@@ -25,7 +25,7 @@ from skyreels_jax.weights.components.stored import (
     open_files,
 )
 from skyreels_jax.weights.layout import Layout
-from skyreels_jax.weights.rules import CONV, Format, Rule, Transform, rule, trailing_ones
+from skyreels_jax.weights.plan import CONV, Format, Rule, Transform, rule, trailing_ones
 
 _GAMMA: Final = trailing_ones(3)
 _GAMMA_2D: Final = trailing_ones(2)

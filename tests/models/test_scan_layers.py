@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from skyreels_jax.ops.scan_layers import scan_layers
+from skyreels_jax.models.layers import scan_layers
 
 DEPTH, WIDTH = 8, 64
 TOL = 1e-6  # measured 1.3e-7, of the largest value

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from skyreels_jax.ops.norms import layer_norm, mul_add, mul_add_add, rms_norm
+from skyreels_jax.models.layers import layer_norm, mul_add, mul_add_add, rms_norm
 
 EPS = 1e-6
 TOL = 2e-6  # measured 4.3e-7, of values up to 5.3

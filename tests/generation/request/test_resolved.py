@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation.windows import plan_windows, prompts_by_window
+from skyreels_jax.generation.request.resolved import plan_windows, prompts_by_window
 from skyreels_jax.geometry import latent_frames, pixel_frames
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from skyreels_jax.ops.causal_conv import causal_conv
+from skyreels_jax.ops.linear import causal_conv
 
 TOL = 2e-6  # measured 1.9e-7 to 5.0e-7
 WRONG = 1e-2  # the least that a mistake changes; measured 0.3 and more
