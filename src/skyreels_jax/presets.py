@@ -97,6 +97,8 @@ class Preset:
         repo: Hugging Face id in the original layout; None where there is none.
         negative_prompt: what to keep away from; None for what the original says.
         ar_step: steps by which each latent frame runs behind the one before (diffusion forcing).
+        only_moving_shapes: whether it knows the words of their captions, in lower case, and no
+            others.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Preset:
     repo: str | None
     negative_prompt: str | None = None
     ar_step: int = 0
+    only_moving_shapes: bool = False
 
 
 _SIZES: Final[Mapping[str, tuple[tuple[int, int], int]]] = {
@@ -161,6 +164,7 @@ def _mini(name: str, task: Task, config: TransformerConfig) -> Preset:
         negative_prompt="",
         # Which way things move is decided with their first frame in sight (docs/quality.md).
         ar_step=5 if task == "df" else 0,
+        only_moving_shapes=True,
     )
 
 

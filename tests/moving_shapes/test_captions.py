@@ -13,7 +13,9 @@ from skyreels_jax.moving_shapes.captions import (
     _WITHOUT_BACKGROUND,
     _WITHOUT_SPEED,
     caption,
+    known_things,
     plain_caption,
+    unknown_words,
     words,
 )
 from skyreels_jax.moving_shapes.scene import (
@@ -230,6 +232,18 @@ def test_words_are_those_of_the_captions_and_no_others(written):
     assert of([text for text, _ in written[:5]]) < set(words())
     punctuation = {c for text, _ in written for c in text if not c.isalpha()}
     assert punctuation == set(" ,;.")
+
+
+def test_words_that_no_caption_holds_are_found(written):
+    assert unknown_words("A cat, a PINK hexagon (and a cat) beside the Red star!") == (
+        *("cat", "pink", "hexagon"),
+        "beside",
+    )
+    assert unknown_words("ein roter Stern 星 🐱") == ("ein", "roter", "stern", "星", "🐱")
+    assert [text for text, _ in written if unknown_words(text) or unknown_words(text.upper())] == []
+    listed = known_things()
+    assert all(name in listed for name in (*COLOURS, *SHAPE_KINDS, *BACKGROUNDS, *DIRECTIONS))
+    assert "hexagon" not in listed
 
 
 def test_the_generator_decides_the_wording():

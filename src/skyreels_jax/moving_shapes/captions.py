@@ -3,13 +3,16 @@
 ShapeKind, colour, motion and direction of every thing are always said; speed and background often.
 """
 
+import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Final, TypeVar
 
 import numpy as np
 
 from skyreels_jax.moving_shapes.scene import (
     COLOURS,
+    DIRECTIONS,
     Background,
     Motion,
     MoveDirection,
@@ -102,6 +105,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return text + "." if rng.random() < 0.3 else text
 
 
+@cache
 def words() -> tuple[str, ...]:
     """Every word that a caption can hold, in lower case, sorted."""
     pieces = [*_JOINTS, *_FIRST, "a", "an", "the", "on", "background"]
@@ -109,6 +113,21 @@ def words() -> tuple[str, ...]:
         pieces += [wording for wordings in table.values() for wording in wordings]
     text = " ".join([*pieces, *COLOURS]).replace(",", " ").replace(";", " ")
     return tuple(sorted(set(text.split())))
+
+
+def unknown_words(text: str) -> tuple[str, ...]:
+    """Find the words of a text that no caption holds, whatever their case, each once, in order."""
+    said = re.findall(r"""[^\s.,;:!?"'()]+""", text.lower())
+    return tuple(dict.fromkeys(word for word in said if word not in words()))
+
+
+def known_things() -> str:
+    """List for a person what captions speak of, with every noun and the plain form of the rest."""
+    kinds = ", ".join(wording for wordings in _KIND.values() for wording in wordings)
+    verbs = ", ".join(wordings[0] for wordings in _VERB.values())
+    grounds = ", ".join(_BACKGROUND)
+    parts = (kinds, ", ".join(COLOURS), verbs, ", ".join(DIRECTIONS), "slowly, quickly")
+    return f"{'; '.join(parts)}; backgrounds: {grounds}"
 
 
 def _plain(thing: Thing) -> str:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tests import standins
 
-from skyreels_jax.checkpoints import Default
+from skyreels_jax.checkpoints import Checkpoint, Default
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.resolved import ResolvedRequest
@@ -237,3 +237,36 @@ def test_a_default_that_is_illegal_is_found_too():
 def test_a_plain_setting_is_told_where_it_was_given():
     assert resolved(dtype="float32").sources["dtype"] == "given"
     assert not {"dtype", "attention", "batched_guidance"} & resolved().sources.keys()
+
+
+def said_by(model: str, prompt, **wishes) -> tuple[ResolvedRequest, str]:
+    """A request to a model of the package, and all its warnings."""
+    wishes = {"prompt": prompt, "image": picture(64, 64)} | wishes
+    request = resolve(Request(**wishes), Checkpoint.open(model), memory=PLENTY)
+    return request, "\n".join(request.warnings)
+
+
+@pytest.mark.parametrize("model", ["mini", "mini-i2v"])
+def test_the_small_models_are_given_lower_case_and_unknown_words_are_named(model: str):
+    request, warned = said_by(model, "A CAT on a pink Hexagon", negative_prompt="Ugly")
+    assert (request.prompt, request.negative_prompt) == ("a cat on a pink hexagon", "ugly")
+    assert "never learned 'cat', 'pink', 'hexagon', 'ugly'" in warned
+    assert "star" in warned and "purple" in warned and "gradient" in warned
+    # What it knows, however it is written, goes without a word.
+    request, warned = said_by(model, "A Red STAR moves slowly to the right.")
+    assert request.prompt == "a red star moves slowly to the right."
+    assert "never learned" not in warned
+
+
+def test_every_prompt_of_a_long_video_is_looked_at():
+    prompts = {0: "A red star", 25: "a Zebra"}
+    wishes = {"num_frames": 49, "base_num_frames": 17, "overlap_history": 9}
+    request, warned = said_by("mini", prompts, **wishes)
+    assert set(request.prompts) == {"a red star", "a zebra"}
+    assert "'zebra'" in warned and "'red'" not in warned
+
+
+def test_other_checkpoints_are_given_what_was_written():
+    request = resolved(prompt="A Cat on a pink hexagon")
+    assert request.prompt == "A Cat on a pink hexagon"
+    assert not any("never learned" in warning for warning in request.warnings)

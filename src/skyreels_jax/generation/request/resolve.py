@@ -6,7 +6,7 @@ rule and legal values; a setting's name stands in backticks, and the command lin
 
 import dataclasses
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -27,7 +27,7 @@ from skyreels_jax.generation.request.settings import (
 from skyreels_jax.geometry import latent_frames, pixel_frames
 from skyreels_jax.media import check_output
 from skyreels_jax.memory import available_memory, estimate
-from skyreels_jax.prompts import NEGATIVE_PROMPT_EN, NEGATIVE_PROMPT_ZH
+from skyreels_jax.prompts import NEGATIVE_PROMPT_EN, NEGATIVE_PROMPT_ZH, clean
 
 # As in the original's examples; of short windows less than half.
 _OVERLAP: Final = 17
@@ -89,12 +89,16 @@ def resolve(
     problems = [*builder.problems, *_violations(request, values)]
     if request.reference_exact and not problems:
         problems = reference_violations(values)
+    prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+    preset = checkpoint.guess.preset
+    if not problems and preset is not None and preset.only_moving_shapes:
+        prompts, values["negative_prompt"] = _in_known_words(
+            builder, prompts, values["negative_prompt"], preset.name
+        )
     if not problems:
         resolved = ResolvedRequest(
             **values, sources=builder.sources, warnings=tuple(builder.warnings)
         )
-        prompt = request.prompt
-        prompts = [prompt] if isinstance(prompt, str) else prompt
         resolved = replace(resolved, prompts=prompts_by_window(prompts, resolved.windows))
         problems = _memory_violations(resolved, checkpoint, memory)
         if not problems:
@@ -108,6 +112,27 @@ def _negative_prompt(checkpoint: Checkpoint) -> Default[str]:
         return Default(preset.negative_prompt, f"preset {preset.name}")
     text = NEGATIVE_PROMPT_ZH if checkpoint.task == "df" else NEGATIVE_PROMPT_EN
     return Default(text, f"the original's for {checkpoint.task.upper()} checkpoints")
+
+
+def _in_known_words(
+    builder: RequestBuilder,
+    prompts: Sequence[str] | Mapping[int, str],
+    negative: str,
+    model: str,
+) -> tuple[Sequence[str] | Mapping[int, str], str]:
+    """All prompts and the negative one in lower case, with a warning of words never learned."""
+    from skyreels_jax.moving_shapes.captions import known_things, unknown_words
+
+    texts = [*(prompts.values() if isinstance(prompts, Mapping) else prompts), negative]
+    if unknown := unknown_words(" ".join(map(clean, texts))):
+        builder.warnings.append(
+            f"{model} was trained on moving shapes and never learned "
+            f"{', '.join(map(repr, unknown))}, so the video will not show what is meant; it knows "
+            f"{known_things()}"
+        )
+    if isinstance(prompts, Mapping):
+        return {frame: text.lower() for frame, text in prompts.items()}, negative.lower()
+    return [text.lower() for text in prompts], negative.lower()
 
 
 def _seed(builder: RequestBuilder) -> int:
