@@ -1,19 +1,19 @@
 """What a checkpoint folder is: its files, its transformer, and the settings it is made for."""
 
-import dataclasses
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from skyreels_jax.errors import RequestError, WeightsError
+from skyreels_jax.errors import WeightsError
 from skyreels_jax.hub import locate
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
-from skyreels_jax.presets import PIPELINE_OF_TASK, PRESETS, TASK_OF_PIPELINE, Preset, Task
+from skyreels_jax.presets import PIPELINE_OF_TASK, PRESETS, WAN_PIPELINE_OF_TASK, Family, Task
+from skyreels_jax.recognition import Guess, guess_preset, names_of, task_of
 from skyreels_jax.weights.components.clip import stored_image_encoder
 from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
@@ -21,8 +21,17 @@ from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.engine import Placement, on_default_device
 from skyreels_jax.weights.layout import ComponentName, Layout, read_layout, read_object
 from skyreels_jax.weights.pipeline_folder import About
+from skyreels_jax.weights.relatives import refuse_names
 
 _T = TypeVar("_T")
+
+# Whose settings a checkpoint that is no released one gets, by family and kind of model.
+_LIKE: Final[Mapping[tuple[Family, str], str]] = {
+    ("SkyReels-V2", "t2v"): "SkyReels-V2-T2V-14B-540P",
+    ("SkyReels-V2", "i2v"): "SkyReels-V2-I2V-1.3B-540P",
+    ("Wan2.1", "t2v"): "Wan2.1-T2V-1.3B",
+    ("Wan2.1", "i2v"): "Wan2.1-I2V-14B-480P",
+}
 
 
 @dataclass(frozen=True)
@@ -44,14 +53,6 @@ class Defaults:
     guidance_scale: Default[float]
     steps: Default[int]
     ar_step: Default[int]
-
-
-@dataclass(frozen=True)
-class Guess:
-    """Which released checkpoint a folder was taken for (None: none of them), and why."""
-
-    preset: Preset | None
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,16 @@ class Checkpoint:
         """
         location = locate(path_or_id, revision)
         layout = read_layout(location.folder)
-        config = stored_transformer(layout).config
-        guess = guess_preset(layout, config, repo=location.repo, preset=preset)
+        if preset is None:
+            files = [(f"the name of {file.name}", file.name) for file in layout.files()]
+            refuse_names(layout.folder, [*names_of(layout, location.repo), *files])
+        stored = stored_transformer(layout)
+        config, marker = stored.config, getattr(stored.source, "marker", None)
+        guess = guess_preset(layout, config, repo=location.repo, preset=preset, marker=marker)
         return Checkpoint(
             layout=layout,
             config=config,
-            task=guess.preset.task if guess.preset else _task(layout, config),
+            task=guess.preset.task if guess.preset else task_of(layout, config),
             guess=guess,
             defaults=_defaults(layout, config, guess),
             repo=location.repo,
@@ -158,9 +163,12 @@ class Checkpoint:
     @property
     def about(self) -> About:
         """What a pipeline folder made of this one says of itself."""
+        pipelines = PIPELINE_OF_TASK
+        if self.guess.family == "Wan2.1":
+            pipelines = {**pipelines, **WAN_PIPELINE_OF_TASK}
         return About(
             name=self.guess.preset.name if self.guess.preset else self.folder.resolve().name,
-            pipeline=PIPELINE_OF_TASK[self.task],
+            pipeline=pipelines[self.task],
             flow_shift=self.defaults.shift.value,
         )
 
@@ -201,84 +209,11 @@ def load_transformer(
     return stored.load(dtype, placement, param_dtype=param_dtype)
 
 
-def guess_preset(
-    layout: Layout, config: TransformerConfig, *, repo: str | None = None, preset: str | None = None
-) -> Guess:
-    """Which released checkpoint a folder is.
-
-    By its configuration; where several share one, by the pipeline that ``model_index.json`` names,
-    then by a recorded name that is exactly a released one. If neither decides, the first is assumed
-    and the reason says so.
-
-    Raises:
-        RequestError: if ``preset`` is unknown or has another configuration.
-    """
-    if preset is not None:
-        return _given_preset(preset, config)
-    candidates = [p for p in PRESETS.values() if _same_shape(p.config, config)]
-    if len(candidates) <= 1:
-        found = candidates[0] if candidates else None
-        shape = f"{config.model_type}, width {config.dim}, {config.num_layers} layers"
-        return Guess(found, "its configuration" if found else f"no release has its shape ({shape})")
-    pipeline = layout.model_index.get("_class_name")
-    task = TASK_OF_PIPELINE.get(pipeline) if isinstance(pipeline, str) else None
-    if task in {p.task for p in candidates}:
-        candidates = [p for p in candidates if p.task == task]
-    for source, name in _recorded_names(layout, repo):
-        for candidate in candidates:
-            if name.casefold() == candidate.name.casefold():
-                return Guess(candidate, f"its configuration and {source}")
-    names = ", ".join(p.name for p in candidates)
-    return Guess(candidates[0], f"assumed: {names} share its configuration; say which by preset")
-
-
-def _given_preset(name: str, config: TransformerConfig) -> Guess:
-    found = PRESETS.get(name)
-    if found is None:
-        raise RequestError(f"preset {name!r} is unknown; there are {', '.join(PRESETS)}")
-    if not _same_shape(found.config, config):
-        raise RequestError(f"preset {name} is another model: {found.config} is not {config}")
-    return Guess(found, "given")
-
-
-def _same_shape(a: TransformerConfig, b: TransformerConfig) -> bool:
-    """Equal but for ``text_len``, which the original stores and never uses."""
-    return dataclasses.replace(a, text_len=b.text_len) == b
-
-
-def _recorded_names(layout: Layout, repo: str | None) -> Iterable[tuple[str, str]]:
-    """Names this folder goes by, most telling first, without owner and format suffix."""
-    recorded: list[tuple[str, Any]] = [
-        ("its Hugging Face id", repo),
-        ("_name_or_path in model_index.json", layout.model_index.get("_name_or_path")),
-        ("_name_or_path in config.json", layout.config.get("_name_or_path")),
-        ("the folder's name", layout.folder.resolve().name),
-    ]
-    for source, name in recorded:
-        if isinstance(name, str) and name:
-            last = name.rstrip("/").rpartition("/")[2]
-            yield f"{source} ({last})", last.removesuffix("-Diffusers")
-
-
-def _task(layout: Layout, config: TransformerConfig) -> Task:
-    """The task of a model that is no released one."""
-    if config.model_type == "i2v":
-        return "i2v" if config.pos_embed_seq_len is None else "flf2v"
-    pipeline = layout.model_index.get("_class_name")
-    forcing = isinstance(pipeline, str) and TASK_OF_PIPELINE.get(pipeline) == "df"
-    return "df" if forcing or config.inject_sample_info else "t2v"
-
-
 def _defaults(layout: Layout, config: TransformerConfig, guess: Guess) -> Defaults:
     preset = guess.preset
-    source = f"preset {preset.name}" if preset else f"SkyReels-V2 {config.model_type} models"
+    source = f"preset {preset.name}" if preset else f"{guess.family} {config.model_type} models"
     if preset is None:
-        like = (
-            "SkyReels-V2-I2V-1.3B-540P"
-            if config.model_type == "i2v"
-            else ("SkyReels-V2-T2V-14B-540P")
-        )
-        preset = PRESETS[like]
+        preset = PRESETS[_LIKE[guess.family, config.model_type]]
     return Defaults(
         resolution=Default(preset.resolution, source),
         num_frames=Default(preset.num_frames, source),

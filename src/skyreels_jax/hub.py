@@ -73,7 +73,7 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Location:
     if folder.is_dir():
         if revision is not None:
             raise RequestError(
-                f"revision {revision!r} goes with a Hugging Face id, but {text} is a local folder"
+                f"`revision` {revision!r} goes with a Hugging Face id, but {text} is a local folder"
             )
         return Location(folder)
     if folder.exists():
@@ -83,7 +83,7 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Location:
             return Location(ASSETS / text)
         raise RequestError(
             f"{text} does not come with this installation; make it with `make mini` (hours), or "
-            "name a folder or a Hugging Face id with --model"
+            "name a folder or a Hugging Face id"
         )
     if isinstance(path_or_id, Path) or not _ID.fullmatch(text):
         raise RequestError(

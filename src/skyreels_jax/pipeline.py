@@ -5,6 +5,7 @@ transformer, VAE. Where memory does not hold all of them for the next video, eac
 its stage: memory then holds one large model at a time.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from skyreels_jax.backends import BACKENDS, LOADERS, Backend
+from skyreels_jax.backends import LOADERS, Backend, check_options
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
-from skyreels_jax.components.encoders import VAE_TILINGS, VaeTiling
+from skyreels_jax.components.encoders import VaeTiling
 from skyreels_jax.components.lazy import (
     Keep,
     Lazy,
@@ -29,11 +30,11 @@ from skyreels_jax.components.lazy import (
     fingerprint,
 )
 from skyreels_jax.components.protocols import Components
-from skyreels_jax.errors import RequestError
+from skyreels_jax.generation.request.declaration import refuse_unknown
 from skyreels_jax.generation.request.keywords import VideoSettings
 from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.resolved import ResolvedRequest
-from skyreels_jax.generation.request.settings import COMPUTE_DTYPES, Request
+from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.store import MemoryStore, WindowStore
 from skyreels_jax.generation.video import (
     Video,
@@ -51,8 +52,14 @@ from skyreels_jax.shapes import Frames, HostLatents
 from skyreels_jax.weights.convert_folder import convert_folder
 from skyreels_jax.weights.pipeline_folder import require_components
 
+# Of the constructor.
+_OPTIONS: Final = (
+    *("dtype", "backend", "device", "keep", "prompt_cache", "vae_tiling", "vae_dtype"),
+)
 # Files whose change changes a video.
 _MODEL_FILES: Final = frozenset({".safetensors", ".pth", ".bin", ".json", ".model"})
+
+logger = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -104,25 +111,17 @@ class Pipeline:
                 cost in quality that ``docs/performance.md`` states.
 
         Raises:
-            RequestError: ``dtype``, ``backend``, ``vae_tiling`` or ``vae_dtype`` is unknown or
-                does not go with the others.
+            RequestError: an option is unknown or does not go with the others.
             UnsupportedError: the hybrid backend's PyTorch is not installed.
         """
-        for name, value, known in (
-            ("dtype", dtype, COMPUTE_DTYPES),
-            ("backend", backend, BACKENDS),
-            ("vae_tiling", vae_tiling, VAE_TILINGS),
-            ("vae_dtype", vae_dtype, COMPUTE_DTYPES),
-            ("keep", keep, ("auto", True, False)),
-        ):
-            if value not in known:
-                raise RequestError(
-                    f"{name} {value!r} is unknown; there are {', '.join(map(str, known))}"
-                )
-        if (backend, vae_tiling) == ("hybrid", "on"):
-            raise RequestError("the hybrid backend's VAE has no tiles: leave vae_tiling out")
-        if (backend, vae_dtype) == ("hybrid", "bfloat16"):
-            raise RequestError("the hybrid backend's VAE runs in float32: leave vae_dtype out")
+        check_options(
+            dtype=dtype,
+            backend=backend,
+            device=device,
+            keep=keep,
+            vae_tiling=vae_tiling,
+            vae_dtype=vae_dtype,
+        )
         self.checkpoint = checkpoint
         self.dtype = dtype
         self._backend = backend
@@ -168,6 +167,7 @@ class Pipeline:
             preset: name of the released checkpoint it is, where that is not plain.
             **options: of the constructor.
         """
+        refuse_unknown(options, _OPTIONS)
         checkpoint = Checkpoint.open(path_or_id, revision=revision, preset=preset)
         return cls(checkpoint, **options)
 
@@ -205,11 +205,16 @@ class Pipeline:
     ) -> ResolvedRequest:
         """Decide every setting of a video, as :meth:`__call__` does, without making it.
 
+        Warnings are logged, and are in the result.
+
         Raises:
             RequestError: with everything about the request that is wrong.
         """
         request = Request.of({"prompt": prompt, **settings}, dtype=self.dtype)
-        return resolve(request, self.checkpoint, memory=self._residency.free_memory())
+        resolved = resolve(request, self.checkpoint, memory=self._residency.free_memory())
+        for warning in resolved.warnings:
+            logger.warning("%s", warning)
+        return resolved
 
     def stream(
         self,

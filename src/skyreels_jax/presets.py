@@ -1,7 +1,8 @@
 """The released checkpoints and those of this package: all that depends on which one it is.
 
-Sources: the model cards and command-line defaults of SkyworkAI/SkyReels-V2 (resolutions, frames,
-shift, guidance, steps), and the cache coefficients that it takes over from Wan 2.1.
+Sources: the model cards and command-line defaults of SkyworkAI/SkyReels-V2 and Wan-Video/Wan2.1
+(resolutions, frames, shift, guidance, steps), and the cache coefficients that the former takes over
+from the latter.
 """
 
 from collections.abc import Mapping
@@ -15,13 +16,18 @@ from skyreels_jax.models.transformer_config import (
     FLF2V_14B,
     I2V_1_3B,
     I2V_14B,
+    T2V_1_3B,
     T2V_14B,
     TransformerConfig,
 )
+from skyreels_jax.prompts import NEGATIVE_PROMPT_ZH
 
 # What a checkpoint was trained for: text, diffusion forcing (text, with a timestep per frame),
 # a first image, or a first and a last one.
 Task = Literal["t2v", "df", "i2v", "flf2v"]
+
+# Whose settings a checkpoint has; the networks are the same.
+Family = Literal["SkyReels-V2", "Wan2.1", "mini"]
 
 # diffusers' pipelines by what they are for; `model_index.json` names one.
 TASK_OF_PIPELINE: Final[Mapping[str, Task]] = {
@@ -30,6 +36,9 @@ TASK_OF_PIPELINE: Final[Mapping[str, Task]] = {
     "SkyReelsV2DiffusionForcingPipeline": "df",
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": "df",
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": "df",
+    "WanPipeline": "t2v",
+    "WanImageToVideoPipeline": "i2v",
+    "WanVideoToVideoPipeline": "t2v",
 }
 # And the one to name in a folder that is written.
 PIPELINE_OF_TASK: Final[Mapping[Task, str]] = {
@@ -37,6 +46,11 @@ PIPELINE_OF_TASK: Final[Mapping[Task, str]] = {
     "i2v": "SkyReelsV2ImageToVideoPipeline",
     "flf2v": "SkyReelsV2ImageToVideoPipeline",
     "df": "SkyReelsV2DiffusionForcingPipeline",
+}
+WAN_PIPELINE_OF_TASK: Final[Mapping[Task, str]] = {
+    "t2v": "WanPipeline",
+    "i2v": "WanImageToVideoPipeline",
+    "flf2v": "WanImageToVideoPipeline",
 }
 
 _Polynomial = tuple[float, float, float, float, float]
@@ -85,6 +99,7 @@ class Preset:
 
     Attributes:
         name: as published.
+        family: whose it is.
         task: what it was trained for.
         config: of its transformer.
         resolution: height and width in pixels.
@@ -102,6 +117,7 @@ class Preset:
     """
 
     name: str
+    family: Family = "SkyReels-V2"
     task: Task
     config: TransformerConfig
     resolution: tuple[int, int]
@@ -145,10 +161,34 @@ def _preset(task: Task, size: str, shape: str, config: TransformerConfig) -> Pre
     )
 
 
+def _wan(
+    name: str, task: Task, config: TransformerConfig, resolution: tuple[int, int], shift: float
+) -> Preset:
+    """Wan 2.1's own, which move at 16 frames a second."""
+    caches = {"Wan2.1-T2V-1.3B": _CACHE_T2V_1_3B, "Wan2.1-T2V-14B": _CACHE_T2V_14B}
+    caches |= {"Wan2.1-I2V-14B-480P": _CACHE_I2V_540P, "Wan2.1-I2V-14B-720P": _CACHE_I2V_720P}
+    return Preset(
+        name=name,
+        family="Wan2.1",
+        task=task,
+        config=config,
+        resolution=resolution,
+        num_frames=81,
+        fps=16,
+        shift=shift,
+        guidance_scale=6.0 if config is T2V_1_3B else 5.0,
+        steps=40 if task == "i2v" else 50,
+        cache=caches.get(name),
+        repo=f"Wan-AI/{name}",
+        negative_prompt=NEGATIVE_PROMPT_ZH,
+    )
+
+
 def _mini(name: str, task: Task, config: TransformerConfig) -> Preset:
     """The small models of this package, of moving shapes."""
     return Preset(
         name=name,
+        family="mini",
         task=task,
         config=config,
         resolution=(64, 64),
@@ -197,6 +237,11 @@ _ALL: Final = (
     _preset("flf2v", "1.3B", "540P", FLF2V_1_3B),
     _preset("flf2v", "14B", "540P", FLF2V_14B),
     _preset("flf2v", "14B", "720P", FLF2V_14B),
+    _wan("Wan2.1-T2V-1.3B", "t2v", T2V_1_3B, (480, 832), 3.0),
+    _wan("Wan2.1-T2V-14B", "t2v", T2V_14B, (720, 1280), 5.0),
+    _wan("Wan2.1-I2V-14B-480P", "i2v", I2V_14B, (480, 832), 3.0),
+    _wan("Wan2.1-I2V-14B-720P", "i2v", I2V_14B, (720, 1280), 5.0),
+    _wan("Wan2.1-FLF2V-14B-720P", "flf2v", FLF2V_14B, (720, 1280), 16.0),
     _mini("mini", "df", MINI_DF),
     _mini("mini-i2v", "i2v", MINI_I2V),
 )

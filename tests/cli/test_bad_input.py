@@ -247,12 +247,15 @@ REQUESTS: dict[str, Bad] = {
     "unknown dtype": flag("dtype 'float64'", "bfloat16", dtype="float64"),
     "unknown attention": flag("--attention 'flash'", "chunked", attention="flash"),
     "attention of another device": flag("--attention cudnn", "CUDA", attention="cudnn"),
-    "unknown VAE dtype": flag("vae_dtype 'float16'", "bfloat16", vae_dtype="float16"),
+    "unknown VAE dtype": flag("--vae-dtype 'float16'", "bfloat16", vae_dtype="float16"),
     "VAE dtype of the hybrid backend": flag(
-        "leave vae_dtype out", vae_dtype="bfloat16", backend="hybrid"
+        "leave --vae-dtype out", vae_dtype="bfloat16", backend="hybrid"
     ),
     "unknown backend": flag("--backend", "'tf'", backend="tf"),
-    "not enough memory": flag("not enough memory", "GiB", num_frames="400000001"),
+    "not enough memory": flag(
+        "not enough memory", "GiB", num_frames="100001", height="8192", width="8192"
+    ),
+    "more frames than anybody makes": flag("--num-frames 400000001", num_frames="400000001"),
     "output into nowhere": flag("does not exist", output="{out}/nowhere/x.mp4"),
     "output of another kind": flag("x.avi", ".mp4", output="{out}/x.avi"),
     "output that is a folder": flag("is a folder", output="{folder}.mp4"),

@@ -43,7 +43,7 @@ def test_a_folder_without_its_last_part_is_refused_before_the_first_is_loaded(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vae_tiling": "some"}, "vae_tiling 'some' is unknown; there are auto, on, off"),
+        ({"vae_tiling": "some"}, "`vae_tiling` 'some' is unknown; there are auto, on, off"),
         ({"vae_tiling": "on", "backend": "hybrid"}, "has no tiles"),
     ],
 )
@@ -84,6 +84,6 @@ def test_memory_that_runs_out_in_any_stage_is_an_error_of_ours(
         advice = "fewer frames"
     else:
         monkeypatch.setattr(backends, "WanAutoencoder", refuse)
-        advice = "--vae-tiling on"
+        advice = "`vae_tiling` on"
     with pytest.raises(UnsupportedError, match=advice):
         pipe("a fox", **SMALL)

@@ -195,7 +195,10 @@ SINGLE = {
     "config text for a number": (config(dim="24"), ["config.json", "dim = '24': must be"]),
     "config negative": (config(num_layers=-3), ["config.json", "num_layers = -3: must be"]),
     "config boolean for a number": (config(ffn_dim=True), ["config.json", "ffn_dim = True"]),
-    "config model type": (config(model_type="v2v"), ["model_type = 'v2v': must be 't2v' or"]),
+    "config model type": (
+        config(model_type="v2v"),
+        ["model_type = 'v2v': must be 't2v', 'i2v'"],
+    ),
     "config eps": (config(eps=2.0), ["config.json", "eps = 2.0: must be"]),
     "config heads do not divide": (config(num_heads=5), ["config.json", "num_heads = 5"]),
     "config without query norm": (config(qk_norm=False), ["config.json", "qk_norm = False"]),

@@ -216,7 +216,11 @@ def test_info_tells_what_a_folder_is(tmp_path, capsys):
     printed = capsys.readouterr().out
     for words in (
         *("layout          original", "task            i2v", "missing         text_encoder"),
-        *("none (no release has its shape", "float32 (", "shift           5.0 (SkyReels-V2 i2v"),
+        *(
+            "none (no release of SkyReels-V2 has its shape",
+            "float32 (",
+            "shift           5.0 (SkyReels-V2 i2v",
+        ),
     ):
         assert words in printed
 

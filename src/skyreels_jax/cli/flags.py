@@ -52,7 +52,7 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
         name: parser.add_argument_group(name)
         for name in (SHOWN, DIMENSIONS, SAMPLING, FORCING, RUNNING, OUTPUT)
     }
-    prompts = groups[SHOWN].add_mutually_exclusive_group(required=True)
+    prompts = groups[SHOWN].add_mutually_exclusive_group()
     for setting in declared().values():
         if setting.name in ("dtype", "output"):
             continue

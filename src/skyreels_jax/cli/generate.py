@@ -6,7 +6,7 @@ Flags of the original's scripts are accepted as they are, beside ours.
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +15,9 @@ from skyreels_jax.cli import dry_run
 from skyreels_jax.cli.flags import LATENTS_SUFFIX
 from skyreels_jax.cli.job import begin, decode_file, open_pipeline
 from skyreels_jax.cli.report import describe
+from skyreels_jax.cli.unused import check_prompt, unused_flags
 from skyreels_jax.errors import RequestError, UnsupportedError
+from skyreels_jax.generation.request.declaration import in_flags
 from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import Request, keywords
@@ -31,6 +33,7 @@ UNLIMITED: Final = sys.maxsize
 
 def run(args: argparse.Namespace) -> int:
     """Generate; 0, or a SkyReelsError before anything expensive has started."""
+    check_prompt(args)
     if args.dry_run and args.resume_latents:
         raise RequestError("--dry-run plans a whole generation: leave --resume-latents out")
     check_output(args.output)
@@ -49,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         vae = (args.vae_tiling, args.vae_dtype)
         return dry_run.report(checkpoint, request, args.backend, *vae)
     if args.resume_latents:
+        _say(unused_flags(args))
         saved = SavedLatents.open(args.resume_latents)
         stored_vae(checkpoint.layout).verify()
         return decode_file(args, pipeline, saved)
@@ -71,8 +75,14 @@ def resolve_and_print(
     request = resolve(request_of(args), checkpoint, memory=memory)
     for line in describe(checkpoint, request):
         print(line, flush=True)
+    _say(unused_flags(args, len(request.windows)))
     check_attention(checkpoint, request)
     return request
+
+
+def _say(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(in_flags(f"note: {note}"), flush=True)
 
 
 def check_attention(checkpoint: Checkpoint, request: ResolvedRequest) -> None:

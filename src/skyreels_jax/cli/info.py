@@ -40,6 +40,8 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "repository": checkpoint.repo,
         "layout": layout.format,
         "task": checkpoint.task,
+        "family": checkpoint.guess.family,
+        "pipeline": layout.model_index.get("_class_name"),
         "preset": checkpoint.guess.preset.name if checkpoint.guess.preset else None,
         "preset_reason": checkpoint.guess.reason,
         "parameters": sum(info.size for info in tensors.values()),
@@ -60,6 +62,12 @@ def _size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
+def _by_pipeline(name: str | None) -> str:
+    """A pipeline class that is not SkyReels' own is said."""
+    foreign = name is not None and not str(name).startswith("SkyReelsV2")
+    return f" (model_index.json names {name}, which is not SkyReels')" if foreign else ""
+
+
 def lines(report: dict[str, Any]) -> Iterator[str]:
     """The report for people."""
     names = {
@@ -67,6 +75,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         "repository": report["repository"] or "none: a local folder",
         "layout": report["layout"],
         "task": report["task"],
+        "settings of": report["family"] + _by_pipeline(report["pipeline"]),
         "preset": f"{report['preset'] or 'none'} ({report['preset_reason']})",
         "transformer": (
             f"{report['parameters']:,} parameters in {report['tensors']} tensors, "

@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 import skyreels_jax
 from skyreels_jax.cli.flags import FLAGS
 from skyreels_jax.errors import SkyReelsError
-from skyreels_jax.generation.request.declaration import hint, in_flags
+from skyreels_jax.generation.request.declaration import hint, in_flags, one_line
 from skyreels_jax.interrupt import (
     HUNG_UP,
     INTERRUPTED,
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SkyReelsError as error:
         if args.verbose:
             logging.getLogger(__name__).exception("refused")
-        line = in_flags(" ".join(part.strip() for part in str(error).splitlines()))
+        line = in_flags(one_line(str(error)))
         print(f"skyreels-jax: error: {line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as stop:

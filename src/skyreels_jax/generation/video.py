@@ -34,8 +34,10 @@ from skyreels_jax.sampling.progress import Clock, NoProgress, Progress, Timings
 from skyreels_jax.shapes import Frames, HostLatents, Latents, Pixels
 
 _SMALLER_VIDEO: Final = "use fewer frames, a smaller size or a smaller dtype"
-_SMALLER_WINDOWS: Final = "use shorter windows (--base-num-frames), a smaller size or dtype"
-_SMALLER_DECODE: Final = "decode with vae_tiling (--vae-tiling on), or make a smaller size"
+_SMALLER_WINDOWS: Final = (
+    "use shorter windows (`base_num_frames`), a smaller size or `dtype` bfloat16"
+)
+_SMALLER_DECODE: Final = "decode with `vae_tiling` on, or make a smaller size"
 # Of an MP4 that a notebook holds in itself.
 _MAX_SHOWN_BYTES: Final = 16 * 2**20
 

@@ -70,7 +70,7 @@ def read_head(file: BinaryIO) -> bytes:
 def refuse_as_image(path: str | Path, kind: str) -> None:
     """Raise a RequestError where a file of ``kind`` is no image that is read."""
     if kind == "video":
-        raise RequestError(f"image {path} is a video: give it as --video (video=)")
+        raise RequestError(f"image {path} is a video: give it as `video`")
     if kind == "a HEIC picture":
         raise RequestError(f"image {path}: HEIC is not supported; convert it to JPEG or PNG")
     if kind.startswith(("a web page", "an EPS", "a PDF", "an SVG")):
@@ -85,6 +85,6 @@ def refuse_as_video(path: str | Path, kind: str) -> None:
             "an image program"
         )
     if kind.endswith("picture"):
-        raise RequestError(f"video {path} is {kind}: give it as --image (image=)")
+        raise RequestError(f"video {path} is {kind}: give it as `image`")
     if kind not in ("", "video"):
         raise RequestError(f"video {path} is {kind}, not a video")

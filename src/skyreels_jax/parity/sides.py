@@ -204,8 +204,9 @@ class JaxSide:
     def __init__(self, plan: ParityPlan, *, hybrid: bool = False):
         self.plan = plan
         backend = "hybrid" if hybrid else "jax"
+        device = plan.device if hybrid else "auto"
         self.pipeline = Pipeline(
-            plan.checkpoint(), dtype=plan.dtype, backend=backend, device=plan.device, keep=True
+            plan.checkpoint(), dtype=plan.dtype, backend=backend, device=device, keep=True
         )
         loaded = self.pipeline.load_denoiser()
         self.denoiser = RecordingDenoiser(loaded.model, loaded.block_length)

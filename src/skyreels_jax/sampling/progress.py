@@ -173,7 +173,7 @@ class StepMonitor:
                 f"the transformer's prediction in step {done} of {self.schedule.iterations} "
                 f"(timestep {timestep}) holds NaN or infinity: its weights, the conditioning or "
                 "the starting noise do, or a value overflowed; check the weights "
-                "(`skyreels-jax info`) and try --dtype float32"
+                "(`skyreels-jax info`) and try `dtype` float32"
             )
         self.computed += int(np.sum(report.computed))
         self.calls += len(report.computed)

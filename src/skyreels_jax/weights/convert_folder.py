@@ -79,7 +79,9 @@ def convert_folder(
             _copy(source.folder / MODEL_INDEX, partial, MODEL_INDEX, result)
         for name, path in source.components.items():
             if name == "tokenizer" or source.format == format:
-                _copy(path, partial, PATHS[format][name], result)
+                # Under its own name where another tool has packed it as safetensors.
+                packed = path.suffix == ".safetensors"
+                _copy(path, partial, path.name if packed else PATHS[format][name], result)
         if source.format != format and not alone:
             result.left_out.update(_left_out(source, config, format))
     return result

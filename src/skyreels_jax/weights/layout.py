@@ -25,6 +25,8 @@ from typing import Any, Final, Literal, get_args
 from skyreels_jax import files
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.weights.plan import Format, natural
+from skyreels_jax.weights.relatives import refuse_config, refuse_relatives, refuse_tensors
+from skyreels_jax.weights.repackaged import Held, UnpackedSource, held_by, refuse_gguf
 from skyreels_jax.weights.safetensors_file import SafetensorsSource
 
 ComponentName = Literal[
@@ -92,13 +94,21 @@ class Layout:
             f"checkpoint in the {self.format} format; fetch it, or use a complete folder"
         )
 
-    def tensors(self) -> SafetensorsSource:
-        """The transformer's tensors.
+    def files(self) -> list[Path]:
+        """The safetensors files in the transformer's folder, those of macOS aside."""
+        return sorted(self.transformer.glob("[!.]*.safetensors"))
+
+    def tensors(self) -> UnpackedSource:
+        """The transformer's tensors, under the names of the format.
 
         Raises:
-            WeightsError: if a shard is missing, unsound, or holds what another one holds.
+            WeightsError: if a shard is missing, unsound, or holds what another one holds, or they
+                are another model's.
         """
-        return safetensors_of(self.transformer)
+        others = {path.name for path in self.components.values() if path.parent == self.transformer}
+        source = UnpackedSource(safetensors_of(self.transformer, without=others))
+        refuse_tensors(self.transformer, source.tensors())
+        return source
 
 
 def read_layout(folder: Path) -> Layout:
@@ -111,6 +121,7 @@ def read_layout(folder: Path) -> Layout:
         raise WeightsError(f"{folder} is no folder: expected a checkpoint folder")
     if (folder / MODEL_INDEX).exists() or (folder / "transformer").is_dir():
         index = read_object(folder / MODEL_INDEX) if (folder / MODEL_INDEX).exists() else {}
+        refuse_relatives(folder, index)
         transformer = folder / "transformer"
         config = _read_config(transformer)
         format = _format_of(config, transformer / CONFIG)
@@ -119,11 +130,39 @@ def read_layout(folder: Path) -> Layout:
                 f"{transformer / CONFIG} is in the {format} format inside a diffusers folder"
             )
         return Layout(folder, format, transformer, config, _components(folder, format), index)
-    config = _read_config(folder)
-    format = _format_of(config, folder / CONFIG)
+    refuse_relatives(folder, {})
+    packed = _packed(folder)
+    packed_model = packed.get("transformer")
+    if packed_model is not None and not (folder / CONFIG).exists():
+        config, format = {}, packed_model[1]
+    else:
+        config = _read_config(folder)
+        format = _format_of(config, folder / CONFIG)
     # A diffusers transformer on its own has no components: they would stand beside it, not in it.
     components = _components(folder, format) if format == "original" else {}
+    for name, (file, names) in packed.items():
+        if name != "transformer" and name not in components:
+            if names != "original":
+                raise WeightsError(
+                    f"{file} holds the {name.replace('_', ' ')} under the names of {names}; in a "
+                    f"folder of the original format it is {PATHS['original'][name]}, or a "
+                    "*.safetensors with the same names"
+                )
+            components[name] = file
     return Layout(folder, format, folder, config, components)
+
+
+def _packed(folder: Path) -> dict[Held, tuple[Path, Format]]:
+    """What the single safetensors files of a folder hold: other tools put components there."""
+    if next(folder.glob("[!.]*.safetensors.index.json"), None) is not None:
+        return {}
+    found: dict[Held, tuple[Path, Format]] = {}
+    for file in sorted(folder.glob("[!.]*.safetensors")):
+        if not _SHARD.fullmatch(file.name) and (
+            held := held_by(SafetensorsSource([file]).tensors())
+        ):
+            found.setdefault(held[0], (file, held[1]))
+    return found
 
 
 def components_of(folder: Path) -> Layout:
@@ -141,7 +180,10 @@ def components_of(folder: Path) -> Layout:
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
     if (folder / CONFIG).exists():
-        return read_object(folder / CONFIG)
+        config = read_object(folder / CONFIG)
+        refuse_config(folder / CONFIG, config)
+        return config
+    refuse_gguf(folder)
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else ""
     raise WeightsError(
         f"{folder / CONFIG} is missing (found there: {found or 'nothing'}): expected the original "
@@ -181,21 +223,26 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def safetensors_of(folder: Path) -> SafetensorsSource:
+def safetensors_of(folder: Path, *, without: Collection[str] = ()) -> SafetensorsSource:
     """All safetensors files of a folder as one source, with or without an index.
+
+    Args:
+        folder: of the files.
+        without: names of files that hold something else.
 
     Raises:
         WeightsError: if there are none, one that the index or the numbering names is missing, one
             is not in the index, or a tensor is not in the shard that the index says.
     """
     # Names that begin with a dot are macOS's notes on the files of other file systems.
-    present = {p.name: p for p in folder.glob("[!.]*.safetensors")}
+    present = {p.name: p for p in folder.glob("[!.]*.safetensors") if p.name not in without}
     indices = sorted(folder.glob("[!.]*.safetensors.index.json"))
     if len(indices) > 1:
         names = ", ".join(p.name for p in indices)
         raise WeightsError(f"{folder} holds several indices ({names}): keep the one that is meant")
     index = _read_index(indices[0]) if indices else {}
     if not present and not index:
+        refuse_gguf(folder)
         raise WeightsError(f"{folder} holds no *.safetensors files: expected the transformer's")
     missing = (_numbered(present) | set(index.values())) - present.keys()
     if missing:

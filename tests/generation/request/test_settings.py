@@ -113,7 +113,7 @@ def test_truth_values_of_numpy_are_taken_as_switches():
         ("steps", [4], "`steps` of type list must be a whole number"),
         ("seed", torch.Generator(), "`seed` of type Generator must be a whole number"),
         ("num_frames", np.array([9, 9]), "`num_frames` of type ndarray must be a whole number"),
-        ("guidance_scale", "much", "`guidance_scale` 'much' must be a number of at least 0"),
+        ("guidance_scale", "much", "`guidance_scale` 'much' must be a number from 0 to 100"),
         ("fps", "fast", "`fps` 'fast' must be a number from 1 to 240, for example 24, 29.97"),
         ("reference_exact", "yes", "`reference_exact` 'yes' must be True or False"),
         ("batched_guidance", 1, "`batched_guidance` 1 must be True or False"),
@@ -178,13 +178,15 @@ def test_the_name_that_was_meant_is_said(name: str):
         ("negative_prompt_embeds", "text is encoded here"),
         ("size", "give `height` and `width`"),
         ("scheduler", "always UniPC"),
+        ("lora", "LoRA files are not read yet"),
+        ("video_size", "give `height` and `width`"),
     ],
 )
 def test_what_has_no_counterpart_is_explained(name: str, says: str):
     assert says in refusal(**{name: 3})
 
 
-@pytest.mark.parametrize("name", ["zzz", "xyzzy", "lora", "crf"])
+@pytest.mark.parametrize("name", ["zzz", "xyzzy", "loudness", "crf"])
 def test_no_nonsense_is_suggested(name: str):
     assert refusal(**{name: 3}) == f"`{name}` does not exist"
 

@@ -166,7 +166,10 @@ class RequestBuilder:
         if wrong := violation("seconds", seconds):
             self.problems.append(wrong)
             return 1
-        return geometry.frames_in(seconds, fps)
+        frames = geometry.frames_in(seconds, fps)
+        if wrong := violation("num_frames", frames):
+            self.problems.append(f"`seconds` {seconds:g}: {wrong}")
+        return frames
 
     def cache(self) -> CacheSettings:
         """The step cache."""

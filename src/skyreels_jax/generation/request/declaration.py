@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from skyreels_jax.generation.request.kinds import Picture, SettingKind
+from skyreels_jax import geometry
+from skyreels_jax.errors import RequestError
+from skyreels_jax.generation.request.kinds import Picture, SettingKind, Stepped, WholeNumber
 
 # Groups of flags, in their order.
 SHOWN: Final = "what to show"
@@ -20,6 +22,18 @@ FORCING: Final = "long video and diffusion forcing"
 RUNNING: Final = "running"
 OUTPUT: Final = "output"
 GROUPS: Final = (SHOWN, DIMENSIONS, SAMPLING, FORCING, RUNNING, OUTPUT)
+
+# Steps that the noise schedule was trained with, of which a solver takes some.
+MAX_STEPS: Final = 1000
+# A side of a frame in pixels, and half a day of frames at 24 a second.
+_MAX_SIDE: Final = 8192
+_MAX_FRAMES: Final = 2**20 + 1
+MAX_SECONDS: Final = 86400.0
+SIDE_LENGTH: Final = Stepped(
+    geometry.SIZE_MULTIPLE, 0, f"a multiple of {geometry.SIZE_MULTIPLE}", _MAX_SIDE
+)
+LATENT_COUNT: Final = WholeNumber(1, geometry.latent_frames(_MAX_FRAMES))
+FRAME_COUNT: Final = Stepped(geometry.FRAMES_PER_LATENT, 1, "4 k + 1", _MAX_FRAMES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,45 +85,67 @@ def setting(kind: SettingKind, text: str, group: str, *, default: Any = None, **
     return field(default=default, compare=compare, metadata=metadata)
 
 
-# What another name must have in common with ours to be taken for a slip.
-_ALIKE: Final = 0.72
-_LONGEST: Final = 60
 # What other tools call our settings, or what to do where there is none: diffusers, the original,
-# Wan 2.1, ComfyUI. Names without underscores and dashes.
+# Wan 2.1, ComfyUI, musubi-tuner, WanGP. Names without underscores and dashes.
 ELSEWHERE: Final = {
     **dict.fromkeys(
-        ("numinferencesteps", "inferencesteps", "samplesteps", "samplingsteps", "numsteps"), "steps"
+        (
+            *("numinferencesteps", "inferencesteps", "samplesteps", "samplingsteps", "numsteps"),
+            *("infersteps", "step", "iterations"),
+        ),
+        "steps",
     ),
     **dict.fromkeys(("generator", "manualseed", "baseseed", "noiseseed", "randomseed"), "seed"),
     **dict.fromkeys(("callbackonstepend", "callback", "callbacks", "onprogress"), "progress"),
     **dict.fromkeys(
-        ("cfg", "cfgscale", "guidance", "guidescale", "sampleguidescale", "truecfgscale"),
+        (
+            *("cfg", "cfgscale", "guidance", "guidescale", "sampleguidescale", "truecfgscale"),
+            *("embeddedcfgscale", "embeddedguidancescale", "textguidance", "scale"),
+        ),
         "guidance_scale",
     ),
-    **dict.fromkeys(("flowshift", "sampleshift", "timestepshift"), "shift"),
+    **dict.fromkeys(("flowshift", "sampleshift", "timestepshift", "discreteflowshift"), "shift"),
     **dict.fromkeys(
-        ("frames", "framenum", "numframe", "videolength", "length", "framecount"), "num_frames"
+        (
+            *("frames", "framenum", "numframe", "videolength", "length", "framecount"),
+            *("targetframes", "nframes"),
+        ),
+        "num_frames",
     ),
     **dict.fromkeys(("duration", "videoseconds"), "seconds"),
     **dict.fromkeys(("framerate", "rate"), "fps"),
     **dict.fromkeys(("aspectratio", "ratio"), "aspect"),
-    **dict.fromkeys(("inputimage", "firstframe", "firstimage", "startimage"), "image"),
-    **dict.fromkeys(("endimage", "lastframe", "endframe"), "last_image"),
+    **dict.fromkeys(
+        ("inputimage", "firstframe", "firstimage", "startimage", "imagepath", "img"), "image"
+    ),
+    **dict.fromkeys(("endimage", "lastframe", "endframe", "endimagepath"), "last_image"),
     **dict.fromkeys(("videopath", "inputvideo", "prefixvideo"), "video"),
-    **dict.fromkeys(("nprompt", "negative", "negprompt"), "negative_prompt"),
+    **dict.fromkeys(("nprompt", "negative", "negprompt", "uncondprompt"), "negative_prompt"),
     **dict.fromkeys(("text", "prompts", "caption"), "prompt"),
     **dict.fromkeys(("teacachethresh", "threshold"), "cache_threshold"),
     **dict.fromkeys(("teacache", "easycache"), "cache"),
     **dict.fromkeys(("retsteps",), "use_ret_steps"),
-    **dict.fromkeys(("out", "outputpath", "savefile", "savepath", "outputfile"), "output"),
-    **dict.fromkeys(("torchdtype", "precision"), "dtype"),
-    **dict.fromkeys(("ckptdir", "checkpoint", "modelid", "modelpath", "ckpt"), "model"),
-    **dict.fromkeys(("overlap",), "overlap_history"),
-    **dict.fromkeys(("windowsize", "contextlength"), "base_num_frames"),
+    **dict.fromkeys(
+        ("out", "outputpath", "savefile", "savepath", "outputfile", "saveto"), "output"
+    ),
+    **dict.fromkeys(("torchdtype", "precision", "weightdtype", "ditdtype"), "dtype"),
+    **dict.fromkeys(("ckptdir", "checkpoint", "modelid", "modelpath", "ckpt", "dit"), "model"),
+    **dict.fromkeys(
+        ("overlap", "contextoverlap", "overlapsize", "slidingwindowoverlap"), "overlap_history"
+    ),
+    **dict.fromkeys(
+        ("windowsize", "contextlength", "contextframes", "slidingwindowsize"), "base_num_frames"
+    ),
+    **dict.fromkeys(("attnmode", "attentionmode", "attnbackend"), "attention"),
+    **dict.fromkeys(("blocksize", "numframeperblock"), "causal_block_size"),
+    **dict.fromkeys(("silent", "noprogress"), "quiet"),
 }
 # Names with an answer that is no name.
 ANSWERS: Final = {
-    **dict.fromkeys(("size", "imagesize"), "give `height` and `width`, or `resolution`"),
+    **dict.fromkeys(
+        ("size", "imagesize", "videosize", "dimensions", "wh"),
+        "give `height` and `width`, or `resolution`",
+    ),
     **dict.fromkeys(("outputtype", "returndict"), "a Video is what is returned: see its frames"),
     **dict.fromkeys(
         ("promptembeds", "negativepromptembeds", "latents"), "text is encoded here: give `prompt`"
@@ -120,12 +156,18 @@ ANSWERS: Final = {
     **dict.fromkeys(("batchsize", "numvideosperprompt"), "a call makes one video"),
     **dict.fromkeys(("device", "vaetiling", "vaedtype", "backend", "keep"), "it is the pipeline's"),
     **dict.fromkeys(
+        ("lora", "lorapath", "loraweight", "loramultiplier"), "LoRA files are not read yet"
+    ),
+    **dict.fromkeys(
         ("offload", "offloadmodel", "enablemodelcpuoffload", "t5cpu"),
         "not needed: each part leaves memory before the next one comes",
     ),
     "outdir": "name the file with `output`",
     "useusp": "not needed to run on one device",
 }
+# What another name must have in common with ours to be taken for a slip.
+_ALIKE: Final = 0.72
+_LONGEST: Final = 60
 
 
 def hint(name: str, known: Iterable[str]) -> str:
@@ -143,6 +185,27 @@ def hint(name: str, known: Iterable[str]) -> str:
 
     near = difflib.get_close_matches(bare, names, n=1, cutoff=_ALIKE)
     return f"; did you mean `{names[near[0]]}`?" if near else ""
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], *others: str) -> None:
+    """Refuse names that are not ``known``.
+
+    Raises:
+        RequestError: says which was probably meant, of those known and of ``others``.
+    """
+    known = list(known)
+    if unknown := [name for name in given if name not in known]:
+        names = [*known, *others]
+        raise RequestError("\n".join(f"`{n}` does not exist{hint(n, names)}" for n in unknown))
+
+
+def one_line(message: str) -> str:
+    """A message of several lines as one, with a separator where a line ended without one."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return "".join(
+        line if not rest else f"{line} " if line[-1] in ":;,." else f"{line}; "
+        for line, rest in zip(lines, [*lines[1:], ""], strict=True)
+    )
 
 
 def in_flags(message: str) -> str:

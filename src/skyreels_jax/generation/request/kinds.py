@@ -6,10 +6,7 @@ text of both goes on after the setting's name and value: "must be …". Nothing 
 """
 
 import math
-import operator
 import os
-import sys
-import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from skyreels_jax import geometry
+from skyreels_jax.generation.request.conversion import (
+    exact_fraction,
+    is_blank,
+    is_of,
+    refuse_truth,
+    text_of,
+    whole_number,
+)
 
 
 class SettingKind(ABC):
@@ -42,6 +47,11 @@ class SettingKind(ABC):
         del value
         return None
 
+    def unusual(self, value: Any) -> str | None:
+        """What is odd about a legal value."""
+        del value
+        return None
+
 
 @dataclass(frozen=True)
 class WholeNumber(SettingKind):
@@ -62,7 +72,7 @@ class WholeNumber(SettingKind):
 
     def convert(self, value: object) -> int:
         """From whatever is a whole number, written or counted, but a truth value."""
-        return _whole(value)
+        return whole_number(value)
 
     def violation(self, value: int) -> str | None:
         """Outside of the range."""
@@ -77,46 +87,61 @@ class WholeNumber(SettingKind):
 
 @dataclass(frozen=True)
 class Stepped(SettingKind):
-    """An ``int`` ``k * step + offset``; ``takes`` says it in words."""
+    """An ``int`` ``k * step + offset`` up to ``most``; ``rule`` says it in words."""
 
     annotation = "int"
     metavar = "N"
 
     step: int
     offset: int
-    takes: str = ""
+    rule: str
+    most: int
+
+    @property
+    def takes(self) -> str:
+        """In words."""
+        return f"{self.rule}, at most {self.most}"
 
     def convert(self, value: object) -> int:
         """As :class:`WholeNumber`."""
-        return _whole(value)
+        return whole_number(value)
 
     def violation(self, value: int) -> str | None:
         """Between two legal numbers, which are named."""
+        if value > self.most:
+            return f"must be at most {self.most}"
         if value >= 1 and value % self.step == self.offset:
             return None
         near = " or ".join(map(str, geometry.nearest_multiples(value, self.step, self.offset)))
-        return f"must be {self.takes}; nearest: {near}"
+        return f"must be {self.rule}; nearest: {near}"
 
 
 @dataclass(frozen=True)
 class Real(SettingKind):
-    """A ``float`` of at least ``least``, or above it where it is ``open``."""
+    """A ``float`` from ``least`` (or above it where it is ``open``) to ``most``.
+
+    ``usual`` is advice, which also stands behind values outside of ``common``.
+    """
 
     annotation = "float"
     metavar = "X"
 
     least: float
+    most: float
     open: bool = False
     usual: str = ""
+    common: tuple[float, float] = (-math.inf, math.inf)
 
     @property
     def takes(self) -> str:
         """In words."""
-        return f"a number {'above' if self.open else 'of at least'} {self.least:g}"
+        if self.open:
+            return f"a number above {self.least:g}, at most {self.most:g}"
+        return f"a number from {self.least:g} to {self.most:g}"
 
     def convert(self, value: object) -> float:
         """From whatever is a number, written or counted, but a truth value."""
-        _refuse_truth(value)
+        refuse_truth(value)
         try:
             if isinstance(value, str):
                 return float(Fraction(value.strip())) if "/" in value else float(value)
@@ -125,13 +150,16 @@ class Real(SettingKind):
             raise ValueError(f"must be {self.takes}") from error
 
     def violation(self, value: float) -> str | None:
-        """Not finite, or too small."""
-        legal = value > self.least if self.open else value >= self.least
+        """Not finite, too small or too large."""
+        above = value > self.least if self.open else value >= self.least
         return (
-            None
-            if math.isfinite(value) and legal
-            else _advised(f"must be {self.takes}", self.usual)
+            None if above and value <= self.most else _advised(f"must be {self.takes}", self.usual)
         )
+
+    def unusual(self, value: float) -> str | None:
+        """Outside of what is common."""
+        low, high = self.common
+        return None if low <= value <= high else f"is unusual: {self.usual}"
 
 
 @dataclass(frozen=True)
@@ -144,9 +172,9 @@ class FrameRate(SettingKind):
 
     def convert(self, value: object) -> int | Fraction:
         """Rates of television from how people write them."""
-        _refuse_truth(value)
+        refuse_truth(value)
         try:
-            return geometry.nearest_rate(_fraction(value))
+            return geometry.nearest_rate(exact_fraction(value))
         except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
             raise ValueError(f"must be {self.takes}") from error
 
@@ -199,7 +227,7 @@ class Switch(SettingKind):
 
     def convert(self, value: object) -> bool:
         """True and False, and NumPy's; neither numbers nor words."""
-        if isinstance(value, bool) or _is(value, "numpy", "bool_"):
+        if isinstance(value, bool) or is_of(value, "numpy", "bool_"):
             return bool(value)
         raise ValueError(f"must be {self.takes}")
 
@@ -253,9 +281,9 @@ class Picture(SettingKind):
         """As it is: reading it belongs to :mod:`skyreels_jax.media`."""
         if isinstance(value, os.PathLike):
             return Path(value)
-        if isinstance(value, str) or _is(value, "numpy", "ndarray"):
+        if isinstance(value, str) or is_of(value, "numpy", "ndarray"):
             return value
-        if _is(value, "PIL.Image", "Image"):
+        if is_of(value, "PIL.Image", "Image"):
             return value
         raise ValueError(f"must be {self.takes}")
 
@@ -274,9 +302,9 @@ class Prompts(SettingKind):
             if isinstance(value, str):
                 return str(value)
             if isinstance(value, Mapping):
-                return {_whole(frame): _text(prompt) for frame, prompt in value.items()}
+                return {whole_number(frame): text_of(prompt) for frame, prompt in value.items()}
             if isinstance(value, Sequence):
-                return tuple(map(_text, value))
+                return tuple(map(text_of, value))
         except ValueError:
             pass
         raise ValueError(f"must be {self.takes}")
@@ -285,62 +313,9 @@ class Prompts(SettingKind):
         """Empty, or nothing but what the text encoder does not see."""
         texts = [value] if isinstance(value, str) else value
         texts = list(texts.values() if isinstance(texts, Mapping) else texts)
-        if texts and not any(map(_is_blank, texts)):
+        if texts and not any(map(is_blank, texts)):
             return None
         return "is empty; say what the video should show"
-
-
-def _whole(value: object) -> int:
-    """An integer, exactly: floats and fractions only where they are whole."""
-    _refuse_truth(value)
-    try:
-        return operator.index(value)  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        pass
-    try:
-        number = _fraction(value)
-    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
-        number = None
-    if number is None or number.denominator != 1:
-        raise ValueError("must be a whole number")
-    return int(number)
-
-
-def _fraction(value: Any) -> Fraction:
-    """A number exactly; scalars of other libraries by way of ``float``."""
-    if isinstance(value, str):
-        return Fraction(value.strip())
-    ratio = getattr(value, "as_integer_ratio", float(value).as_integer_ratio)
-    return Fraction(*ratio())
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("must be text")
-    return str(value)
-
-
-def _refuse_truth(value: object) -> None:
-    """True is no 1: whoever gives it means something else."""
-    if isinstance(value, bool) or _is(value, "numpy", "bool_"):
-        raise ValueError("must be a number, not True or False")
-
-
-def _is(value: object, module: str, name: str) -> bool:
-    """Whether it is of a class of a module, which it cannot be if nobody has imported that."""
-    kind = getattr(sys.modules.get(module), name, None)
-    return kind is not None and isinstance(value, kind)
-
-
-def _is_blank(text: str) -> bool:
-    """Whether cleaning leaves nothing: spaces, controls and signs without width, as entities too.
-
-    Text is cleaned this way before it is encoded (:func:`skyreels_jax.prompts.clean`).
-    """
-    import html
-
-    text = html.unescape(html.unescape(text))
-    return all(unicodedata.category(sign)[0] in "ZC" for sign in text)
 
 
 def _advised(rule: str, usual: str) -> str:

@@ -15,6 +15,7 @@ from skyreels_jax.checkpoints import Checkpoint, Default
 from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request.builder import GIVEN, RequestBuilder
+from skyreels_jax.generation.request.notes import notes
 from skyreels_jax.generation.request.reference import reference_violations
 from skyreels_jax.generation.request.resolved import Forcing, ResolvedRequest, prompts_by_window
 from skyreels_jax.generation.request.settings import (
@@ -102,7 +103,8 @@ def resolve(
         resolved = replace(resolved, prompts=prompts_by_window(prompts, resolved.windows))
         problems = _memory_violations(resolved, checkpoint, memory)
         if not problems:
-            return resolved
+            said = (*resolved.warnings, *notes(request, resolved, checkpoint))
+            return replace(resolved, warnings=said)
     raise RequestError("\n".join(problems))
 
 
@@ -110,6 +112,8 @@ def _negative_prompt(checkpoint: Checkpoint) -> Default[str]:
     preset = checkpoint.guess.preset
     if preset is not None and preset.negative_prompt is not None:
         return Default(preset.negative_prompt, f"preset {preset.name}")
+    if checkpoint.guess.family == "Wan2.1":
+        return Default(NEGATIVE_PROMPT_ZH, "Wan 2.1's")
     text = NEGATIVE_PROMPT_ZH if checkpoint.task == "df" else NEGATIVE_PROMPT_EN
     return Default(text, f"the original's for {checkpoint.task.upper()} checkpoints")
 
@@ -176,7 +180,7 @@ def _memory_violations(
     resolved: ResolvedRequest, checkpoint: Checkpoint, memory: int | None
 ) -> list[str]:
     free = available_memory() if memory is None else memory
-    copies = 2 if resolved.batched_guidance and resolved.guidance_scale != 1 else 1
+    copies = 2 if resolved.batched_guidance and resolved.is_guided else 1
     needed = estimate(checkpoint.config, resolved.window_shape, dtype=resolved.dtype, copies=copies)
     if free is None or needed.total <= free:
         return []

@@ -100,8 +100,9 @@ def prompts_by_window(
     if not isinstance(prompts, Mapping):
         if len(prompts) > len(windows):
             raise RequestError(
-                f"{len(prompts)} prompts for {len(windows)} windows: give at most one for each, or "
-                "shorter windows (`base_num_frames`)"
+                f"{len(prompts)} prompts for {len(windows)} windows: several prompts are for the "
+                "windows of one video, in turn; give at most one for each, or shorter windows "
+                "(`base_num_frames`), or call once for each prompt for a video of each"
             )
         return tuple(prompts[min(i, len(prompts) - 1)] for i in range(len(windows)))
     starts = sorted(prompts)
@@ -215,6 +216,11 @@ class ResolvedRequest(PlainSettings):
     def is_long(self) -> bool:
         """Whether the video is made window by window, or continues another."""
         return len(self.windows) > 1 or self.video is not None
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative prompt counts."""
+        return self.guidance_scale != 1
 
     @property
     def output_frames(self) -> int:

@@ -21,14 +21,19 @@ from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request.declaration import (
     DIMENSIONS,
     FORCING,
+    FRAME_COUNT,
     GROUPS,
+    LATENT_COUNT,
+    MAX_SECONDS,
+    MAX_STEPS,
     OUTPUT,
     RUNNING,
     SAMPLING,
     SHOWN,
+    SIDE_LENGTH,
     Setting,
     described,
-    hint,
+    refuse_unknown,
     setting,
 )
 from skyreels_jax.generation.request.kinds import (
@@ -38,7 +43,6 @@ from skyreels_jax.generation.request.kinds import (
     Picture,
     Prompts,
     Real,
-    Stepped,
     Switch,
     Text,
     WholeNumber,
@@ -53,14 +57,10 @@ else:
 _Continuation = Literal["latents", "pixels"]
 CONTINUATIONS: Final = get_args(_Continuation)
 COMPUTE_DTYPES: Final = ("bfloat16", "float32")
-# Whose numbers a seed means: JAX's generator's, or those of PyTorch's on the CPU.
-NOISES: Final = ("jax", "torch")
-# The largest seed of each.
+# Whose numbers a seed means, JAX's generator's or those of PyTorch's on the CPU; the largest seed.
 MAX_SEEDS: Final[Mapping[str, int]] = {"jax": 2**32 - 1, "torch": 2**64 - 1}
-# Stands for a seed that is drawn, as in other tools.
+NOISES: Final = tuple(MAX_SEEDS)
 DRAW_SEED: Final = -1
-# Steps that the noise schedule was trained with, of which a solver takes some.
-MAX_STEPS: Final = 1000
 # Names of `ops.attention.ATTENTION_PATHS`, which a test holds equal: help must not wait for JAX.
 ATTENTION_NAMES: Final = ("xla", "chunked", "cudnn", "splash", "tokamax")
 
@@ -147,27 +147,27 @@ class Request(PlainSettings):
         unset="the checkpoint's, turned to an upright image",
     )
     height: int | None = setting(
-        Stepped(geometry.SIZE_MULTIPLE, 0, f"a multiple of {geometry.SIZE_MULTIPLE}"),
+        SIDE_LENGTH,
         "in pixels, a multiple of 16; together with width",
         DIMENSIONS,
         metavar="PIXELS",
         unset=_PRESET,
     )
     width: int | None = setting(
-        Stepped(geometry.SIZE_MULTIPLE, 0, f"a multiple of {geometry.SIZE_MULTIPLE}"),
+        SIDE_LENGTH,
         "in pixels, a multiple of 16; together with height",
         DIMENSIONS,
         metavar="PIXELS",
         unset=_PRESET,
     )
     num_frames: int | None = setting(
-        Stepped(geometry.FRAMES_PER_LATENT, 1, "4 k + 1"),
+        FRAME_COUNT,
         "4 k + 1; where a video is continued, with the frames taken over from it",
         DIMENSIONS,
         unset=_PRESET,
     )
     seconds: float | None = setting(
-        Real(0.0, open=True),
+        Real(0.0, MAX_SECONDS, open=True),
         "in place of num_frames; the nearest legal number is taken",
         DIMENSIONS,
     )
@@ -182,13 +182,13 @@ class Request(PlainSettings):
         flags=("--inference_steps", "--num_inference_steps"),
     )
     guidance_scale: float | None = setting(
-        Real(0.0, usual="5 and 6 are usual, 1 turns it off"),
+        Real(0.0, 100.0, usual="5 and 6 are usual, 1 turns it off", common=(0.0, 15.0)),
         "scale of classifier-free guidance; at exactly 1 it is off",
         SAMPLING,
         unset=_PRESET,
     )
     shift: float | None = setting(
-        Real(0.0, open=True, usual="3 to 8 are usual"),
+        Real(0.0, 1000.0, open=True, usual="3 to 8 are usual", common=(1.0, 20.0)),
         "shift of the sigmas towards noise",
         SAMPLING,
         unset=_PRESET,
@@ -206,28 +206,32 @@ class Request(PlainSettings):
         unset="jax",
     )
     base_num_frames: int | None = setting(
-        Stepped(geometry.FRAMES_PER_LATENT, 1, "4 k + 1"),
+        FRAME_COUNT,
         "most frames that are made at once, 4 k + 1",
         FORCING,
         unset="the checkpoint's num_frames",
         tasks=("df",),
     )
     overlap_history: int | None = setting(
-        Stepped(geometry.FRAMES_PER_LATENT, 1, "4 k + 1"),
+        FRAME_COUNT,
         "frames that a window takes over from the one before, 4 k + 1",
         FORCING,
         unset="17, of short windows less than half",
         tasks=("df",),
     )
     ar_step: int | None = setting(
-        WholeNumber(0),
+        WholeNumber(0, MAX_STEPS),
         "steps by which each block of frames runs behind the one before; 0: together",
         FORCING,
         unset=_PRESET,
         tasks=("df",),
     )
     causal_block_size: int | None = setting(
-        WholeNumber(1), "latent frames in a block", FORCING, unset="1", tasks=("df",)
+        LATENT_COUNT,
+        "latent frames in a block",
+        FORCING,
+        unset="1",
+        tasks=("df",),
     )
     addnoise_condition: int | None = setting(
         WholeNumber(0, MAX_STEPS - 1, usual="20 is usual"),
@@ -252,7 +256,7 @@ class Request(PlainSettings):
         tasks=("df",),
     )
     causal_attention: int | None = setting(
-        WholeNumber(1),
+        LATENT_COUNT,
         "latent frames in a block of block-causal attention, for models that learned with it",
         FORCING,
         unset=_PRESET,
@@ -265,7 +269,7 @@ class Request(PlainSettings):
         unset="none",
     )
     cache_threshold: float | None = setting(
-        Real(0.0, usual="0.05 to 0.3 are usual"),
+        Real(0.0, 1.0, usual="0.05 to 0.3 are usual", common=(0.0, 0.5)),
         "how much change may go by before the transformer runs again",
         RUNNING,
         unset="0.2 for teacache, 0.05 for easycache",
@@ -287,8 +291,7 @@ class Request(PlainSettings):
 
     def __post_init__(self):
         """Convert what is given."""
-        given = {name: getattr(self, name) for name in declared()}
-        for name, value in _converted(given).items():
+        for name, value in _converted({name: getattr(self, name) for name in declared()}).items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -298,10 +301,8 @@ class Request(PlainSettings):
         Raises:
             RequestError: a keyword does not exist; says which was probably meant. Or as above.
         """
-        values, known = current_names(values), keywords()
-        if unknown := [name for name in values if name not in known]:
-            names = [*known, "progress"]
-            raise RequestError("\n".join(f"`{n}` does not exist{hint(n, names)}" for n in unknown))
+        values = current_names(values)
+        refuse_unknown(values, keywords(), "progress")
         return cls(**_converted({**values, **others}))
 
 
@@ -311,8 +312,7 @@ def _converted(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         kind = declared()[name].kind
         try:
-            is_left_out = value is None and name != "prompt"
-            made[name] = None if is_left_out else kind.convert(value)
+            made[name] = None if value is None and name != "prompt" else kind.convert(value)
         except ValueError as error:
             problems.append(f"`{name}` {described(value)} {error}")
     if problems:

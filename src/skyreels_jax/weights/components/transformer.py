@@ -8,6 +8,7 @@ tensors too; where both speak they must agree.
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import PurePath
 from typing import Any, Final
 
 from skyreels_jax.errors import WeightsError
@@ -26,7 +27,7 @@ from skyreels_jax.weights.plan import (
     leading_ones,
     rule,
 )
-from skyreels_jax.weights.safetensors_file import TensorSpec
+from skyreels_jax.weights.safetensors_file import TensorInfo, TensorSpec
 
 # diffusers builds a norm for image queries that its forward never calls, and its own loader ignores
 # the name; files written by its early versions carry it.
@@ -188,6 +189,17 @@ def _transformer_config(
         raise WeightsError(f"{where}: {error}") from error
 
 
+def _check_told(layout: Layout, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse tensors without a ``config.json`` that do not tell the number of heads."""
+    width = _derived(tensors, layout.format).get("dim", 0)
+    if not layout.config and width % _HEAD_DIM:
+        files = ", ".join(sorted({PurePath(info.file).name for info in tensors.values()}))
+        raise WeightsError(
+            f"{layout.config_file} is missing, and {files} does not tell the number of heads: a "
+            f"width of {width} is no multiple of {_HEAD_DIM}"
+        )
+
+
 def _stated(json: Mapping[str, Any], format: Format, problems: Problems) -> dict[str, Any]:
     """What the file says, under our names."""
     for key, allowed in _FIXED.items():
@@ -245,6 +257,8 @@ def _derived(tensors: Mapping[str, TensorSpec], format: Format) -> dict[str, Any
 
 
 _Parse = Callable[[Any], Any]
+# Wan 2.1 calls its first-last-frame model a type of its own.
+_MODEL_TYPES: Final = {"t2v": "t2v", "i2v": "i2v", "flf2v": "i2v"}
 
 
 def _size(value: Any) -> int | None:
@@ -258,7 +272,10 @@ def _sizes(value: Any) -> tuple[int, ...] | None:
 
 _SIZE: Final[tuple[str, _Parse]] = ("a positive integer", _size)
 _LEGAL: Final[Mapping[str, tuple[str, _Parse]]] = {
-    "model_type": ("'t2v' or 'i2v'", lambda v: v if v in ("t2v", "i2v") else None),
+    "model_type": (
+        "'t2v', 'i2v' or 'flf2v'",
+        lambda v: _MODEL_TYPES.get(v) if type(v) is str else None,
+    ),
     "eps": (
         "a number between 0 and 1",
         lambda v: v if type(v) is float and 0 < v < 1 else None,
@@ -313,6 +330,7 @@ def stored_transformer(layout: Layout) -> StoredComponent[TransformerConfig, Wan
     """
     source = layout.tensors()
     where = str(layout.config_file)
+    _check_told(layout, source.tensors())
     config = _transformer_config(layout.config, source.tensors(), layout.format, where)
     rules = transformer_rules(config)
     return StoredComponent(TRANSFORMER, config, source, layout.format, rules)

@@ -1,0 +1,139 @@
+"""Which released checkpoint a folder is, told by its configuration and its names."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from skyreels_jax.errors import RequestError
+from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.presets import PRESETS, TASK_OF_PIPELINE, Family, Preset, Task
+from skyreels_jax.weights.layout import Layout
+
+# What a checkpoint's name has in it.
+_FAMILY_NAMES: Final[Mapping[str, Family]] = {
+    "skyreels": "SkyReels-V2",
+    "wan2.1": "Wan2.1",
+    "wan2_1": "Wan2.1",
+    "wan-2.1": "Wan2.1",
+}
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Which released checkpoint a folder was taken for (None: none of them), and why.
+
+    ``family`` is whose settings it has where it is none of them.
+    """
+
+    preset: Preset | None
+    reason: str
+    family: Family = "SkyReels-V2"
+
+
+def guess_preset(
+    layout: Layout,
+    config: TransformerConfig,
+    *,
+    repo: str | None = None,
+    preset: str | None = None,
+    marker: str | None = None,
+) -> Guess:
+    """Which released checkpoint a folder is.
+
+    By its configuration; where several share one, by whose it is and the pipeline that
+    ``model_index.json`` names, then by a recorded name that is exactly a released one. If neither
+    decides, the first is assumed and the reason says so.
+
+    Raises:
+        RequestError: if ``preset`` is unknown or has another configuration.
+    """
+    if preset is not None:
+        return _given_preset(preset, config)
+    family, by = _family(layout, repo, marker)
+    alike = [p for p in PRESETS.values() if _same_shape(p.config, config)]
+    candidates = alike
+    if by or len({p.family for p in alike}) > 1:
+        candidates = [p for p in alike if p.family in (family, "mini")]
+    if not candidates:
+        shape = f"{config.model_type}, width {config.dim}, {config.num_layers} layers"
+        return Guess(None, f"no release of {family} has its shape ({shape})", family)
+    if len(candidates) == 1:
+        by = f" and {by}" if len(alike) > 1 and by else ""
+        return Guess(candidates[0], f"its configuration{by}", family)
+    pipeline = layout.model_index.get("_class_name")
+    task = TASK_OF_PIPELINE.get(pipeline) if isinstance(pipeline, str) else None
+    if task in {p.task for p in candidates}:
+        candidates = [p for p in candidates if p.task == task]
+    for source, name in names_of(layout, repo, marker):
+        for candidate in candidates:
+            if name.casefold() == candidate.name.casefold():
+                return Guess(candidate, f"its configuration and {source}", family)
+    names = ", ".join(p.name for p in alike)
+    said = f"assumed: {names} share its configuration; say which by `preset`"
+    return Guess(candidates[0], said, family)
+
+
+def _family(layout: Layout, repo: str | None, marker: str | None) -> tuple[Family, str]:
+    """Whose checkpoint it is, and what tells that; SkyReels-V2's, with no reason, if nothing does.
+
+    What names the checkpoint goes before the classes of its files: who converts one keeps its name.
+    """
+    for source, name in names_of(layout, repo, marker):
+        for pattern, family in _FAMILY_NAMES.items():
+            if pattern in name.casefold():
+                return family, source
+    for where, classes in (
+        ("model_index.json", layout.model_index),
+        ("config.json", layout.config),
+    ):
+        name = classes.get("_class_name")
+        if isinstance(name, str) and name.startswith(("SkyReelsV2", "WanPipe", "WanIm", "WanVid")):
+            return ("SkyReels-V2" if name.startswith("Sky") else "Wan2.1"), f"{where} ({name})"
+        if name == "WanTransformer3DModel":
+            return "Wan2.1", f"{where} ({name})"
+    # The original of SkyReels-V2 writes the switch of its frame-rate embedding beside the type.
+    is_original = layout.format == "original" and "model_type" in layout.config
+    if is_original and "inject_sample_info" not in layout.config:
+        return "Wan2.1", "config.json, which has no inject_sample_info"
+    return "SkyReels-V2", ""
+
+
+def _given_preset(name: str, config: TransformerConfig) -> Guess:
+    found = PRESETS.get(name)
+    if found is None:
+        raise RequestError(f"`preset` {name!r} is unknown; there are {', '.join(PRESETS)}")
+    if not _same_shape(found.config, config):
+        raise RequestError(f"`preset` {name} is another model: {found.config} is not {config}")
+    return Guess(found, "given", found.family)
+
+
+def _same_shape(a: TransformerConfig, b: TransformerConfig) -> bool:
+    """Equal but for ``text_len``, which the original stores and never uses."""
+    return dataclasses.replace(a, text_len=b.text_len) == b
+
+
+def names_of(
+    layout: Layout, repo: str | None, marker: str | None = None
+) -> Iterable[tuple[str, str]]:
+    """Names this folder goes by, most telling first, without owner and format suffix."""
+    recorded: list[tuple[str, Any]] = [
+        ("the marker tensor in its file", marker),
+        ("its Hugging Face id", repo),
+        ("_name_or_path in model_index.json", layout.model_index.get("_name_or_path")),
+        ("_name_or_path in config.json", layout.config.get("_name_or_path")),
+        ("the folder's name", layout.folder.resolve().name),
+    ]
+    for source, name in recorded:
+        if isinstance(name, str) and name:
+            last = name.rstrip("/").rpartition("/")[2]
+            yield f"{source} ({last})", last.removesuffix("-Diffusers")
+
+
+def task_of(layout: Layout, config: TransformerConfig) -> Task:
+    """The task of a model that is no released one."""
+    if config.model_type == "i2v":
+        return "i2v" if config.pos_embed_seq_len is None else "flf2v"
+    pipeline = layout.model_index.get("_class_name")
+    forcing = isinstance(pipeline, str) and TASK_OF_PIPELINE.get(pipeline) == "df"
+    return "df" if forcing or config.inject_sample_info else "t2v"
