@@ -1,5 +1,7 @@
 """A video batch in parts is the batch at once: noise, sigmas and given frames are drawn for all."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,9 @@ def draw(batch, key):
     return jax.random.normal(noise_key, shape), *drawn
 
 
-def after_a_step(accumulate: int, seed: int = 0) -> np.ndarray:
+@functools.cache
+def stepping(accumulate: int):
+    """A step and what it starts from."""
     model = WanModel(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32)
     template, params = Template.of(model)
 
@@ -40,11 +44,15 @@ def after_a_step(accumulate: int, seed: int = 0) -> np.ndarray:
     config = OptimizerConfig(name="sgd", learning_rate=0.1, warmup=0, beta1=0.0, weight_decay=0.0)
     optimizer = make_optimizer(config, 10, params)
     step = make_step(loss, optimizer, draw=draw, accumulate=accumulate)
+    # A step takes the memory of the state that it is given.
+    return step, lambda: init_state(jax.tree.map(jnp.copy, params), optimizer, 0.0)
+
+
+def after_a_step(accumulate: int, seed: int = 0) -> np.ndarray:
+    step, start = stepping(accumulate)
     latents = jax.random.normal(jax.random.key(1), (4, 16, 3, 4, 4))
     context = jax.random.normal(jax.random.key(2), (4, 512, 8))
-    state, _ = step(
-        init_state(params, optimizer, 0.0), Batch(latents, context), jax.random.key(seed)
-    )
+    state, _ = step(start(), Batch(latents, context), jax.random.key(seed))
     return np.concatenate([np.ravel(value) for _, value in sorted(state.params.items())])
 
 

@@ -89,8 +89,20 @@ def furthest(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict
     }
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("name", CASES)
+# Checkpointing changes what is kept and not what is computed: one kind in every run, the others in
+# `make test-all`.
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [
+        *((name, False) for name in CASES),
+        ("diffusion forcing", True),
+        *(
+            pytest.param(name, True, marks=pytest.mark.slow)
+            for name in CASES
+            if name != "diffusion forcing"
+        ),
+    ],
+)
 def test_the_loss_and_every_gradient_are_pytorchs(name: str, remat: bool):
     given = case(*CASES[name])
     loss, gradients = by_jax(*given, remat=remat)

@@ -96,12 +96,14 @@ def test_one_clip_is_learned_in_sixty_steps(clip):
     assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
 
 
+@pytest.mark.slow
 def test_what_was_learned_comes_out_of_noise(clip):
     model, _ = trained(clip, steps=300)
     # Measured: 0.088 of the clip's size.
     assert error(sampled(model), clip) < 0.15
 
 
+@pytest.mark.slow
 def test_a_turned_sign_is_caught(clip):
     model, _ = trained(clip, steps=100, backwards=True)
     # Measured: 2.7 after 150 steps.

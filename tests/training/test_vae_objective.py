@@ -39,6 +39,7 @@ def clips(seed: int, length: int) -> jax.Array:
     return jax.random.uniform(jax.random.key(seed), (2, 3, length, 16, 16)) * 2 - 1
 
 
+@pytest.mark.slow
 def test_all_frames_at_once_are_chunk_by_chunk(vae):
     pixels = clips(0, 13)
     found = moments(vae, pixels).mean

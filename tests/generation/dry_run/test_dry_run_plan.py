@@ -319,6 +319,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_a_process_takes_what_was_planned():
     """Peak of a process that decodes, beside its peak before, when the weights were there."""
     side, config = 384, {"base_dim": 16, "z_dim": 16, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 1}

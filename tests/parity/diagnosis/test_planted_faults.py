@@ -260,6 +260,7 @@ def test_a_fault_of_weights_is_found(cases, tmp_path: Path, name: str):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_fault_of_weights_is_found_in_a_whole_run(cases, tmp_path: Path, name: str):
     kind, edit, place, nature = WEIGHTS[name]
