@@ -231,3 +231,19 @@ def test_an_image_is_written_and_read_back(tmp_path: Path):
     expected = moving_picture(frames=1)[0]
     media.write_image(tmp_path / "sheet.png", expected)
     np.testing.assert_array_equal(media.read_image(tmp_path / "sheet.png"), expected)
+
+
+@pytest.mark.parametrize("fps", [16, 24, 29.97])
+def test_a_gif_shows_the_frames_enlarged_at_their_rate_and_for_ever(tmp_path: Path, fps: float):
+    frames = moving_picture()
+    media.write_gif(tmp_path / "out.gif", frames, fps=fps, enlarge=3)
+    with Image.open(tmp_path / "out.gif") as gif:
+        assert (gif.size, gif.n_frames, gif.info["loop"]) == ((192, 144), len(frames), 0)
+        shown, milliseconds = [], 0
+        for number in range(gif.n_frames):
+            gif.seek(number)
+            milliseconds += gif.info["duration"]
+            shown.append(np.asarray(gif.convert("RGB").resize((64, 48), Image.Resampling.BOX)))
+    assert milliseconds == pytest.approx(1000 * len(frames) / fps, abs=5)
+    assert psnr(np.stack(shown), frames) > 27  # measured 27.8: 256 colours for all frames
+    assert psnr(np.stack(shown), np.roll(frames, 1, axis=0)) < 25

@@ -5,6 +5,7 @@ from skyreels_jax.media.images import (
     RgbImage,
     contact_sheet,
     read_image,
+    write_gif,
     write_image,
 )
 from skyreels_jax.media.video_reader import (
@@ -35,6 +36,7 @@ __all__ = [
     "read_video",
     "stream_video",
     "survey_video",
+    "write_gif",
     "write_image",
     "write_settings",
     "write_video",

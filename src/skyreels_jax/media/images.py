@@ -149,6 +149,34 @@ def write_image(path: str | Path, image: RgbImage) -> None:
         Image.fromarray(image).save(temporary)
 
 
+def write_gif(path: str | Path, frames: Frames, *, fps: float | int, enlarge: int = 1) -> None:
+    """Write frames as a GIF that plays for ever, in one palette of 256 colours.
+
+    Args:
+        path: of the file.
+        frames: to show.
+        fps: frames a second; a GIF counts hundredths of a second, which are right on average.
+        enlarge: how many times as high and wide, with soft edges (Lanczos).
+    """
+    height, width = (enlarge * side for side in frames.shape[1:3])
+    large = [Image.fromarray(f).resize((width, height), Image.Resampling.LANCZOS) for f in frames]
+    # One palette for all: of its own for each frame, still areas would flicker.
+    together = Image.fromarray(np.concatenate(frames)).quantize(256, Image.Quantize.MEDIANCUT)
+    shown = [
+        frame.quantize(palette=together, dither=Image.Dither.NONE).convert("P") for frame in large
+    ]
+    times = np.rint(100 * np.arange(len(frames) + 1) / fps).astype(int)
+    with whole_file(Path(path)) as temporary:
+        shown[0].save(
+            temporary,
+            format="GIF",
+            save_all=True,
+            append_images=shown[1:],
+            duration=(10 * np.diff(times)).tolist(),
+            loop=0,
+        )
+
+
 def contact_sheet(
     frames: Frames, count: int = 8, columns: int = 4
 ) -> UInt8[np.ndarray, "sheet_height sheet_width 3"]:
