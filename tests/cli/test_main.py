@@ -81,6 +81,11 @@ def test_help_and_refusals_import_nothing_slow(words: str):
     assert imported_by(*words.split()) == set()
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_no_verb_imports_jax(verb: str):
+    assert "jax" not in imported_by(verb, "--help")
+
+
 def test_what_runs_imports_jax(tmp_path: Path):
     """Negative twin: a verb that has to look at a checkpoint."""
     assert {"jax", "numpy"} <= imported_by("info", str(tmp_path))

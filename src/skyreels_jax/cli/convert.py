@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.weights.convert_folder import convert_folder
 from skyreels_jax.weights.plan import FORMATS
 
 _DTYPES = ("keep", "float32", "bfloat16", "float16")
@@ -38,6 +36,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print what was written, copied and left out."""
+    # Its help should not wait for JAX.
+    from skyreels_jax.checkpoints import Checkpoint
+    from skyreels_jax.weights.convert_folder import convert_folder
+
     checkpoint = Checkpoint.open(args.source, revision=args.revision)
     result = convert_folder(
         checkpoint.layout,
