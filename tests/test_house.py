@@ -22,6 +22,10 @@ def test_the_list_of_names_that_stand_twice_is_short_and_true():
         assert sum(name in names for names in defined) > 1, f"{name} stands twice no longer"
 
 
+def test_any_is_said_seldom():
+    assert sum(house.anys(FILES).values()) <= house.ANYS
+
+
 LONG = "def f():\n" + "    x = 1\n" * 60
 PLANTED = {
     "a function twice": ("defined twice", {"a.py": "def f(): ...", "b.py": "def f(): ..."}),

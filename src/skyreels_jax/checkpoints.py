@@ -232,6 +232,6 @@ def _stored_shift(layout: Layout) -> Default[float] | None:
     if file is None or not file.exists():
         return None
     shift = read_object(file).get("flow_shift", 1.0)
-    if type(shift) not in (int, float) or not 0 < shift < 1000:
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < 1000:
         raise WeightsError(f"{file}: flow_shift = {shift!r} must be a positive number")
     return None if shift == 1.0 else Default(float(shift), "scheduler/scheduler_config.json")

@@ -88,7 +88,7 @@ class _Projection(nnx.Module):
         self.dtype = numerics.compute
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        """Any number of leading axes."""
+        """Along the last axis of ``x``."""
         return linear(x, self.kernel[...], dtype=self.dtype)
 
 

@@ -92,7 +92,7 @@ def load_pipeline(
 
     where, kind = torch_device(device), torch_dtype(jnp.dtype(dtype))
     encoder_kind = torch_dtype(jnp.dtype(encoders or dtype))
-    components: dict[str, Any] = {
+    components: dict[str, object] = {
         "tokenizer": AutoTokenizer.from_pretrained(checkpoint.tokenizer),
         "text_encoder": load_umt5(checkpoint, where, encoder_kind),
         "transformer": load_torch_transformer(checkpoint, where, kind),
@@ -166,7 +166,7 @@ def run_pipeline(
         real = type(pipeline).prepare_latents
 
         # Diffusion forcing unpacks four values that its own `latents=` path does not return.
-        def given(*args: Any, **kwargs: Any) -> Any:
+        def given(*args: object, **kwargs: object) -> tuple[object, ...]:
             return latents.clone(), *real(pipeline, *args, **kwargs)[1:]
 
         pipeline.prepare_latents = given
@@ -186,7 +186,9 @@ def _with_sigmas(scheduler: "UniPCMultistepScheduler", schedule: FlowSchedule) -
     from diffusers import UniPCMultistepScheduler
 
     class FixedSigmas(UniPCMultistepScheduler):
-        def set_timesteps(self, num_inference_steps: int, device: Any = None, **_: object) -> None:
+        def set_timesteps(
+            self, num_inference_steps: int, device: "str | torch.device", **_: object
+        ) -> None:
             super().set_timesteps(num_inference_steps, device=device)
             assert num_inference_steps == schedule.num_steps
             self.sigmas = torch.tensor(schedule.sigmas, dtype=torch.float32)
@@ -194,10 +196,10 @@ def _with_sigmas(scheduler: "UniPCMultistepScheduler", schedule: FlowSchedule) -
             # By position: truncated timesteps need not be unique.
             self.set_begin_index(0)
 
-        def step(self, model_output: Any, timestep: Any, sample: Any, **more: Any) -> Any:
+        def step(self, model_output, timestep, sample: "torch.Tensor", return_dict: bool = True):
             # A copy: the loop of diffusion forcing passes a view and overwrites it, after which the
             # corrector of the second step starts from the wrong sample.
-            return super().step(model_output, timestep, sample.clone(), **more)
+            return super().step(model_output, timestep, sample.clone(), return_dict)
 
     return FixedSigmas.from_config(scheduler.config)
 
@@ -225,7 +227,7 @@ def _recorded(pipeline: Any, run: PipelineRun, calls: int) -> Iterator[None]:
                 if value is not None
             }
 
-    def before_decoding(z: "torch.Tensor", *args: Any, **kwargs: Any) -> Any:
+    def before_decoding(z: "torch.Tensor", *args: object, **kwargs: object) -> object:
         run.moments.append(time.perf_counter())
         mean, std = (
             np.asarray(pipeline.vae.config[name], np.float32).reshape(1, -1, 1, 1, 1)
@@ -262,7 +264,7 @@ def original_numerics(pipeline: Any, numerics: str) -> Iterator[None]:
     ]
     true = model.forward
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         with torch.autocast(model.device.type, torch.bfloat16):
             return true(*args, **kwargs)
 

@@ -20,7 +20,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
 from skyreels_jax import files
 from skyreels_jax.errors import WeightsError
@@ -69,9 +69,9 @@ class Layout:
     folder: Path
     format: Format
     transformer: Path
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     components: Mapping[ComponentName, Path] = field(default_factory=dict)
-    model_index: Mapping[str, Any] = field(default_factory=dict)
+    model_index: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def config_file(self) -> Path:
@@ -178,7 +178,7 @@ def components_of(folder: Path) -> Layout:
     return Layout(folder, "diffusers", folder / "transformer", {}, components)
 
 
-def _read_config(folder: Path) -> Mapping[str, Any]:
+def _read_config(folder: Path) -> Mapping[str, object]:
     if (folder / CONFIG).exists():
         config = read_object(folder / CONFIG)
         refuse_config(folder / CONFIG, config)
@@ -192,7 +192,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     )
 
 
-def _format_of(config: Mapping[str, Any], file: Path) -> Format:
+def _format_of(config: Mapping[str, object], file: Path) -> Format:
     """Which format a transformer's ``config.json`` is in."""
     name = config.get("_class_name")
     for format, classes in TRANSFORMER_CLASSES.items():
@@ -211,7 +211,7 @@ def _components(folder: Path, format: Format) -> dict[ComponentName, Path]:
     return {name: folder / path for name, path in names.items() if (folder / path).exists()}
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, object]:
     """A JSON object from a file.
 
     Raises:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -45,7 +45,7 @@ class PickledTensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class OrderedMapping(dict[str, Any]):
+class OrderedMapping(dict[str, object]):
     """What a file makes with OrderedDict: unlike a plain dict it may be given ``_metadata``."""
 
     __slots__ = ()

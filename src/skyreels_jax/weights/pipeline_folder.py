@@ -7,7 +7,7 @@ from typing import Final
 
 from skyreels_jax.models.clip_vision import ClipVisionConfig
 from skyreels_jax.models.transformer_config import TransformerConfig
-from skyreels_jax.weights.components.clip import clip_json
+from skyreels_jax.weights.components.clip import clip_class
 from skyreels_jax.weights.layout import MODEL_INDEX, ComponentName, Layout
 from skyreels_jax.weights.writer import write_config
 
@@ -123,8 +123,10 @@ def write_pipeline_files(
     write_config(scheduler, settings)
     if not components:
         return [scheduler]
-    classes = {name: list(_CLASSES[name]) for name in ("transformer", *components, "scheduler")}
+    classes: dict[str, list[str]] = {
+        name: list(_CLASSES[name]) for name in ("transformer", *components, "scheduler")
+    }
     if image_encoder is not None:
-        classes["image_encoder"][1] = clip_json(image_encoder)["architectures"][0]
+        classes["image_encoder"][1] = clip_class(image_encoder)
     write_config(folder / MODEL_INDEX, {"_class_name": pipeline} | classes)
     return [scheduler, folder / MODEL_INDEX]

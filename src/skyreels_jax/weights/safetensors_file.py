@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -178,7 +178,7 @@ def _read_header(file: Path) -> dict[str, _Location]:
     return _locations(file, _parsed(file, raw), 8 + length, size - 8 - length)
 
 
-def _parsed(file: Path, raw: bytes) -> dict[str, Any]:
+def _parsed(file: Path, raw: bytes) -> dict[str, object]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -191,7 +191,7 @@ def _parsed(file: Path, raw: bytes) -> dict[str, Any]:
 
 
 def _locations(
-    file: Path, header: Mapping[str, Any], start: int, data_size: int
+    file: Path, header: Mapping[str, object], start: int, data_size: int
 ) -> dict[str, _Location]:
     """Check that the tensors cover the data exactly and say where each one is."""
     places = {name: _location(file, name, entry, start) for name, entry in header.items()}
@@ -210,7 +210,7 @@ def _locations(
     return places
 
 
-def _location(file: Path, name: str, entry: Any, start: int) -> _Location:
+def _location(file: Path, name: str, entry: object, start: int) -> _Location:
     def bad(why: str) -> WeightsError:
         return WeightsError(f"{file} is corrupt: the header's entry of {name} {why}")
 
@@ -230,7 +230,7 @@ def _location(file: Path, name: str, entry: Any, start: int) -> _Location:
     return _Location(TensorInfo(shape, DTYPES[code], str(file)), start + begin)
 
 
-def _sizes(value: Any) -> tuple[int, ...] | None:
+def _sizes(value: object) -> tuple[int, ...] | None:
     if isinstance(value, list) and all(type(x) is int and x >= 0 for x in value):
         return tuple(value)
     return None

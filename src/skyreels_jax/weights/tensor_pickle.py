@@ -10,7 +10,7 @@ import pickletools
 import struct
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -42,7 +42,7 @@ _ITEM_COST: Final = 16
 _NAMES: Final[Mapping[int, str]] = {ord(op.code): op.name for op in pickletools.opcodes}
 
 
-def read_pickle(file: str, data: memoryview, allowance: Allowance) -> Any:
+def read_pickle(file: str, data: memoryview, allowance: Allowance) -> object:
     """What a pickle describes: mappings, lists, tuples, plain values and tensors.
 
     Args:
@@ -69,11 +69,11 @@ class _Machine:
         self.data = data
         self.allowance = allowance
         self.position = 0
-        self.stack: list[Any] = []
-        self.below: list[list[Any]] = []
-        self.memo: list[Any] = []
+        self.stack: list[object] = []
+        self.below: list[list[object]] = []
+        self.memo: list[object] = []
 
-    def run(self) -> Any:
+    def run(self) -> object:
         for _ in range(MAX_OPCODES):
             code = self.take(1)[0]
             name = _NAMES.get(code, hex(code))
@@ -85,7 +85,7 @@ class _Machine:
             step(self)
         raise WeightsError(f"{self.file} has a pickle of more than {MAX_OPCODES} steps")
 
-    def result(self) -> Any:
+    def result(self) -> object:
         value = self.stack.pop()
         if self.stack or self.below or self.position != len(self.data):
             raise self.corrupt("something is left when it stops")
@@ -112,14 +112,14 @@ class _Machine:
         self.position += count
         return piece
 
-    def number(self, form: str) -> Any:
+    def number(self, form: str) -> int:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
-    def push_new(self, value: Any) -> None:
+    def push_new(self, value: object) -> None:
         self.allowance.spend(sys.getsizeof(value) + _ROUNDING)
         self.push(value)
 
-    def push(self, value: Any) -> None:
+    def push(self, value: object) -> None:
         if len(self.stack) == MAX_STACK:
             raise self.corrupt(f"more than {MAX_STACK} values wait")
         self.stack.append(value)
@@ -131,7 +131,7 @@ class _Machine:
         self.position += len(text) + 1
         return text.decode("utf-8")
 
-    def since_mark(self) -> list[Any]:
+    def since_mark(self) -> list[object]:
         items, self.stack = self.stack, self.below.pop()
         return items
 
@@ -178,7 +178,7 @@ class _Machine:
         else:
             raise self.corrupt(f"memo entry {index} follows {len(self.memo)}")
 
-    def set_items(self, pairs: list[Any]) -> None:
+    def set_items(self, pairs: list[object]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict) or len(pairs) % 2:
             raise self.corrupt("items for something that is no mapping")
@@ -190,7 +190,7 @@ class _Machine:
             self.allowance.spend(_ENTRY_COST)
             target[key] = value
 
-    def extend(self, items: list[Any]) -> None:
+    def extend(self, items: list[object]) -> None:
         target = self.stack[-1]
         if type(target) is not list:
             raise self.corrupt("items for something that is no list")
@@ -222,7 +222,7 @@ class _Machine:
             raise self.refused("a call of something that constructs no tensor")
         self.push_new(self.constructed(function, arguments))
 
-    def constructed(self, function: Constructor, arguments: tuple[Any, ...]) -> Any:
+    def constructed(self, function: Constructor, arguments: tuple[object, ...]) -> object:
         match function, arguments:
             case Constructor.ORDERED_DICT, ():
                 return OrderedMapping()
@@ -245,10 +245,10 @@ class _Machine:
             case _:
                 raise self.corrupt(f"{function.value} is given other arguments than it takes")
 
-    def tensor(self, storage: Storage, dtype: np.dtype, view: list[Any]) -> PickledTensor:
+    def tensor(self, storage: Storage, dtype: np.dtype, view: list[object]) -> PickledTensor:
         """A view as torch describes it: offset, size, strides, requires_grad, backward hooks."""
         match view:
-            case (offset, tuple(shape), tuple(strides), bool(), dict(hooks)) if not hooks:
+            case (int(offset), tuple(shape), tuple(strides), bool(), dict(hooks)) if not hooks:
                 sound = all(map(_is_size, (offset, *shape, *strides)))
                 if sound and len(shape) == len(strides) <= MAX_DIMENSIONS:
                     return PickledTensor(storage, dtype, offset, shape, strides)
@@ -263,7 +263,7 @@ class _Machine:
             raise self.refused(f"setting the attribute {min(other)[:200]!r}")
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
@@ -278,7 +278,7 @@ _STEPS: Final[Mapping[str, Callable[[_Machine], None]]] = {
     "BININT2": lambda machine: machine.push_new(machine.number("<H")),
     "BININT": lambda machine: machine.push_new(machine.number("<i")),
     "LONG1": _Machine.long,
-    "BINFLOAT": lambda machine: machine.push_new(machine.number(">d")),
+    "BINFLOAT": lambda machine: machine.push_new(struct.unpack(">d", machine.take(8))[0]),
     "BINUNICODE": _Machine.text,
     "EMPTY_TUPLE": lambda machine: machine.push(()),
     "TUPLE1": lambda machine: machine.last(1),

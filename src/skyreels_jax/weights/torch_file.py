@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -197,7 +197,7 @@ def _top(file: Path, members: Mapping[str, Member]) -> str:
     return top
 
 
-def _state_dict(file: Path, pickled: Any) -> Mapping[str, PickledTensor]:
+def _state_dict(file: Path, pickled: object) -> Mapping[str, PickledTensor]:
     """The mapping of tensors, possibly one level down."""
     if isinstance(pickled, dict) and len(pickled) == 1:
         (inner,) = pickled.values()

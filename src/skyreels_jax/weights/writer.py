@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -55,7 +55,7 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_config(file: Path, value: Mapping[str, Any]) -> None:
+def write_config(file: Path, value: Mapping[str, object]) -> None:
     """Write a JSON file as the published folders have them: indented, keys in order."""
     write_text(file, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
@@ -124,7 +124,7 @@ class _Header:
 
 def _header(specs: Mapping[str, TensorSpec]) -> _Header:
     """Wide dtypes first, so that every tensor is aligned to its own size."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}
     end = 0
     for name in sorted(specs, key=lambda name: -specs[name].dtype.itemsize):

@@ -5,7 +5,7 @@ models on the right. The two names of the norm before the blocks are theirs: ``p
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.models.clip_vision import ClipVision, ClipVisionConfig
@@ -164,7 +164,7 @@ def clip_config_from_tensors(
         raise WeightsError(f"not CLIP's vision encoder: {error}") from error
 
 
-def clip_config_from_json(config: Mapping[str, Any]) -> ClipVisionConfig:
+def clip_config_from_json(config: Mapping[str, object]) -> ClipVisionConfig:
     """From transformers' ``config.json``; its ``architectures`` tell whether there is a projection.
 
     Raises:
@@ -195,13 +195,12 @@ def clip_config_from_json(config: Mapping[str, Any]) -> ClipVisionConfig:
         raise WeightsError(f"the image encoder's config.json is unsound: {error}") from error
 
 
-def clip_json(config: ClipVisionConfig, format: Format = "diffusers") -> dict[str, Any]:
+def _clip_json(config: ClipVisionConfig, format: Format = "diffusers") -> dict[str, object]:
     """``config.json`` of ``CLIPVisionModelWithProjection``, or of ``CLIPVisionModel`` without a
     projection; the original format has none."""
     del format
-    projects = config.projection_dim is not None
-    return {
-        "architectures": ["CLIPVisionModelWithProjection" if projects else "CLIPVisionModel"],
+    written: dict[str, object] = {
+        "architectures": [clip_class(config)],
         "hidden_act": "gelu",
         "hidden_size": config.dim,
         "image_size": config.image_size,
@@ -212,10 +211,18 @@ def clip_json(config: ClipVisionConfig, format: Format = "diffusers") -> dict[st
         "num_channels": 3,
         "num_hidden_layers": config.num_layers,
         "patch_size": config.patch_size,
-    } | ({"projection_dim": config.projection_dim} if projects else {})
+    }
+    if config.projection_dim is not None:
+        written["projection_dim"] = config.projection_dim
+    return written
 
 
-def image_processor_json(config: ClipVisionConfig) -> dict[str, Any]:
+def clip_class(config: ClipVisionConfig) -> str:
+    """The class of transformers that reads such an image encoder."""
+    return "CLIPVisionModel" if config.projection_dim is None else "CLIPVisionModelWithProjection"
+
+
+def image_processor_json(config: ClipVisionConfig) -> dict[str, object]:
     """``preprocessor_config.json``: short edge to the encoder's size, its centre, normalised."""
     side = config.image_size
     return {
@@ -238,7 +245,7 @@ def _default_rules(config: ClipVisionConfig) -> tuple[Rule, ...]:
     return clip_rules(config)
 
 
-CLIP: Final = ComponentSpec(ClipVision, _default_rules, clip_json, stem="model", ignored=_IGNORED)
+CLIP: Final = ComponentSpec(ClipVision, _default_rules, _clip_json, stem="model", ignored=_IGNORED)
 
 
 def stored_image_encoder(layout: Layout) -> StoredComponent[ClipVisionConfig, ClipVision]:

@@ -8,7 +8,7 @@ and safetensors.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -55,7 +55,7 @@ class ComponentSpec(Generic[ConfigT, ModelT]):
 
     model: Callable[..., ModelT]
     rules: Callable[[ConfigT], tuple[Rule, ...]]
-    config_json: Callable[[ConfigT, Format], dict[str, Any]]
+    config_json: Callable[[ConfigT, Format], dict[str, object]]
     # What diffusers calls the files of its own models, and transformers of its.
     stem: str = "diffusion_pytorch_model"
     ignored: tuple[str, ...] = ()
@@ -249,7 +249,7 @@ class JsonFields:
         what: whose it is, for the messages.
     """
 
-    def __init__(self, json: Mapping[str, Any], what: str):
+    def __init__(self, json: Mapping[str, object], what: str):
         self._json, self._what = json, what
 
     def require(self, expected: Mapping[str, object]) -> None:
@@ -272,7 +272,7 @@ class JsonFields:
     def small(self, key: str, default: float) -> float:
         """An epsilon: a number between 0 and 1."""
         value = self._json.get(key, default)
-        if type(value) not in (int, float) or not 0 < value < 1:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
             raise self._unsound(key, "must be a number between 0 and 1")
         return float(value)
 
@@ -295,7 +295,7 @@ class JsonFields:
 def open_files(
     layout: Layout,
     name: ComponentName,
-    from_json: Callable[[Mapping[str, Any]], ConfigT],
+    from_json: Callable[[Mapping[str, object]], ConfigT],
     from_tensors: Callable[[Mapping[str, Sequence[int]], Format], ConfigT],
 ) -> tuple[TensorSource, ConfigT]:
     """The tensors and the configuration of a component but the transformer.

@@ -155,7 +155,7 @@ _EVERYTHING: Final = {
 
 
 def _transformer_config(
-    json: Mapping[str, Any], tensors: Mapping[str, TensorSpec], format: Format, where: str
+    json: Mapping[str, object], tensors: Mapping[str, TensorSpec], format: Format, where: str
 ) -> TransformerConfig:
     """The configuration that ``config.json`` and the tensors agree on.
 
@@ -200,7 +200,7 @@ def _check_told(layout: Layout, tensors: Mapping[str, TensorInfo]) -> None:
         )
 
 
-def _stated(json: Mapping[str, Any], format: Format, problems: Problems) -> dict[str, Any]:
+def _stated(json: Mapping[str, object], format: Format, problems: Problems) -> dict[str, Any]:
     """What the file says, under our names."""
     for key, allowed in _FIXED.items():
         if key in json and json[key] not in allowed:
@@ -256,18 +256,19 @@ def _derived(tensors: Mapping[str, TensorSpec], format: Format) -> dict[str, Any
     return values
 
 
-_Parse = Callable[[Any], Any]
+_Parse = Callable[[object], object]
 # Wan 2.1 calls its first-last-frame model a type of its own.
 _MODEL_TYPES: Final = {"t2v": "t2v", "i2v": "i2v", "flf2v": "i2v"}
 
 
-def _size(value: Any) -> int | None:
+def _size(value: object) -> int | None:
     return value if type(value) is int and 0 < value < 1 << 24 else None
 
 
-def _sizes(value: Any) -> tuple[int, ...] | None:
-    fits = isinstance(value, list | tuple) and len(value) == 3 and all(map(_size, value))
-    return tuple(value) if fits else None
+def _sizes(value: object) -> tuple[int, ...] | None:
+    if isinstance(value, list | tuple) and len(value) == 3 and all(map(_size, value)):
+        return tuple(value)
+    return None
 
 
 _SIZE: Final[tuple[str, _Parse]] = ("a positive integer", _size)

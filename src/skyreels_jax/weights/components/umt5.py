@@ -5,7 +5,7 @@ right.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.models.umt5 import BUCKETS, MAX_DISTANCE, Umt5Config, Umt5Encoder
@@ -92,7 +92,7 @@ def umt5_config_from_tensors(shapes: Mapping[str, Sequence[int]], format: Format
     )
 
 
-def umt5_config_from_json(config: Mapping[str, Any]) -> Umt5Config:
+def umt5_config_from_json(config: Mapping[str, object]) -> Umt5Config:
     """From transformers' ``config.json``.
 
     Raises:
@@ -118,7 +118,7 @@ def umt5_config_from_json(config: Mapping[str, Any]) -> Umt5Config:
     )
 
 
-def _umt5_json(config: Umt5Config, format: Format = "diffusers") -> dict[str, Any]:
+def _umt5_json(config: Umt5Config, format: Format = "diffusers") -> dict[str, object]:
     """``config.json`` of ``UMT5EncoderModel``; the original format has none."""
     del format
     return {

@@ -6,7 +6,7 @@ the decoder's layers in one flat list; diffusers groups them by resolution.
 
 from collections.abc import Mapping, Sequence
 from itertools import count
-from typing import Any, Final
+from typing import Final
 
 from skyreels_jax.errors import UnsupportedError, WeightsError
 from skyreels_jax.models.vae import WanVae
@@ -172,7 +172,7 @@ def vae_config_from_tensors(shapes: Mapping[str, Sequence[int]], format: Format)
         raise WeightsError(f"not a Wan VAE: {error}") from error
 
 
-def vae_config_from_json(config: Mapping[str, Any]) -> VaeConfig:
+def vae_config_from_json(config: Mapping[str, object]) -> VaeConfig:
     """From diffusers' ``config.json``; keys that it leaves out have diffusers' defaults.
 
     Raises:
@@ -214,7 +214,7 @@ def vae_config_from_json(config: Mapping[str, Any]) -> VaeConfig:
         raise WeightsError(f"the VAE's config.json is unsound: {error}") from error
 
 
-def vae_json(config: VaeConfig, format: Format = "diffusers") -> dict[str, Any]:
+def vae_json(config: VaeConfig, format: Format = "diffusers") -> dict[str, object]:
     """``config.json`` of ``AutoencoderKLWan``; the original format has none."""
     del format
     return {
