@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from skyreels_jax import geometry
-from skyreels_jax.diffusion.cache_settings import CACHES
+from skyreels_jax.diffusion.cache_settings import CACHE_KINDS, CACHES
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request.declaration import (
     DIMENSIONS,
@@ -272,7 +272,7 @@ class Request(PlainSettings):
         Real(0.0, 1.0, usual="0.05 to 0.3 are usual", common=(0.0, 0.5)),
         "how much change may go by before the transformer runs again",
         RUNNING,
-        unset="0.2 for teacache, 0.05 for easycache",
+        unset=", ".join(f"{kind.threshold} for {name}" for name, kind in CACHE_KINDS.items()),
         flags=("--teacache_thresh",),
     )
     use_ret_steps: bool = setting(
