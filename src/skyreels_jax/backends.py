@@ -91,13 +91,12 @@ def _jax_loaders(
     del device
     layout = checkpoint.layout
 
-    def text_encoder() -> TextEncoder:
-        # The tokenizer first: it is quickly read, and what is wrong with it quickly said.
-        tokenizer = Tokenizer.from_folder(checkpoint.tokenizer)
-        return Umt5TextEncoder(stored_text_encoder(layout).load(dtype), tokenizer)
-
     return ComponentLoaders(
-        text_encoder=text_encoder,
+        # The tokenizer first: it is quickly read, and what is wrong with it quickly said.
+        text_encoder=lambda: Umt5TextEncoder(
+            tokenizer=Tokenizer.from_folder(checkpoint.tokenizer),
+            model=stored_text_encoder(layout).load(dtype),
+        ),
         image_encoder=lambda: ClipImageEncoder(stored_image_encoder(layout).load(dtype)),
         vae=lambda: WanAutoencoder(stored_vae(layout).load(vae_dtype), vae_tiling),
     )

@@ -30,7 +30,7 @@ def test_a_folder_without_its_last_part_is_refused_before_the_first_is_loaded(
     loaded: list[str] = []
     encoder = backends.Umt5TextEncoder
     monkeypatch.setattr(
-        backends, "Umt5TextEncoder", lambda *given: loaded.append("text") or encoder(*given)
+        backends, "Umt5TextEncoder", lambda **given: loaded.append("text") or encoder(**given)
     )
     with pytest.raises(WeightsError, match=r"Wan2\.1_VAE\.pth is missing"):
         pipe("a fox", **SMALL)

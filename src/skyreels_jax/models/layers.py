@@ -201,17 +201,21 @@ def scan_layers(
         layers = jax.tree.map(lambda leaf: leaf[:count], layers)
         return jax.lax.scan(lambda carry, layer: step(carry, layer, shared), carry, layers)
 
-    @jax.custom_jvp
-    def tied(carry: _Carry, layers: _Layer, shared: _Shared) -> tuple[_Carry, _Out]:
-        def turn(carry: _Carry, index: jax.Array) -> tuple[_Carry, _Out]:
-            stack, index = jax.lax.optimization_barrier((layers, index))
-            layer = jax.tree.map(
-                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
-            )
-            return step(carry, layer, shared)
-
-        return jax.lax.scan(turn, carry, jnp.arange(count))
-
+    tied = jax.custom_jvp(
+        lambda carry, layers, shared: jax.lax.scan(
+            lambda carry, index: step(carry, _tied_layer(layers, index), shared),
+            carry,
+            jnp.arange(count),
+        )
+    )
     # A gradient of slices taken inside the loop would have the whole stack's size in every turn.
     tied.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
     return tied(carry, layers, shared)
+
+
+def _tied_layer(layers: _Layer, index: Int[Array, ""]) -> _Layer:
+    """One layer's arrays, of a stack that depends on the turn of the loop."""
+    stack, index = jax.lax.optimization_barrier((layers, index))
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
+    )

@@ -169,20 +169,22 @@ class WanModel(nnx.Module):
         mask = None if block_length is None else BlockCausal(tokens.shape[2], block_length)
         length = None if past is None else past.length
         shared = _SharedByLayers(e0, self.positions(grid, past), length)
-
-        def blocks(tokens: FrameTokens) -> FrameTokens:
-            return self.run_blocks(tokens, context, shared, mask, attention, past)[0]
+        given = (context, shared, mask, attention, past)
 
         def key_values() -> KeyValues:
-            shared_by_all = (context, shared, mask, attention, past)
-            states = self.run_blocks(tokens, *shared_by_all, keep_key_values=True)[1]
+            states = self.run_blocks(tokens, *given, keep_key_values=True)[1]
             assert states is not None
             return states
 
-        def head(tokens: FrameTokens) -> Latents:
-            return unpatchify(self.head(tokens, e), grid[1:], self.config.patch_size)
-
-        return StagedForward(x, e, e0, tokens, blocks, head, key_values)
+        return StagedForward(
+            x,
+            e,
+            e0,
+            tokens,
+            blocks=lambda tokens: self.run_blocks(tokens, *given)[0],
+            head=lambda tokens: unpatchify(self.head(tokens, e), grid[1:], self.config.patch_size),
+            key_values=key_values,
+        )
 
     def embed_patches(
         self, x: Latents, y: Float[Array, "B Y F H W"] | None
