@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from skyreels_jax.errors import UnsupportedError
+from skyreels_jax.errors import MemoryExhausted, is_out_of_memory, out_of_memory
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.vae_layers import VaeConfig
 from skyreels_jax.weights.components.clip import stored_image_encoder
@@ -21,9 +21,6 @@ from skyreels_jax.weights.components.transformer import TRANSFORMER
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.layout import Layout
-
-# How XLA's message begins where memory runs out.
-EXHAUSTED: Final = "RESOURCE_EXHAUSTED"
 
 Direction = Literal["encode", "decode"]
 
@@ -135,16 +132,15 @@ def refused_in_words(advice: str) -> Iterator[None]:
     """A device's refusal to allot memory as one line instead of the compiler's report.
 
     Raises:
-        UnsupportedError: memory ran out in the body; says how much was asked for, and ``advice``.
+        MemoryExhausted: memory ran out in the body, JAX's, PyTorch's or the host's; says how much
+            was asked for, and ``advice``.
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if not str(error).startswith(EXHAUSTED):
+    except (MemoryError, RuntimeError, ValueError, OSError) as error:
+        if not is_out_of_memory(error):
             raise
-        asked = str(error).partition("\n")[0].removeprefix(EXHAUSTED).strip(": ")
-        device = jax.local_devices()[0].device_kind
-        raise UnsupportedError(f"{device} has not enough memory ({asked}): {advice}") from error
+        raise MemoryExhausted(out_of_memory(error, advice)) from error
 
 
 def _host_memory() -> list[int]:

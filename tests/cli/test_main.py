@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.cli.commands import Command
+from tests.test_errors import RAN_OUT
 
 from skyreels_jax import interrupt
 from skyreels_jax.cli.main import CLOSED_PIPE, VERBS, build_parser
@@ -240,3 +241,18 @@ def test_a_signal_that_a_finalizer_swallowed_comes_again(
     except KeyboardInterrupt as error:
         raised.append(type(error))
     assert raised == ([kind] if hook is interrupt.send_again else [])
+
+
+@pytest.mark.parametrize("kind", ["python", "jax", "torch", "system"])
+@pytest.mark.parametrize("verb", ["doctor", "info"])
+def test_on_the_command_line_it_is_one_line_wherever_it_is(
+    verb: str, kind: str, command: Command, monkeypatch: pytest.MonkeyPatch
+):
+    def run(args: object) -> int:
+        raise RAN_OUT[kind]
+
+    monkeypatch.setattr(f"skyreels_jax.cli.{verb}.run", run)
+    outcome = command(verb, *(["x"] if verb == "info" else []))
+    assert outcome.code == 2
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("skyreels-jax: error: not enough memory")

@@ -81,7 +81,7 @@ def test_memory_that_runs_out_in_any_stage_is_an_error_of_ours(
     pipe = Pipeline.from_pretrained(checkpoints("t2v", "original"))
     if stage == "sample":
         monkeypatch.setattr(pipeline_module, "load_transformer", refuse)
-        advice = "fewer frames"
+        advice = "loading the transformer: use `dtype` bfloat16"
     else:
         monkeypatch.setattr(backends, "WanAutoencoder", refuse)
         advice = "`vae_tiling` on"

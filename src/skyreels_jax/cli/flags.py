@@ -4,7 +4,10 @@ A verb's module is imported only when it runs: its help, and what is misspelt, n
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +24,8 @@ from skyreels_jax.generation.request.settings import (
     declared,
 )
 
+# Whether only errors are shown, by ``--quiet``.
+QUIET: Final = ContextVar("quiet", default=False)
 DEFAULT_OUTPUT: Final = Path("out.mp4")
 LATENTS_SUFFIX: Final = ".latents.safetensors"
 # Names of `backends.BACKENDS` and `components.encoders.VAE_TILINGS`, which a test holds equal.
@@ -216,6 +221,21 @@ def add_info_flags(parser: argparse.ArgumentParser) -> None:
 def add_doctor_flags(parser: argparse.ArgumentParser) -> None:
     """Those of ``doctor``."""
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+
+
+# Verbs that have something to be silent about.
+QUIET_VERBS: Final = ("generate", "resume", "convert", "data", "train")
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Nothing on standard output in the body, and no progress."""
+    token = QUIET.set(True)
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+            yield
+    finally:
+        QUIET.reset(token)
 
 
 # Verbs whose flags stand here; the others' modules have an `add_parser`.

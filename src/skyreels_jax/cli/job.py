@@ -86,7 +86,8 @@ def go_on(pipeline: Pipeline, job: FolderStore) -> int:
     alone = len(request.windows) == 1
     stopping = nullcontext(StopRequest()) if alone else stop_requested(_say_stopping)
     try:
-        with console_progress() as progress, stopping as stop:
+        shown = console_progress(len(request.windows), job.finished)
+        with shown as progress, stopping as stop:
             clock = Clock(progress, stop=stop)
             _write(pipeline, job, clock)
         _move(job.partial, output)

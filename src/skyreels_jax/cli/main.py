@@ -11,11 +11,12 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Final, NoReturn
 
 import skyreels_jax
-from skyreels_jax.cli.flags import FLAGS
-from skyreels_jax.errors import SkyReelsError
+from skyreels_jax.cli.flags import FLAGS, QUIET_VERBS, quietly
+from skyreels_jax.errors import SkyReelsError, is_out_of_memory, out_of_memory
 from skyreels_jax.generation.request.declaration import hint, in_flags, one_line
 from skyreels_jax.interrupt import (
     HUNG_UP,
@@ -97,9 +98,12 @@ def build_parser(verb: str | None) -> Parser:
             verb_parser.set_defaults(run=_Later(name))
         else:
             importlib.import_module(f"skyreels_jax.cli.{name}").add_parser(verbs)
-        verbs.choices[name].add_argument(
+        said = verbs.choices[name].add_mutually_exclusive_group()
+        said.add_argument(
             "--verbose", action="store_true", help="log shapes, dtypes and timings; show tracebacks"
         )
+        if name in QUIET_VERBS:
+            said.add_argument("--quiet", action="store_true", help="say nothing but errors")
     return parser
 
 
@@ -129,15 +133,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{verb!r} is no verb{_nearest(verb)}; there are {', '.join(VERBS)}")
     parser.check_flags(argv)
     args = parser.parse_args(argv)
+    quiet = getattr(args, "quiet", False)
     logging.basicConfig(
-        level=logging.DEBUG if args.verbose else logging.WARNING,
+        level=logging.DEBUG if args.verbose else logging.ERROR if quiet else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
     )
     # Others' debug lines (compiler passes, plugins) would drown ours.
     for noisy in ("jax", "PIL", "filelock", "httpx", "httpcore", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        with signals_raise():
+        with signals_raise(), quietly() if quiet else nullcontext():
             return args.run(args)
     except SkyReelsError as error:
         if args.verbose:
@@ -145,6 +150,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = in_flags(one_line(str(error)))
         print(f"skyreels-jax: error: {line}", file=sys.stderr)
         return error.exit_code
+    except (MemoryError, RuntimeError, OSError) as error:
+        if args.verbose or not is_out_of_memory(error):
+            raise
+        print(f"skyreels-jax: error: {in_flags(out_of_memory(error))}", file=sys.stderr)
+        return USAGE_ERROR
     except KeyboardInterrupt as stop:
         print("skyreels-jax: stopped", file=sys.stderr)
         return exit_code(stop)

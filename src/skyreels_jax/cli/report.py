@@ -3,29 +3,29 @@
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.cli.flags import QUIET
 from skyreels_jax.generation.request.declaration import in_flags
 from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import declared
-from skyreels_jax.sampling.progress import Progress, Stage, Timings
+from skyreels_jax.sampling.progress import NoProgress, Progress, Stage, Timings
 
 # Seconds between two plain lines of one stage: logs stay readable.
-QUIET_SECONDS = 10.0
+LINE_SECONDS = 60.0
+# Columns from which on a bar has room for words.
+_WIDE: Final = 72
+# Steps and frames whose median is the pace.
+_PACES: Final = 15
 
 
 def describe(checkpoint: Checkpoint, request: ResolvedRequest) -> Iterator[str]:
@@ -62,74 +62,193 @@ def summarise(timings: Timings) -> Iterator[str]:
 
 
 @contextmanager
-def console_progress() -> Iterator[Progress]:
-    """A bar if standard error is a terminal, else lines."""
+def console_progress(windows: int = 1, finished: int = 0) -> Iterator[Progress]:
+    """One bar if standard error is a terminal, else a line a stage; nothing where asked for.
+
+    Args:
+        windows: of the video.
+        finished: how many of them were finished before.
+    """
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield Lines()
-        return
-    columns = (
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[pace]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with RichProgress(*columns, console=console) as bars:
-        yield Bars(bars)
+    if QUIET.get():
+        yield NoProgress()
+    elif not console.is_terminal:
+        yield Lines(windows=windows, finished=finished)
+    else:
+        columns = TextColumn("{task.fields[words]}"), BarColumn(bar_width=None)
+        shares = TextColumn("{task.percentage:>3.0f}%")
+        with RichProgress(*columns, shares, console=console, expand=True) as bars:
+            yield Bars(bars, windows=windows, finished=finished)
 
 
-@dataclass
-class Bars:
-    """One bar a stage; ``pace`` is seconds a step."""
+@dataclass(kw_only=True)
+class _Journey:
+    """Where a run is, over all its windows: what both ways to show it have in common.
 
-    bars: RichProgress
-    tasks: dict[Stage, TaskID] = field(default_factory=dict)
-    started: dict[Stage, float] = field(default_factory=dict)
+    Attributes:
+        windows: of the video.
+        finished: how many of them are finished.
+        stage: under way.
+        done: of its steps or frames.
+        total: of them, if it has any.
+        paces: seconds of the last steps and frames. Only time between two of one stage counts:
+            neither loading, compiling nor the wait for another window.
+        shown: of the video's frames, how many are decoded, of how many.
+    """
+
+    windows: int = 1
+    finished: int = 0
+    stage: Stage | None = None
+    done: int = 0
+    total: int | None = None
+    paces: dict[Stage, deque[float]] = field(default_factory=dict)
+    shown: tuple[int, int] = (0, 0)
+    _mark: float = 0.0
+    _steps: int = 0
 
     def begin(self, stage: Stage, total: int | None = None) -> None:
-        """A bar appears; one without a total only shows that time passes."""
-        self.started[stage] = time.perf_counter()
-        self.tasks[stage] = self.bars.add_task(stage, total=total, pace="")
+        """A stage starts."""
+        self.stage, self.done, self.total = stage, 0, total
+        if stage == "denoise":
+            self._steps = total or 0
+        if stage == "decode":
+            self.shown = (0, total or 0)
+        self._mark = time.perf_counter()
+
+    def advance(self, stage: Stage, done: int) -> None:
+        """``done`` units of a stage are finished."""
+        now = time.perf_counter()
+        before = self.shown[0] if stage == "decode" else self.done
+        if stage == self.stage and done > before:
+            pace = self.paces.setdefault(stage, deque(maxlen=_PACES))
+            pace.append((now - self._mark) / (done - before))
+        # Frames are decoded between the windows: their stage goes on where another has ended.
+        self.stage, self.done = stage, done
+        if stage == "decode":
+            self.shown = (done, self.shown[1])
+            self.total = self.shown[1]
+        self._mark = now
+
+    def end(self, stage: Stage, seconds: float) -> None:
+        """A stage is finished."""
+        del seconds
+        if stage == "denoise":
+            self.finished += 1
+        self.stage, self._mark = None, time.perf_counter()
+
+    @property
+    def window(self) -> int:
+        """The number of the window at work, from 1."""
+        return min(self.finished + 1, self.windows)
+
+    def pace(self, stage: Stage) -> float | None:
+        """Seconds that a step or a frame takes."""
+        paces = self.paces.get(stage)
+        return statistics.median(paces) if paces else None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that are left, as far as they are known."""
+        step, frame = self.pace("denoise"), self.pace("decode")
+        if step is None and frame is None:
+            return None
+        seconds = (step or 0.0) * self._steps_left + (frame or 0.0) * (
+            self.shown[1] - self.shown[0]
+        )
+        return seconds
+
+    @property
+    def _steps_left(self) -> int:
+        """Steps of this window and those after it, which are taken to be like it."""
+        begun = self.done if self.stage == "denoise" else 0
+        return self._steps * max(0, self.windows - self.finished) - begun
+
+    @property
+    def share(self) -> float:
+        """The part of the whole that is done, decoding as a twentieth."""
+        inside = self.done / self.total if self.stage == "denoise" and self.total else 0.0
+        made = min(1.0, (self.finished + inside) / self.windows)
+        return 0.95 * made + 0.05 * self.shown[0] / max(1, self.shown[1])
+
+    def words(self, stage: Stage, width: int) -> str:
+        """All of it in a line that fits on a terminal of ``width`` columns."""
+        narrow = width < _WIDE
+        several = (
+            f"{self.window}/{self.windows}"
+            if narrow
+            else (f"window {self.window} of {self.windows}")
+        )
+        pace, left = self.pace(stage), self.left
+        parts = [
+            several if self.windows > 1 else "",
+            stage,
+            f"{self.done}/{self.total}" if self.total and self.stage == stage else "",
+            f"{pace:.2f} s each" if pace is not None and not narrow else "",
+            f"{clock_time(left)} left" if left is not None else "",
+        ]
+        return (" " if narrow else "  ").join(filter(None, parts))
+
+
+def clock_time(seconds: float) -> str:
+    """Such as ``3:08`` or ``1:03:08``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Bars(_Journey):
+    """One bar for the whole run."""
+
+    def __init__(self, bars: RichProgress, *, windows: int = 1, finished: int = 0):
+        """``windows`` of the video, of which so many were ``finished`` before."""
+        super().__init__(windows=windows, finished=finished)
+        self._bars = bars
+        self._task = bars.add_task("", total=1.0, words="")
+
+    def begin(self, stage: Stage, total: int | None = None) -> None:
+        """Its words change."""
+        super().begin(stage, total)
+        self._show(stage)
 
     def advance(self, stage: Stage, done: int) -> None:
         """It grows."""
-        each = (time.perf_counter() - self.started[stage]) / done
-        unit = "step" if stage == "denoise" else "frame"
-        self.bars.update(self.tasks[stage], completed=done, pace=f"{each:.2f} s/{unit}")
+        super().advance(stage, done)
+        self._show(stage)
 
     def end(self, stage: Stage, seconds: float) -> None:
-        """It is full; one without a total becomes one of one."""
-        task = next(task for task in self.bars.tasks if task.id == self.tasks[stage])
-        total = task.total or 1
-        self.bars.update(task.id, total=total, completed=total, pace=f"{seconds:.1f} s")
+        """It stays where it is."""
+        super().end(stage, seconds)
+        self._show(stage)
+
+    def _show(self, stage: Stage) -> None:
+        words = self.words(stage, self._bars.console.width)
+        self._bars.update(self._task, completed=self.share, words=words)
 
 
-@dataclass
-class Lines:
-    """A line when a stage ends, and in long stages one every ten seconds."""
+class Lines(_Journey):
+    """A line when a stage ends, and in long stages one a minute."""
 
-    totals: dict[Stage, int | None] = field(default_factory=dict)
-    started: dict[Stage, float] = field(default_factory=dict)
-    said: float = 0.0
+    _said: float = 0.0
 
     def begin(self, stage: Stage, total: int | None = None) -> None:
         """Remembered, not said."""
-        self.totals[stage] = total
-        self.started[stage] = self.said = time.perf_counter()
+        super().begin(stage, total)
+        self._said = time.perf_counter()
 
     def advance(self, stage: Stage, done: int) -> None:
         """Said if the last line is some time ago."""
-        now = time.perf_counter()
-        if now - self.said < QUIET_SECONDS:
-            return
-        self.said = now
-        total = self.totals[stage] or done
-        each = (now - self.started[stage]) / done
-        left = each * (total - done)
-        print(f"{stage}: {done}/{total}, {each:.2f} s each, {left:.0f} s left", file=sys.stderr)
+        super().advance(stage, done)
+        if time.perf_counter() - self._said >= LINE_SECONDS:
+            self._said = time.perf_counter()
+            print(self.words(stage, _WIDE), file=sys.stderr, flush=True)
 
     def end(self, stage: Stage, seconds: float) -> None:
         """Said."""
-        print(f"{stage}: done in {seconds:.1f} s", file=sys.stderr)
+        window, left = self.window, self.left
+        super().end(stage, seconds)
+        of = f" (window {window} of {self.windows}" if self.windows > 1 else ""
+        if of and stage == "denoise":
+            of += f", {clock_time(self.left or 0.0)} left)" if left is not None else ")"
+        else:
+            of = ""
+        print(f"{stage}: done in {seconds:.1f} s{of}", file=sys.stderr, flush=True)

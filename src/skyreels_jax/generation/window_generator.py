@@ -6,7 +6,8 @@ A video that the transformer sees at once is one window; all tasks take this pat
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
@@ -36,9 +37,10 @@ from skyreels_jax.diffusion.step_cache import step_cache
 from skyreels_jax.diffusion.unipc import FlowSchedule, flow_sigmas
 from skyreels_jax.generation.request.resolved import ResolvedRequest, Window
 from skyreels_jax.generation.store import NoStore, WindowStore
+from skyreels_jax.memory import refused_in_words
 from skyreels_jax.sampling.denoiser import Denoiser, Sampling
 from skyreels_jax.sampling.noise import draw_noise, draw_torch_noise, noise_key
-from skyreels_jax.sampling.progress import Clock
+from skyreels_jax.sampling.progress import Clock, Stage
 from skyreels_jax.sampling.step import Conditioning, ConditioningNoise
 from skyreels_jax.shapes import Context, HostLatents, Latents
 
@@ -50,6 +52,22 @@ _FIRST_FPS: Final = 16
 _CONDITIONING_STREAM: Final = 2**31
 
 logger = logging.getLogger(__name__)
+
+_SMALLER_MODEL: Final = "use `dtype` bfloat16, a smaller checkpoint or more memory"
+# What takes less memory, by stage.
+_LESS: Final[Mapping[Stage, str]] = {
+    "text": f"encoding the prompt: {_SMALLER_MODEL}",
+    "image": f"encoding the image: {_SMALLER_MODEL}",
+    "condition": "encoding what is given: use `vae_tiling` on or a smaller size",
+    "load": f"loading the transformer: {_SMALLER_MODEL}",
+}
+
+
+@contextmanager
+def _stage(clock: Clock, stage: Stage) -> Iterator[None]:
+    """A stage of which memory that runs out is said in its own words."""
+    with refused_in_words(_LESS[stage]), clock.stage(stage):
+        yield
 
 
 @dataclass(frozen=True)
@@ -166,7 +184,7 @@ class WindowGenerator:
                 request = self.request
                 guidance = guidance_of(request.guidance_scale, batched=request.batched_guidance)
                 inputs = encode_inputs(self.components, request, guidance, self.clock)
-                with self.clock.stage("load"):
+                with _stage(self.clock, "load"):
                     self._loaded = _Loaded(self._load(), inputs, guidance)
             latents = self._denoise(self._loaded, window, prefix)
             self.store.save(window, latents)
@@ -259,7 +277,7 @@ def encode_known_frames(
     if forcing is None or not (request.windows[0].prefix or request.last_image is not None):
         return KnownFrames()
     size = request.height, request.width
-    with clock.stage("condition"):
+    with _stage(clock, "condition"):
         if request.video is not None:
             prefix = encode_last_frames(
                 components.vae, request.video.path, forcing.overlap_history, size, request.fps
@@ -279,7 +297,7 @@ def encode_inputs(
     """Encode the prompts that guidance needs and, for image-to-video checkpoints, the images."""
     prompts = list(dict.fromkeys(request.prompts))
     texts = prompts if isinstance(guidance, NoGuidance) else [*prompts, request.negative_prompt]
-    with clock.stage("text"):
+    with _stage(clock, "text"):
         states = jnp.asarray(components.text_encoder.encode(texts))
     logger.debug("text states %s %s", states.shape, states.dtype)
     clip_fea, y = None, None
@@ -296,14 +314,14 @@ def _encode_images(
     """Image features, those of a last image after the first's, and mask with latents."""
     if components.image_encoder is None:
         raise ValueError(f"a request of task {request.task} takes an image encoder")
-    with clock.stage("image"):
+    with _stage(clock, "image"):
         images = [
             prepare_image(image, request.height, request.width)
             for image in (request.image, request.last_image)
             if image is not None
         ]
         features = np.concatenate([components.image_encoder.encode(image) for image in images])
-    with clock.stage("condition"):
+    with _stage(clock, "condition"):
         last = images[1] if len(images) > 1 else None
         y = condition_latents(components.vae, images[0], last, request.num_frames)
     logger.debug("image features %s, condition %s", features.shape, y.shape)
