@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from skyreels_jax.diffusion.cache_settings import CallCounter
 from skyreels_jax.diffusion.easycache import EasyCache
 from skyreels_jax.diffusion.frame_schedule import plan_blocks, schedule_frames
 from skyreels_jax.diffusion.step_cache import NoCache, Position, StagedForward, StepCache
-from skyreels_jax.diffusion.teacache import TeaCache
+from skyreels_jax.diffusion.teacache import OriginalTeaCache, TeaCache
 from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.presets import PRESETS
 
@@ -110,19 +111,24 @@ def run(cache: StepCache, table: np.ndarray, calls: int = 2) -> tuple[list[list[
 
 def tea(
     threshold: float, name: str = "T2V-14B-540P", *, ret: bool, wrap: int = 0, **changes
-) -> TeaCache:
+) -> TeaCache | OriginalTeaCache:
     table = PRESETS[f"SkyReels-V2-{name}"].cache
     first, last = (5, 0) if ret else (1, 1)
     numbers = {"first": first, "last": last} | changes
-    return TeaCache(
+    settings = (
         np.array(threshold, np.float32),
         np.array(table.retained if ret else table.plain, np.float32),
-        *(np.array(n, np.int32) for n in (numbers["first"], numbers["last"], wrap)),
-        ret,
     )
+    if wrap:
+        counts = (np.array(n, np.int32) for n in (2 * first, 0, wrap, 2))
+        return OriginalTeaCache(*settings, *counts, ret, alternating=False)
+    counts = (np.array(numbers[name], np.int32) for name in ("first", "last"))
+    return TeaCache(*settings, *counts, ret)
 
 
-def transcribed(cache: TeaCache, table: np.ndarray, *, original: bool) -> list[list[bool]]:
+def transcribed(
+    cache: TeaCache | OriginalTeaCache, table: np.ndarray, *, original: bool
+) -> list[list[bool]]:
     """The original's forward, call by call: even and odd calls apart, a counter of calls."""
     num_steps = len(table)
     ret_calls = 10 if cache.projected else 2
@@ -275,3 +281,31 @@ def test_what_is_remembered_has_the_size_that_is_said():
     assert (
         sum(leaf.size for leaf in jax.tree.leaves(easy(0.2).init(call))) == 2 + 3 * 2 * FRAMES * 9
     )
+
+
+def test_the_originals_counter_is_carried_from_window_to_window():
+    """Against counting by ones, with ends of the count and lengths of windows at random."""
+    rng = np.random.default_rng(5)
+    beyond = 0
+    for _ in range(300):
+        count, start, per_step = 0, 0, int(rng.integers(1, 3))
+        for _ in range(4):
+            wrap, iterations = (int(n) for n in rng.integers(1, 30, 2))
+            counter = CallCounter(start, wrap, per_step)
+            beyond += start >= wrap > 1
+            for call in range(iterations * per_step):
+                assert counter.at(call) == count
+                count = 0 if count + 1 >= wrap else count + 1
+            start = counter.after(iterations)
+            assert start == count
+    assert beyond > 100
+
+
+@pytest.mark.parametrize("start", [0, 3, 40])
+def test_the_count_on_the_device_is_that_of_the_host(start: int):
+    counter = CallCounter(start, 7, 2)
+    numbers = (np.array(n, np.int32) for n in (10, start, 7, 2))
+    cache = OriginalTeaCache(1.0, (), *numbers, False, alternating=False)
+    for call in range(20):
+        where = Position(*(np.array(n, np.int32) for n in (call // 2, 10, call % 2)))
+        assert int(cache._count(where)) == counter.at(call)

@@ -148,14 +148,16 @@ def prepare_image(
     height: int,
     width: int,
     resampling: Image.Resampling = Image.Resampling.LANCZOS,
+    *,
+    stretch: bool = False,
 ) -> ImageCondition:
-    """Crop ``image`` around its centre to the video's aspect and resize it.
+    """Crop ``image`` around its centre to the video's aspect, or ``stretch`` it, and resize it.
 
     The resized image is rounded to 8 bits before it is scaled, as in both references. The original
     resizes by Lanczos for image-to-video and bicubically for diffusion forcing.
     """
-    fitted = Image.fromarray(image).crop(_centre_box(image, height, width))
-    resized = np.asarray(fitted.resize((width, height), resampling))
+    box = None if stretch else _centre_box(image, height, width)
+    resized = np.asarray(Image.fromarray(image).crop(box).resize((width, height), resampling))
     pixels = 2 * (resized.astype(np.float32) / 255) - 1
     return ImageCondition(image, np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
 
@@ -204,14 +206,24 @@ def encode_first_frame(vae: Autoencoder, image: ImageCondition) -> HostLatents:
     return vae.encode(image.pixels[:, None]).astype(np.float32)
 
 
+def fitted_frames(
+    video: Path, size: tuple[int, int], fps: int | Fraction | None
+) -> Iterator[ImageCondition]:
+    """The frames of a file to continue, at ``size``.
+
+    They are taken at ``fps`` and cropped to the aspect of ``size``; with ``None`` each is taken
+    once and stretched, as in the original.
+    """
+    for frame in stream_video(video, fps):
+        yield prepare_image(frame, *size, Image.Resampling.BICUBIC, stretch=fps is None)
+
+
 def encode_last_frames(
-    vae: Autoencoder, video: Path, count: int, size: tuple[int, int], fps: int | Fraction
+    vae: Autoencoder, video: Path, count: int, size: tuple[int, int], fps: int | Fraction | None
 ) -> HostLatents:
     """Latents of the last ``count`` frames (``4k + 1``) of a file, as a video of their own.
 
-    Frames are taken at ``fps`` and cropped to the aspect of ``size``, where the original stretches
-    them.
+    Frames are as in :func:`fitted_frames`.
     """
-    last = deque(stream_video(video, fps), maxlen=count)
-    images = [prepare_image(frame, *size, Image.Resampling.BICUBIC) for frame in last]
-    return vae.encode(np.stack([image.pixels for image in images], axis=1)).astype(np.float32)
+    last = deque(fitted_frames(video, size, fps), maxlen=count)
+    return vae.encode(np.stack([image.pixels for image in last], axis=1)).astype(np.float32)

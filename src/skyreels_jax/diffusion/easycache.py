@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from skyreels_jax.diffusion.cache_settings import CacheSettings
+from skyreels_jax.diffusion.cache_settings import CacheSettings, CallCounter
 from skyreels_jax.diffusion.step_cache import Number, Position, StagedForward, Velocity
 
 # A tenth of the steps always runs at the start, two at least, and the last one.
@@ -57,9 +57,9 @@ class EasyCache:
     last: Number
 
     @classmethod
-    def of(cls, settings: CacheSettings, steps: int, iterations: int) -> "EasyCache":
+    def of(cls, settings: CacheSettings, steps: int, counter: CallCounter | None) -> "EasyCache":
         """The cache of a run in which each frame takes ``steps`` steps."""
-        del iterations
+        del counter
         first = max(2, round(_FIRST * steps))
         numbers = np.array(settings.threshold, np.float32), np.array(first, np.int32)
         return cls(*numbers, np.array(1, np.int32))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from skyreels_jax.diffusion.cache_settings import CACHE_KINDS, CacheSettings
+from skyreels_jax.diffusion.cache_settings import CACHE_KINDS, CacheSettings, CallCounter
 
 Velocity = Float[Array, "rows C F H W"]
 # A number of a cache. While a program is traced, a pytree also holds what stands for numbers.
@@ -85,12 +85,15 @@ class NoCache(NamedTuple):
         return staged.head(staged.blocks(staged.tokens)), state, jnp.bool_(True)
 
 
-def step_cache(settings: CacheSettings, steps: int, iterations: int) -> StepCache:
-    """The cache of a run of ``iterations``, in which each frame takes ``steps`` steps.
+def step_cache(
+    settings: CacheSettings, steps: int, counter: CallCounter | None = None
+) -> StepCache:
+    """The cache of a run in which each frame takes ``steps`` steps.
 
-    Threshold 0 is no cache at all: it costs no memory then.
+    Threshold 0 is no cache at all, and costs no memory. With the original's ``counter`` it is one:
+    the original's TeaCache still leaves calls out where its estimate of a change is negative.
     """
-    if settings.name == "none" or settings.threshold == 0:
+    if settings.name == "none" or (settings.threshold == 0 and counter is None):
         return NoCache()
     module = import_module(f"skyreels_jax.diffusion.{settings.name}")
-    return getattr(module, CACHE_KINDS[settings.name].cls).of(settings, steps, iterations)
+    return getattr(module, CACHE_KINDS[settings.name].cls).of(settings, steps, counter)

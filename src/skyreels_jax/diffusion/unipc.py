@@ -117,11 +117,19 @@ class SolverState(NamedTuple):
     older: Float[Array, "F *frame"]
 
 
-def tabulate(schedule: FlowSchedule, *, rounded: bool = False) -> Coefficients:
+def tabulate(
+    schedule: FlowSchedule, *, rounded: bool = False, overwritten: bool = False
+) -> Coefficients:
     """The weights of all steps of ``schedule``, worked out in float64 and returned in float32.
 
-    ``rounded`` rounds what the corrector solves for to bfloat16, as the original does when its
-    samples are bfloat16.
+    Args:
+        schedule: the sigmas.
+        rounded: round what the corrector solves for to bfloat16, as the original does when its
+            samples are bfloat16.
+        overwritten: let the second step's corrector start from the sample after the first step. In
+            the original's diffusion forcing the solver remembers a view of the latents as the
+            sample that the first step started from, and the loop then overwrites them; later
+            steps start from corrected samples, which are arrays of their own.
     """
     with np.errstate(divide="ignore"):
         log_snr = np.log1p(-schedule.sigmas) - np.log(schedule.sigmas)  # infinite at the end
@@ -133,7 +141,12 @@ def tabulate(schedule: FlowSchedule, *, rounded: bool = False) -> Coefficients:
         )
         for i, sigma in enumerate(schedule.sigmas[:-1])
     ]
-    return Coefficients(*np.array(rows).astype(np.float32).T)
+    table = Coefficients(*np.array(rows).astype(np.float32).T)
+    if overwritten:
+        # The sample after the first step is the one that the second is given.
+        table.from_sample[1:2] = table.from_start[1:2]
+        table.from_start[1:2] = 0
+    return table
 
 
 def init(x: Float[Array, "F *frame"]) -> SolverState:

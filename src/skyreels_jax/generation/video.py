@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from PIL import Image
 
 from skyreels_jax import media
-from skyreels_jax.components.encoders import prepare_image, to_frames
+from skyreels_jax.components.encoders import fitted_frames, to_frames
 from skyreels_jax.components.lazy import loaded_vae
 from skyreels_jax.components.protocols import Autoencoder, Components
 from skyreels_jax.diffusion.unipc import FlowSchedule
@@ -223,11 +222,11 @@ def write_mp4(
 
 
 def _frames_of_file(request: ResolvedRequest) -> Iterator[Frames]:
-    """The frames of the video to continue, cropped and resized to the request's size."""
+    """The frames of the video to continue, at the request's size."""
     assert request.video is not None
-    for frame in media.stream_video(request.video.path, request.fps):
-        fitted = prepare_image(frame, request.height, request.width, Image.Resampling.BICUBIC)
-        yield to_frames(fitted.pixels[:, None])
+    size = request.height, request.width
+    for frame in fitted_frames(request.video.path, size, request.reading_rate):
+        yield to_frames(frame.pixels[:, None])
 
 
 def _from_latents(

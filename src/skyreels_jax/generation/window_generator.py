@@ -33,8 +33,9 @@ from skyreels_jax.diffusion.frame_schedule import (
     synchronous_schedule,
 )
 from skyreels_jax.diffusion.guidance import Guidance, NoGuidance, guidance_of
-from skyreels_jax.diffusion.step_cache import step_cache
+from skyreels_jax.diffusion.step_cache import CacheState, step_cache
 from skyreels_jax.diffusion.unipc import FlowSchedule, flow_sigmas
+from skyreels_jax.generation.request.reference import call_counter, takes_state
 from skyreels_jax.generation.request.resolved import ResolvedRequest, Window
 from skyreels_jax.generation.store import NoStore, WindowStore
 from skyreels_jax.memory import refused_in_words
@@ -158,6 +159,9 @@ class WindowGenerator:
         self._schedule = schedule or flow_sigmas(request.steps, request.shift)
         self._known: KnownFrames | None = None
         self._loaded: _Loaded | None = None
+        # What the original's TeaCache takes over from one window into the next; only here.
+        self._caches: tuple[CacheState, ...] | None = None
+        self._takes_state = any(takes_state(request, window) for window in request.windows)
 
     @property
     def known(self) -> KnownFrames:
@@ -178,7 +182,7 @@ class WindowGenerator:
             Stopped: somebody asked the clock to.
             ValueError: the noise has another shape than the window's latents.
         """
-        latents = self.store.load(window)
+        latents = self.store.load(window) if self._may_load() else None
         if latents is None:
             if self._loaded is None:
                 request = self.request
@@ -191,6 +195,10 @@ class WindowGenerator:
         if window == self.request.windows[-1]:
             self._loaded = None
         return latents
+
+    def _may_load(self) -> bool:
+        """Whether a stored window will do: not where later ones need what is not stored."""
+        return not self._takes_state or self.store.load(self.request.windows[-1]) is not None
 
     def _start(self, window: Window, prefix: KnownLatents | None) -> Latents:
         """Noise of all frames but those that are known."""
@@ -211,6 +219,7 @@ class WindowGenerator:
             block_length = request.forcing.causal_attention
             denoiser = dataclasses.replace(denoiser, block_length=block_length)
         frame_schedule = frame_schedule_for(request, self._schedule, window)
+        caches, self._caches = self._caches, None
         denoised = denoiser.run(
             self._start(window, prefix),
             loaded.condition(request.prompts[window.number], request.fps, self.clock),
@@ -218,13 +227,18 @@ class WindowGenerator:
                 self._schedule,
                 loaded.guidance,
                 request.attention,
-                step_cache(request.cache, request.steps, frame_schedule.iterations),
+                step_cache(request.cache, request.steps, call_counter(request, window)),
                 latents=request.latent_dtype,
+                exact=request.exact_forcing,
             ),
             frame_schedule=frame_schedule,
             conditioning_noise=conditioning_noise(request, window),
+            caches=caches,
             clock=self.clock,
         )
+        following = request.windows[window.number + 1 :][:1]
+        if any(takes_state(request, after) for after in following):
+            self._caches = denoised.caches
         self.clock.ran(
             denoised.step_seconds, denoised.computed, denoised.calls, denoised.block_counts
         )
@@ -280,7 +294,8 @@ def encode_known_frames(
     with _stage(clock, "condition"):
         if request.video is not None:
             prefix = encode_last_frames(
-                components.vae, request.video.path, forcing.overlap_history, size, request.fps
+                *(components.vae, request.video.path, forcing.overlap_history, size),
+                request.reading_rate,
             )
         elif request.image is not None:
             image = prepare_image(request.image, *size, Image.Resampling.BICUBIC)

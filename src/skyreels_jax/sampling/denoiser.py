@@ -21,7 +21,7 @@ from skyreels_jax.diffusion import unipc
 from skyreels_jax.diffusion.block_reuse import BlockReuse, plan_block_reuse
 from skyreels_jax.diffusion.frame_schedule import FrameSchedule, synchronous_schedule
 from skyreels_jax.diffusion.guidance import Guidance
-from skyreels_jax.diffusion.step_cache import NoCache, StepCache
+from skyreels_jax.diffusion.step_cache import CacheState, NoCache, StepCache
 from skyreels_jax.diffusion.unipc import FlowSchedule
 from skyreels_jax.ops.attention import paths_with_past
 from skyreels_jax.sampling.progress import Clock, StepMonitor
@@ -46,6 +46,8 @@ class Sampling:
         attention: name of an attention path; ``None`` chooses by platform and shape.
         cache: which model calls are left out.
         latents: dtype they have between iterations; bfloat16 is the original's diffusion forcing.
+        exact: as the original's diffusion forcing to the letter: the sample that a frame's first
+            step started from is overwritten, and finished blocks are computed in every iteration.
     """
 
     schedule: FlowSchedule
@@ -53,11 +55,14 @@ class Sampling:
     attention: str | None = None
     cache: StepCache = NoCache()
     latents: str = "float32"
+    exact: bool = False
 
     @property
     def coefficients(self) -> unipc.Coefficients:
         """The solver's table, for latents of this dtype."""
-        return unipc.tabulate(self.schedule, rounded=self.latents != "float32")
+        return unipc.tabulate(
+            self.schedule, rounded=self.latents != "float32", overwritten=self.exact
+        )
 
 
 class AbstractInputs(NamedTuple):
@@ -79,6 +84,7 @@ class Denoised:
         computed: model calls that ran.
         calls: model calls that a run without a cache makes.
         reuse: which blocks of frames were computed, where not all were in every iteration.
+        caches: what the step cache remembers at the end, for a run that goes on from there.
     """
 
     latents: Latents
@@ -86,6 +92,7 @@ class Denoised:
     computed: int
     calls: int
     reuse: BlockReuse | None = None
+    caches: tuple[CacheState, ...] = ()
 
     @property
     def block_counts(self) -> tuple[int, int]:
@@ -148,6 +155,7 @@ class Denoiser:
         *,
         frame_schedule: FrameSchedule | None = None,
         conditioning_noise: ConditioningNoise | None = None,
+        caches: tuple[CacheState, ...] | None = None,
         clock: Clock | None = None,
         observe: Callable[[Float[Array, "F B C H W"]], None] | None = None,
     ) -> Denoised:
@@ -159,6 +167,7 @@ class Denoiser:
             sampling: settings.
             frame_schedule: when each frame takes which step; ``None`` moves them all together.
             conditioning_noise: over known frames; takes a frame schedule with a column for each.
+            caches: of an earlier run, which the step cache goes on from; they are used up.
             clock: where stages are timed and reported.
             observe: shown the latents after each iteration. It holds the run up, and must copy
                 them.
@@ -172,6 +181,8 @@ class Denoiser:
         frames = noise.shape[2]
         plan = self._plan(frames, conditioning, sampling, schedule, conditioning_noise)
         state = plan.start(noise)
+        if caches is not None:
+            state = state._replace(caches=caches)
         programs = {
             key: self._compiled(key.function, (plan.step, state, iteration), clock, donate=1)
             for key, iteration in plan.programs.items()
@@ -187,7 +198,8 @@ class Denoiser:
             monitor.finish()
         latents = jnp.moveaxis(state.x, 0, 2).astype(jnp.float32)
         seconds = tuple(monitor.seconds)
-        return Denoised(latents, seconds, monitor.computed, monitor.calls, plan.reuse)
+        counts = (monitor.computed, monitor.calls)
+        return Denoised(latents, seconds, *counts, plan.reuse, state.caches)
 
     def programs(
         self,
@@ -254,8 +266,8 @@ class Denoiser:
         takes_past = sampling.attention is None or sampling.attention in paths_with_past()
         if self.block_length is None or schedule.update.shape[1] == 1 or not takes_past:
             return None
-        if not isinstance(sampling.cache, NoCache):
-            return None  # It would have to decide for each block.
+        if sampling.exact or not isinstance(sampling.cache, NoCache):
+            return None  # Sums in another order; and a cache would have to decide for each block.
         reusable = noise is None or noise.once
         reuse = plan_block_reuse(schedule, frames, self.block_length, reusable=reusable)
         return reuse if reuse.computed < reuse.total else None

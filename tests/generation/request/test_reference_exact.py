@@ -1,5 +1,7 @@
 """```reference_exact```: what it sets, what it refuses, and that it reaches the run."""
 
+import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,12 +10,20 @@ import pytest
 import torch
 from tests import standins
 
+from skyreels_jax.checkpoints import Guess
 from skyreels_jax.components.protocols import Components
+from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.errors import RequestError
+from skyreels_jax.generation.request.reference import call_counter
 from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import Request
-from skyreels_jax.generation.window_generator import WindowGenerator, starting_noise
+from skyreels_jax.generation.window_generator import (
+    WindowGenerator,
+    frame_schedule_for,
+    starting_noise,
+)
+from skyreels_jax.presets import PRESETS
 from skyreels_jax.sampling.denoiser import Denoiser
 
 LONG = {"num_frames": 41, "base_num_frames": 17, "overlap_history": 5}
@@ -23,7 +33,10 @@ IMAGE = np.zeros((32, 48, 3), np.uint8)
 def request(task: str = "df", **wishes: Any) -> ResolvedRequest:
     settings = {"prompt": "a fox", "height": 32, "width": 48, "num_frames": 9, "seed": 3}
     settings |= {"steps": 3, "reference_exact": True, "dtype": "float32"} | wishes
-    return resolve(Request(**settings), standins.checkpoint(task))
+    # TeaCache's coefficients are a preset's.
+    guess = Guess(PRESETS["SkyReels-V2-DF-1.3B-540P"], "said so")
+    checkpoint = dataclasses.replace(standins.checkpoint(task), guess=guess)
+    return resolve(Request(**settings), checkpoint)
 
 
 def test_it_is_the_originals_way_in_everything_that_has_two():
@@ -135,12 +148,63 @@ def test_what_the_original_gets_right_is_taken():
     request(num_frames=33, base_num_frames=21, overlap_history=9, causal_block_size=3)
 
 
-def test_a_video_to_continue_is_refused(tmp_path):
+def test_a_video_to_continue_is_taken_frame_by_frame_and_stretched(tmp_path):
     from skyreels_jax import media
 
-    media.write_video(tmp_path / "clip.mp4", np.zeros((9, 32, 48, 3), np.uint8), fps=24)
-    with pytest.raises(RequestError, match="the original stretches it"):
-        request(video=tmp_path / "clip.mp4", num_frames=13, overlap_history=5)
+    media.write_video(tmp_path / "clip.mp4", np.zeros((9, 32, 64, 3), np.uint8), fps=12)
+    given = {"video": tmp_path / "clip.mp4", "num_frames": 13, "overlap_history": 5}
+    asked, usual = request(**given), request(**given, reference_exact=False)
+    assert asked.video is not None
+    assert usual.video is not None
+    assert (asked.video.frames, asked.reading_rate) == (9, None)
+    assert (usual.video.frames, usual.reading_rate) == (18, 24)
+    assert any("each frame once, as the original" in line for line in asked.warnings)
+    assert any("shows it stretched, as the original" in line for line in asked.warnings)
+    assert not any("stretched" in line for line in usual.warnings)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.6, 1.0])
+def test_guidance_up_to_1_is_none_in_diffusion_forcing(scale: float):
+    assert request(guidance_scale=scale).guidance_scale == 1.0
+    assert request(guidance_scale=scale, reference_exact=False).guidance_scale == scale
+    assert request("t2v", guidance_scale=scale).guidance_scale == scale
+    assert request(guidance_scale=1.01).guidance_scale == 1.01
+    said = [line for line in request(guidance_scale=scale).warnings if "no guidance" in line]
+    assert bool(said) == (scale < 1)
+
+
+def test_windows_count_iterations_as_they_run():
+    """The counter knows how many iterations a window has before it is planned."""
+    for wishes in (
+        {},
+        LONG,
+        {**LONG, "ar_step": 2, "image": IMAGE},
+        {**LONG, "ar_step": 9},
+        {"num_frames": 41, "base_num_frames": 25, "overlap_history": 9, "ar_step": 1},
+    ):
+        asked = request(cache="teacache", **wishes)
+        schedule = flow_sigmas(asked.steps, asked.shift)
+        for before, window in pairwise(asked.windows):
+            counter, then = call_counter(asked, before), call_counter(asked, window)
+            assert counter is not None
+            assert then is not None
+            iterations = frame_schedule_for(asked, schedule, before).iterations
+            assert then.start == counter.after(iterations)
+
+
+def test_windows_whose_states_cannot_meet_are_refused():
+    """Where the original's TeaCache would subtract one window's embeddings from another's."""
+    wishes = {**LONG, "num_frames": 37, "ar_step": 2, "image": IMAGE, "cache": "teacache"}
+    with pytest.raises(RequestError, match=r"where the original fails; `num_frames` 41 makes"):
+        request(**wishes, steps=7)
+    request(**{**wishes, "num_frames": 41}, steps=7)
+    request(**{**wishes, "ar_step": 0}, steps=7)
+
+
+def test_two_prompts_in_one_call_do_not_go_with_the_originals_teacache():
+    with pytest.raises(RequestError, match="decides on each of two calls"):
+        request(cache="teacache", batched_guidance=True)
+    request(batched_guidance=True)
 
 
 def test_an_unknown_noise_is_refused():

@@ -22,6 +22,7 @@ from skyreels_jax.diffusion.guidance import NoGuidance, guidance_of
 from skyreels_jax.diffusion.step_cache import step_cache
 from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.generation.dry_run.operations import operations
+from skyreels_jax.generation.request.reference import call_counter
 from skyreels_jax.generation.request.resolved import ResolvedRequest, Window
 from skyreels_jax.generation.window_generator import conditioning_noise, frame_schedule_for
 from skyreels_jax.geometry import latent_frames
@@ -176,11 +177,15 @@ def plan_denoising(checkpoint: Checkpoint, request: ResolvedRequest) -> StagePla
         channels = config.in_dim - geometry.LATENT_CHANNELS
         y = Abstract((1, channels, *shape), jnp.float32) if channels else None
         frame_schedule = frame_schedule_for(request, schedule, window)
-        cache = step_cache(request.cache, request.steps, frame_schedule.iterations)
+        cache = step_cache(request.cache, request.steps, call_counter(request, window))
         return denoiser.programs(
             Abstract((1, geometry.LATENT_CHANNELS, *shape), jnp.float32),
             AbstractInputs(text, features, y, Abstract((1,), jnp.int32)),
-            Sampling(schedule, guidance, attention, cache, latents=request.latent_dtype),
+            Sampling(
+                *(schedule, guidance, attention, cache),
+                latents=request.latent_dtype,
+                exact=request.exact_forcing,
+            ),
             frame_schedule=frame_schedule,
             conditioning_noise=conditioning_noise(request, window),
         )

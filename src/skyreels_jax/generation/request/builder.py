@@ -103,20 +103,31 @@ class RequestBuilder:
                 else f"sound in {info.sound} cannot be copied, so the video will have none"
             )
             self.warnings.append(f"{info.path.name} has sound: {kept}")
-        given = GivenVideo(info.path, info.frames_at(fps), float(info.rate), info.sound)
+        frames = info.frames if self.request.reference_exact else info.frames_at(fps)
+        given = GivenVideo(info.path, frames, float(info.rate), info.sound)
         return given, info.first
 
-    def warn_of_cut(self, what: str, image: RgbImage | None, size: tuple[int, int]) -> None:
-        """Warn where fitting the image to ``size`` cuts more than a tenth of it off."""
+    def warn_of_cut(
+        self,
+        what: str,
+        image: RgbImage | None,
+        size: tuple[int, int],
+        *,
+        stretched: bool = False,
+    ) -> None:
+        """Warn where fitting the image to ``size`` cuts more than a tenth off, or stretches it."""
         if image is None:
             return
         height, width = image.shape[:2]
         share = (width / height) / (size[1] / size[0])
         if min(share, 1 / share) < 1 - _MUCH_CUT:
             side = "height" if share < 1 else "width"
+            shown = f"shows {min(share, 1 / share):.0%} of its {side}"
+            if stretched:
+                shown = "shows it stretched, as the original does"
             self.warnings.append(
-                f"{what} is {width} x {height}: a video of {size[1]} x {size[0]} shows "
-                f"{min(share, 1 / share):.0%} of its {side}; `aspect` image keeps all"
+                f"{what} is {width} x {height}: a video of {size[1]} x {size[0]} {shown}; `aspect` "
+                "image keeps all"
             )
 
     def size(self, image: RgbImage | None) -> tuple[int, int]:

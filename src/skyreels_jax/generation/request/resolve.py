@@ -16,7 +16,11 @@ from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request.builder import GIVEN, RequestBuilder
 from skyreels_jax.generation.request.notes import notes
-from skyreels_jax.generation.request.reference import reference_violations
+from skyreels_jax.generation.request.reference import (
+    original_guidance,
+    reference_violations,
+    state_violations,
+)
 from skyreels_jax.generation.request.resolved import Forcing, ResolvedRequest, prompts_by_window
 from skyreels_jax.generation.request.settings import (
     DRAW_SEED,
@@ -56,7 +60,8 @@ def resolve(
     video, still = builder.given_video(fps)
     height, width = builder.size(still if image is None else image)
     for what, shown in (("the image", image), ("the last image", last_image), ("the video", still)):
-        builder.warn_of_cut(what, shown, (height, width))
+        as_original = request.reference_exact and shown is still
+        builder.warn_of_cut(what, shown, (height, width), stretched=as_original)
     values: dict[str, Any] = {
         "model": checkpoint.repo or checkpoint.folder.resolve().name,
         "task": checkpoint.task,
@@ -70,7 +75,9 @@ def resolve(
         "width": width,
         "num_frames": builder.frames(fps),
         "steps": builder.choose("steps", defaults.steps),
-        "guidance_scale": builder.choose("guidance_scale", defaults.guidance_scale),
+        "guidance_scale": original_guidance(
+            builder, builder.choose("guidance_scale", defaults.guidance_scale)
+        ),
         "shift": builder.choose("shift", defaults.shift),
         "fps": fps,
         "noise": builder.choose(
@@ -101,7 +108,10 @@ def resolve(
             **values, sources=builder.sources, warnings=tuple(builder.warnings)
         )
         resolved = replace(resolved, prompts=prompts_by_window(prompts, resolved.windows))
-        problems = _memory_violations(resolved, checkpoint, memory)
+        problems = [
+            *state_violations(resolved),
+            *_memory_violations(resolved, checkpoint, memory),
+        ]
         if not problems:
             said = (*resolved.warnings, *notes(request, resolved, checkpoint))
             return replace(resolved, warnings=said)
@@ -301,8 +311,12 @@ def _forcing_warnings(
             f"{forcing.overlap_history} taken over follow, {total} in all"
         )
         if abs(given.fps - values["fps"]) > 0.01:
+            frames = (
+                "each frame once, as the original does"
+                if values["reference_exact"]
+                else "frames left out or repeated where that is nearest in time"
+            )
             yield (
                 f"{given.path.name} has {given.fps:.6g} frames a second and is written at "
-                f"{float(values['fps']):.6g}, with frames left out or repeated where that is "
-                "nearest in time; `fps` changes that"
+                f"{float(values['fps']):.6g}, with {frames}; `fps` changes that"
             )

@@ -182,9 +182,19 @@ class ResolvedRequest(PlainSettings):
         return getattr(self if hasattr(self, name) else self.forcing, name)
 
     @property
+    def exact_forcing(self) -> bool:
+        """Whether the original's diffusion-forcing pipeline is followed to the letter."""
+        return self.reference_exact and self.forcing is not None
+
+    @property
+    def reading_rate(self) -> int | Fraction | None:
+        """Frames a second of a video that is continued; ``None`` takes each once, as is."""
+        return None if self.reference_exact else self.fps
+
+    @property
     def latent_dtype(self) -> str:
         """The dtype of latents between steps: float32, unless rounded as the original rounds."""
-        return self.dtype if self.reference_exact and self.forcing is not None else "float32"
+        return self.dtype if self.exact_forcing else "float32"
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
