@@ -277,8 +277,7 @@ def test_teacache_decides_as_the_original(pipeline, tmp_path, monkeypatch, case)
     assert ran == tea.ran[: len(ran)]
     assert not rest or "last_image" in case.given
     assert 0 < sum(ran) < len(ran)
-    print(f"MEASURED {psnr(made, theirs):.1f} {sum(ran)} of {len(ran)}")
-    assert psnr(made, theirs) >= LEAST  # measured 91.4 to 96.2
+    assert psnr(made, theirs) >= LEAST  # measured 90.2 to 96.2
 
 
 def without_base(request: ResolvedRequest, window: Window) -> CallCounter | None:
