@@ -106,13 +106,13 @@ def _of_rate(request: Request, resolved: ResolvedRequest, checkpoint: Checkpoint
 
 def _of_cache(resolved: ResolvedRequest) -> Iterator[str]:
     cache = resolved.cache
-    if cache.name == "none":
+    if cache.name == "none" or cache.original_counter:
         return
     behind = resolved.forcing is not None and resolved.forcing.ar_step > 0
     if cache.threshold == 0:
         yield f"`cache` {cache.name} does nothing: `cache_threshold` 0 leaves nothing out"
         return
-    made = step_cache(cache, resolved.steps, resolved.steps)
+    made = step_cache(cache, resolved.steps)
     kept = int(getattr(made, "first", 0)) + int(getattr(made, "last", 0))
     if not behind and kept >= resolved.steps:
         yield (

@@ -48,7 +48,7 @@ def call_counter(request: ResolvedRequest, window: Window) -> CallCounter | None
     def wrap(frames: int) -> int:
         return max(1, steps + (frames // block - 1) * lag) if lag else steps
 
-    counter = CallCounter(0, 0, 1 if request.guidance_scale == 1 else 2)
+    counter = CallCounter(0, 0, 2 if request.is_guided else 1)
     at_once, begin = latent_frames(forcing.base_num_frames), 0
     for each in request.windows[: window.number + 1]:
         continues = each.number or request.video is not None
