@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skyreels_jax import files
+from skyreels_jax import files, outputs
 from skyreels_jax.errors import RequestError, WeightsError
 
 
@@ -31,7 +31,7 @@ def test_whatever_interrupts_the_writing_leaves_what_was_there(tmp_path: Path, e
 @pytest.mark.parametrize("stem", ["x" * 251, "影" * 83])
 def test_the_longest_name_that_a_file_can_have_can_be_written(tmp_path: Path, stem: str):
     path = tmp_path / f"{stem}.txt"
-    files.check_names([path])
+    outputs.check_names([path])
     files.write_text(path, "x")
     assert path.read_text() == "x"
 
@@ -40,7 +40,7 @@ def test_the_longest_name_that_a_file_can_have_can_be_written(tmp_path: Path, st
 def test_a_name_that_is_too_long_is_refused_beforehand(tmp_path: Path, stem: str):
     path = tmp_path / f"{stem}.txt"
     with pytest.raises(RequestError, match="255"):
-        files.check_names([path])
+        outputs.check_names([path])
     with pytest.raises(OSError):
         files.write_text(path, "x")
     assert os.listdir(tmp_path) == []

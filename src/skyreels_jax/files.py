@@ -6,32 +6,45 @@ was asked for. Everything that it reads is opened here first: a pipe, a device o
 file's place is refused at once instead of being waited for.
 """
 
+import errno
+import hashlib
 import json
 import math
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from skyreels_jax.errors import RequestError, SkyReelsError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 # Begins the name of every temporary file of ours, and of nobody else's.
 TEMPORARY_PREFIX: Final = ".skyreels-"
-# Most bytes of a file's name, on every file system that is common.
-MAX_NAME_BYTES: Final = 255
 MAX_JSON_BYTES: Final = 16 * 2**20
 # Suffixes decide a format where a library writes; none that does is longer.
 _MAX_SUFFIX: Final = 16
+# Of files with tensors that we write: most bytes, and most of them that say what it holds.
+_MAX_TENSORS: Final = 64 * 2**30
+_MAX_HEADER: Final = 2 * 2**20
+_CHECKSUM: Final = "sha256"
+# Latents that somebody keeps have this name, which no file of a checkpoint has.
+LATENTS_SUFFIX: Final = ".latents.safetensors"
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name when the body ends, or is removed.
 
     The name has the suffix of ``path`` and is short, however long that of ``path`` is.
+
+    Args:
+        path: of the file.
+        replace: what is there; else that is a FileExistsError.
 
     Raises:
         OSError: the file system refuses; nothing is left behind.
@@ -42,11 +55,34 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.replace(path)
+        take_name(temporary, path, replace=replace)
     finally:
         # What made the body fail says more than what makes the removal fail.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def take_name(source: Path, target: Path, *, replace: bool) -> None:
+    """Give a file another name on its file system, in place of what has it only if asked to.
+
+    Raises:
+        OSError: the file system refuses; a FileExistsError where something has the name.
+    """
+    if replace:
+        source.replace(target)
+        return
+    try:
+        # Of the two calls that name a file, the one that never replaces.
+        os.link(source, target, follow_symlinks=False)
+    except FileExistsError:
+        raise
+    except OSError:
+        # Some file systems have no links.
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        source.rename(target)
+    else:
+        source.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,8 +93,20 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write a whole JSON file; raises OSError, ValueError or TypeError for what is no JSON."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
+
+
+def json_text(value: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """A value as JSON that can be encoded in UTF-8; raises ValueError or TypeError for none.
+
+    Names of files may hold bytes that are no UTF-8: these are written as escapes.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent, allow_nan=False)
+    return text
 
 
 def remove_temporary(folder: Path) -> None:
@@ -86,25 +134,26 @@ def open_regular(
     flags |= getattr(os, "O_BINARY", 0)
     try:
         # Before it is opened: opening alone moves some devices, and a pipe's other end notices.
-        _require_regular(os.stat(path), path, what, error)
+        require_regular(os.stat(path), path, what, error)
         handle = os.open(path, flags)
     except SkyReelsError:
         raise
     except FileNotFoundError as missing:
         raise error(f"{what} {path}: there is no such file") from missing
     except (OSError, ValueError) as refusal:
-        raise error(f"{what} {path} cannot be read: {_reason(refusal)}") from refusal
+        raise error(f"{what} {path} cannot be read: {reason_of(refusal)}") from refusal
     try:
-        _require_regular(os.fstat(handle), path, what, error)
+        require_regular(os.fstat(handle), path, what, error)
     except BaseException:
         os.close(handle)
         raise
     return os.fdopen(handle, "rb")
 
 
-def _require_regular(
+def require_regular(
     status: os.stat_result, path: str | Path, what: str, error: type[SkyReelsError]
 ) -> None:
+    """Raise ``error`` where ``status`` is not that of a regular file, saying what it is."""
     if stat.S_ISREG(status.st_mode):
         return
     kinds = (
@@ -118,7 +167,8 @@ def _require_regular(
     raise error(f"{what} {path} is {kind}, not a regular file")
 
 
-def _reason(error: OSError | ValueError) -> str:
+def reason_of(error: OSError | ValueError) -> str:
+    """What the operating system says, without the path and the number."""
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
@@ -133,9 +183,11 @@ def read_bytes(
     with open_regular(path, what, error=error) as file:
         try:
             size = os.fstat(file.fileno()).st_size
-            content = file.read(limit + 1) if size <= limit else b""
+            # Not the limit: as many bytes would be taken before anything is read.
+            most = min(limit, max(size, 2**16))
+            content = file.read(most + 1) if size <= limit else b""
         except OSError as refusal:
-            raise error(f"{what} {path} cannot be read: {_reason(refusal)}") from refusal
+            raise error(f"{what} {path} cannot be read: {reason_of(refusal)}") from refusal
     if size > limit or len(content) > limit:
         raise error(f"{what} {path} has {size} bytes; at most {limit} are read")
     return content
@@ -213,18 +265,67 @@ def _finite(digits: str) -> float:
     return number
 
 
-def check_names(paths: Iterable[Path]) -> None:
-    """Refuse names that no file can have, before any work is done for it.
+def save_tensors(
+    path: Path,
+    tensors: "Mapping[str, np.ndarray]",
+    metadata: Mapping[str, str] | None = None,
+    *,
+    replace: bool = True,
+) -> None:
+    """Write a safetensors file with a checksum of all that it holds.
 
     Raises:
-        RequestError: a name is too long, or holds a character that no name may have.
+        OSError: it cannot be written, whatever the library calls that.
     """
-    for path in paths:
-        size = len(os.fsencode(path.name))
-        if size > MAX_NAME_BYTES:
-            raise RequestError(
-                f"output {path.name[:40]}…: a name of {size} bytes; file systems take at most "
-                f"{MAX_NAME_BYTES}, so shorten it by at least {size - MAX_NAME_BYTES} bytes"
-            )
-        if "\0" in path.name:
-            raise RequestError(f"output {path.name!r}: a name cannot hold a null character")
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    texts = dict(metadata or {})
+    texts[_CHECKSUM] = _checksum(tensors, texts)
+    with whole_file(path, replace=replace) as temporary:
+        try:
+            save_file(dict(tensors), temporary, texts)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error), str(path)) from error
+
+
+def load_tensors(
+    path: Path, what: str = "file", *, unchecked: bool = False
+) -> "tuple[dict[str, np.ndarray], dict[str, str]]":
+    """The tensors and texts that :func:`save_tensors` wrote, as long as not one bit is another.
+
+    Args:
+        path: of the file.
+        what: it is, for the messages.
+        unchecked: files without a checksum are read too.
+
+    Raises:
+        RequestError: it is missing or no such file, or its checksum is another.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    content = read_bytes(path, what, limit=_MAX_TENSORS)
+    try:
+        length = int.from_bytes(content[:8], "little")
+        if length > min(_MAX_HEADER, len(content)):
+            raise ValueError(f"a header of {length} bytes")
+        header = parse_json(content[8 : 8 + length].decode(), f"{what} {path}")
+        texts = dict(header.get("__metadata__", {}))
+        tensors = load(content)
+    except (SafetensorError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise RequestError(f"{what} {path} is damaged: {error}") from error
+    stated = texts.pop(_CHECKSUM, None)
+    if stated is None and unchecked:
+        return tensors, texts
+    if stated != _checksum(tensors, texts):
+        raise RequestError(f"{what} {path} is damaged: its checksum is another")
+    return tensors, texts
+
+
+def _checksum(tensors: "Mapping[str, np.ndarray]", texts: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(texts.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
+        digest.update(tensor.tobytes())
+    return digest.hexdigest()

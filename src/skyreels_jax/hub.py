@@ -3,12 +3,17 @@
 A checkpoint is a local folder or is fetched from the Hugging Face hub: the only network code.
 
 One folder holds all that is kept: ``$SKYREELS_JAX_CACHE``, or ``skyreels-jax`` in the user's cache
-folder (``$XDG_CACHE_HOME``, else ``~/.cache``). Deleting it is always safe.
+folder (``$XDG_CACHE_HOME``, else ``~/.cache``). Deleting it is always safe, and so is having none:
+a folder that cannot be written to is said once, and gone without.
 """
 
 import difflib
+import errno
+import logging
+import math
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -43,6 +48,9 @@ _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 ROOT_VARIABLE: Final = "SKYREELS_JAX_CACHE"
 # Compilations faster than this are not worth a file.
 MIN_COMPILE_SECONDS: Final = 0.5
+
+logger = logging.getLogger(__name__)
+_said: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,12 @@ def _similar(folder: Path) -> str:
     return f" (there is {folder.with_name(close[0])})" if close else ""
 
 
+def _is_disks(error: Exception) -> bool:
+    """Whether the folder that is written to is what refuses."""
+    refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and error.errno in refusals
+
+
 def _fetch(repo: str, revision: str | None) -> Path:
     what = f"{repo}" + (f" at revision {revision}" if revision else "")
     try:
@@ -132,40 +146,80 @@ def _fetch(repo: str, revision: str | None) -> Path:
             "and the hub was not asked or does not answer (offline, or HF_HUB_OFFLINE is set)"
         ) from error
     except (OSError, ValueError) as error:
-        raise RequestError(f"{what} could not be fetched from the Hugging Face hub: {error}") from (
-            error
-        )
+        raise RequestError(
+            f"{what} could not be fetched from the Hugging Face hub: {error}"
+            + ("; HF_HOME names another folder to keep it in" if _is_disks(error) else "")
+        ) from error
 
 
-def cache_root() -> Path:
-    """The folder of all caches; it need not exist."""
+def cache_root() -> Path | None:
+    """The folder of all caches, which need not exist; ``None`` where there is no home folder."""
     if chosen := os.environ.get(ROOT_VARIABLE):
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # A user without an entry, as containers have.
+        return None
     return Path(base) / "skyreels-jax"
 
 
-def compilation_cache_folder() -> Path:
+def compilation_cache_folder() -> Path | None:
     """Where compiled programs are kept: JAX's own setting if there is one, else under the root."""
     chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    return Path(chosen) if chosen else cache_root() / "compiled"
+    return Path(chosen) if chosen else _below_root("compiled")
 
 
-def prompt_cache_folder() -> Path:
+def prompt_cache_folder() -> Path | None:
     """Where encoded prompts are kept."""
-    return cache_root() / "prompts"
+    return _below_root("prompts")
 
 
-def enable_compilation_cache() -> Path:
-    """Keep compiled programs between processes; returns the folder.
+def _below_root(name: str) -> Path | None:
+    root = cache_root()
+    return None if root is None else root / name
+
+
+def enable_compilation_cache() -> Path | None:
+    """Keep compiled programs between processes; returns the folder, ``None`` for nowhere.
 
     Settings that the user made through JAX's own variables (``JAX_COMPILATION_CACHE_DIR``,
-    ``JAX_ENABLE_COMPILATION_CACHE=false``) stay in force.
+    ``JAX_ENABLE_COMPILATION_CACHE=false``) stay in force. In a folder that cannot be written to,
+    programs are looked up all the same.
     """
-    folder = compilation_cache_folder()
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    folder, least = compilation_cache_folder(), MIN_COMPILE_SECONDS
+    if folder is None:
+        warn_unwritable(Path("~/.cache"), "there is no home folder")
+    elif (refusal := _refusal(folder)) is not None:
+        warn_unwritable(folder, refusal)
+        least = math.inf
+        folder = folder if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK) else None
+    jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     return folder
+
+
+def warn_unwritable(folder: Path, reason: object) -> None:
+    """Say that a cache is done without; once for all that are under the root."""
+    root = cache_root()
+    place = root if root is not None and folder.is_relative_to(root) else folder
+    if place in _said:
+        return
+    _said.add(place)
+    logger.warning(
+        "the cache folder %s cannot be written to (%s): going on without; %s names another",
+        *(place, reason, ROOT_VARIABLE),
+    )
+
+
+def _refusal(folder: Path) -> str | None:
+    """Why nothing can be kept in ``folder``, which is made; found out by trying."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as attempt:
+            attempt.write(b"x")
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def folder_size(folder: Path) -> tuple[int, int]:

@@ -109,6 +109,42 @@ def stop_requested(on_ask: Callable[[], None] | None = None) -> Iterator[StopReq
             signal.signal(number, handler)
 
 
+@contextmanager
+def deferred() -> Iterator[None]:
+    """A signal that comes in the body acts when that is over; a second one at once.
+
+    For what takes moments and must not be half done, such as keeping what was finished.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    # None: not installed from Python, and so not ours to put back.
+    before = {n: h for n, h in before.items() if h not in (signal.SIG_IGN, None)}
+    came: list[int] = []
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        del frame
+        came.append(number)
+        if len(came) > 1:
+            act()
+
+    def act() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            number = came[-1]
+            came.clear()
+            signal.raise_signal(number)
+
+    for number in before:
+        signal.signal(number, wait)
+    try:
+        yield
+    finally:
+        act()
+
+
 def send_again(unraisable: "sys.UnraisableHookArgs") -> None:
     """Send a signal anew whose exception came to nothing: for ``sys.unraisablehook``.
 

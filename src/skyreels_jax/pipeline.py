@@ -56,8 +56,6 @@ from skyreels_jax.weights.pipeline_folder import require_components
 _OPTIONS: Final = (
     *("dtype", "backend", "device", "keep", "prompt_cache", "vae_tiling", "vae_dtype"),
 )
-# Files whose change changes a video.
-_MODEL_FILES: Final = frozenset({".safetensors", ".pth", ".bin", ".json", ".model"})
 
 logger = logging.getLogger(__name__)
 
@@ -298,8 +296,7 @@ class Pipeline:
 
     def fingerprint(self) -> str:
         """A hash of all weights and settings that decide a video."""
-        files = self.checkpoint.folder.rglob("*")
-        return fingerprint((file for file in files if file.suffix in _MODEL_FILES), self.dtype)
+        return fingerprint(self.checkpoint.layout.deciding_files, self.dtype)
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: DTypeLike | None = None, overwrite: bool = False
@@ -311,7 +308,7 @@ class Pipeline:
         Args:
             folder: to make; it appears complete or not at all.
             dtype: of the transformer; ``None`` keeps each tensor's, as the other parts do.
-            overwrite: replace a folder that is there.
+            overwrite: replace a folder that is there and holds only what an earlier call wrote.
 
         Raises:
             RequestError: ``folder`` is there, or lies in the checkpoint or around it.

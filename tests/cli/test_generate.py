@@ -138,7 +138,7 @@ def test_a_signal_while_frames_are_written_leaves_no_half_file(
 
     def stop(self: media.VideoWriter, frames: np.ndarray) -> None:
         self._container.start_encoding()
-        half.extend(path.name for path in out.rglob(".*"))
+        half.extend(path.name for path in out.rglob(".skyreels-*"))
         os.kill(os.getpid(), number)
 
     monkeypatch.setattr(media.VideoWriter, "append", stop)

@@ -142,12 +142,28 @@ def test_a_full_disk_says_what_is_kept_and_how_to_go_on(
     assert media.read_settings(out / "x.mp4")["prompt"] == ["a fox", *["a crow"] * 3]
 
 
-def test_a_window_that_was_damaged_is_named(command: Command, broken_off: Path):
+@pytest.mark.parametrize("damage", ["cut", "bit", "another window's", "of another request"])
+def test_a_damaged_window_is_named_and_made_anew(
+    command: Command, broken_off: Path, out: Path, undisturbed, caplog, damage: str
+):
     window = broken_off / "window-0001.safetensors"
-    window.write_bytes(window.read_bytes()[:1000])
+    content = bytearray(window.read_bytes())
+    if damage == "cut":
+        del content[1000:]
+    elif damage == "bit":
+        content[-1000] ^= 1
+    elif damage == "another window's":
+        content[:] = (broken_off / "window-0000.safetensors").read_bytes()
+    else:
+        record = broken_off / "job.json"
+        record.write_text(record.read_text().replace('"seed": 7', '"seed": 8'))
+    window.write_bytes(content)
     outcome = command("resume", broken_off)
-    assert outcome.code == 2
-    assert f"{window} is damaged" in outcome.err
+    assert outcome.code == 0, outcome.err
+    assert f"window {window} is " in caplog.text
+    assert "the window is made anew" in caplog.text
+    same = np.array_equal(media.read_video(out / "x.mp4")[0], undisturbed)
+    assert same is (damage != "of another request")
 
 
 def test_another_checkpoint_is_refused(command: Command, broken_off: Path):
@@ -162,9 +178,9 @@ def test_another_checkpoint_is_refused(command: Command, broken_off: Path):
     ("content", "message"),
     [
         (None, "is no job folder"),
-        ("{", "cannot be understood"),
+        ("{", "is no JSON that can be read"),
         ("[]", "cannot be understood"),
-        ('{"format": 9}', "has format 9; this version reads 1"),
+        ('{"format": 9}', "has format 9; this version reads 1 and 2"),
         ('{"format": 1, "request": {}, "how": {}}', "cannot be understood"),
     ],
 )

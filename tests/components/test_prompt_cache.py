@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -74,6 +75,48 @@ def test_a_damaged_entry_is_made_anew(recorder: Recorder, tmp_path: Path, damage
     np.testing.assert_array_equal(encoder.encode(["abc"]), before)
     assert recorder.asked == ["abc", "abc"]
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_any_bit_that_changed_is_noticed(recorder: Recorder, tmp_path: Path, caplog):
+    encoder = cached(recorder, tmp_path)
+    before = encoder.encode(["abc"])
+    path = PromptCache(tmp_path, "w").path_of("abc")
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    for number in range(100):
+        changed = bytearray(whole)
+        changed[random.integers(len(whole))] ^= 1 << int(random.integers(8))
+        path.write_bytes(changed)
+        np.testing.assert_array_equal(encoder.encode(["abc"]), before)
+        assert len(recorder.asked) == number + 2
+        assert "encoded anew" in caplog.records[-1].message
+        np.testing.assert_array_equal(encoder.encode(["abc"]), before)
+        assert len(recorder.asked) == number + 2  # the new entry is whole
+
+
+def test_another_prompts_entry_is_not_used(recorder: Recorder, tmp_path: Path):
+    encoder, cache = cached(recorder, tmp_path), PromptCache(tmp_path, "w")
+    encoder.encode(["abc", "xyz"])
+    cache.path_of("abc").write_bytes(cache.path_of("xyz").read_bytes())
+    np.testing.assert_array_equal(encoder.encode(["abc"]), Recorder().encode(["abc"]))
+
+
+@pytest.mark.parametrize("place", ["/proc/self/prompts", "file/prompts", "full"])
+def test_where_nothing_can_be_kept_prompts_are_encoded(
+    recorder: Recorder, tmp_path: Path, monkeypatch, caplog, place: str
+):
+    (tmp_path / "file").touch()
+    folder = tmp_path / place
+    if place == "full":
+        refusal = OSError(28, "No space left on device")
+        monkeypatch.setattr("safetensors.numpy.save_file", Mock(side_effect=refusal))
+    encoder = cached(recorder, folder)
+    np.testing.assert_array_equal(encoder.encode(["abc"]), Recorder().encode(["abc"]))
+    encoder.encode(["abc"])
+    assert recorder.asked == ["abc", "abc"]
+    (said,) = caplog.records
+    assert "going on without" in said.message
+    assert not folder.exists() or not list(folder.iterdir())
 
 
 def test_the_fingerprint_changes_with_contents_name_and_settings(tmp_path: Path):

@@ -75,7 +75,9 @@ def diffusers_folder(root):
 
 
 def files(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    """All but the list by which a folder is known for one of ours."""
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name != ".made-by-skyreels-jax.json")
+    return sorted(str(p.relative_to(folder)) for p in found)
 
 
 @pytest.mark.parametrize(
@@ -179,13 +181,35 @@ def test_a_transformer_alone_stays_alone(tmp_path):
 
 def test_a_target_that_is_there_is_replaced_only_on_request(tmp_path):
     source = save(tmp_path / "a", T2V)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "mine").write_text("x")
+    words = ("convert", source, tmp_path / "b", "--layout", "diffusers")
+    run(*words)
+    before = files(tmp_path / "b")
     with pytest.raises(RequestError, match="is there already"):
-        run("convert", source, tmp_path / "b", "--layout", "diffusers")
-    assert files(tmp_path / "b") == ["mine"]
-    run("convert", source, tmp_path / "b", "--layout", "diffusers", "--overwrite")
-    assert "mine" not in files(tmp_path / "b")
+        run(*words)
+    run(*words, "--overwrite", "--dtype", "bfloat16")
+    assert files(tmp_path / "b") == before
+
+
+@pytest.mark.parametrize("name", ["mine", "deep/mine", "config.json", ".hidden", "empty/", "link"])
+@pytest.mark.parametrize("converted", [True, False])
+def test_a_folder_that_holds_other_things_is_never_replaced(tmp_path, name, converted):
+    source, target = save(tmp_path / "a", T2V), tmp_path / "b"
+    words = ("convert", source, target, "--layout", "diffusers", "--overwrite")
+    if converted:
+        run(*words)
+    (target / name).parent.mkdir(exist_ok=True, parents=True)
+    if name.endswith("/"):
+        (target / name).mkdir()
+    elif name == "link":
+        (target / name).symlink_to(source)
+    else:
+        (target / name).write_text("mine")
+    before = files(target)
+    with pytest.raises(RequestError, match=f"did not write there: .*{name.rstrip('/')}"):
+        run(*words)
+    assert files(target) == before
+    assert name.endswith("/") or name == "link" or (target / name).read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 @pytest.mark.parametrize("target", ["a", "a/inside", "."])

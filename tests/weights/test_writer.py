@@ -1,4 +1,6 @@
 import json
+import signal
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -112,6 +114,52 @@ def test_a_folder_with_files_is_replaced_only_on_request_and_only_when_complete(
     with new_folder(target, overwrite=True) as partial:
         (partial / "new").write_text("x")
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "new"]
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_what_comes_while_a_folder_is_made_stays(tmp_path, marked):
+    target = tmp_path / "out"
+    with (
+        pytest.raises(RequestError, match=f"what was made is in {tmp_path / 'out-1'}"),
+        new_folder(target, overwrite=marked, marked=marked) as partial,
+    ):
+        (partial / "new").write_text("x")
+        target.mkdir()
+        (target / "mine").write_text("precious")
+    assert (target / "mine").read_text() == "precious"
+    assert (tmp_path / "out-1" / "new").read_text() == "x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-1"]
+
+
+def test_an_interruption_leaves_the_old_folder_or_the_new_one(tmp_path, monkeypatch):
+    """A signal between the two renames waits; a refusal there brings the old one back."""
+    target, true = tmp_path / "out", Path.rename
+    with new_folder(target, marked=True) as partial:
+        (partial / "file").write_text("old")
+
+    def interrupted(self: Path, to: Path):
+        if to != target:  # the old one makes room
+            signal.raise_signal(signal.SIGINT)
+        return true(self, to)
+
+    def refused(self: Path, to: Path):
+        if to == target and (self / "file").read_text() == "new":
+            raise OSError(28, "No space left on device")
+        return true(self, to)
+
+    def replace() -> None:
+        with new_folder(target, overwrite=True, marked=True) as partial:
+            (partial / "file").write_text("new")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(WeightsError, match="No space"):
+        replace()
+    assert (target / "file").read_text() == "old"
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace()
+    assert (target / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):

@@ -30,7 +30,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="of the transformer's tensors (default: keep each as it is)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace DST if it is there and holds only what an earlier convert wrote",
+    )
     parser.set_defaults(run=run)
 
 

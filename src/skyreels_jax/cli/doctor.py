@@ -41,9 +41,10 @@ def collect() -> Iterator[tuple[str, str]]:
     yield "host memory", host_memory()
     hub.enable_compilation_cache()
     folder = hub.compilation_cache_folder()
-    files, size = hub.folder_size(folder)
-    yield "compilation cache", f"{folder} ({files} files, {size / 1e6:.1f} MB)"
-    yield "cache root", str(hub.cache_root())
+    if folder is not None:
+        files, size = hub.folder_size(folder)
+        yield "compilation cache", f"{folder} ({files} files, {size / 1e6:.1f} MB)"
+    yield "cache root", str(hub.cache_root() or "none: there is no home folder")
     yield "video encoder", "libx264 of PyAV"
     yield "ffmpeg", shutil.which("ffmpeg") or "not on the PATH (not needed: PyAV carries its own)"
 

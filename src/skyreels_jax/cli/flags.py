@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final
 
+from skyreels_jax.files import LATENTS_SUFFIX
 from skyreels_jax.generation.request.kinds import Prompts, SettingKind, Switch
 from skyreels_jax.generation.request.settings import (
     COMPUTE_DTYPES,
@@ -27,7 +28,6 @@ from skyreels_jax.generation.request.settings import (
 # Whether only errors are shown, by ``--quiet``.
 QUIET: Final = ContextVar("quiet", default=False)
 DEFAULT_OUTPUT: Final = Path("out.mp4")
-LATENTS_SUFFIX: Final = ".latents.safetensors"
 # Names of `backends.BACKENDS` and `components.encoders.VAE_TILINGS`, which a test holds equal.
 BACKEND_NAMES: Final = ("jax", "hybrid")
 VAE_TILING_NAMES: Final = ("auto", "on", "off")
@@ -208,6 +208,17 @@ def _add_output(group: Any) -> None:
 def add_resume_flags(parser: argparse.ArgumentParser) -> None:
     """Those of ``resume``."""
     parser.add_argument("job", type=Path, help="the job folder, by default the output's name.job")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.mp4",
+        help="write the video there, and not where the job was begun for",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a file that has come to the output's place since the job was begun",
+    )
 
 
 def add_info_flags(parser: argparse.ArgumentParser) -> None:

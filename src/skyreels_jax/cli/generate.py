@@ -7,13 +7,13 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Final
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.cli import dry_run
-from skyreels_jax.cli.flags import LATENTS_SUFFIX
 from skyreels_jax.cli.job import begin, decode_file, open_pipeline
+from skyreels_jax.cli.products import JOB_SUFFIX, Products
 from skyreels_jax.cli.report import describe
 from skyreels_jax.cli.unused import check_prompt, unused_flags
 from skyreels_jax.errors import RequestError, UnsupportedError
@@ -22,9 +22,9 @@ from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import Request, keywords
 from skyreels_jax.generation.store import SavedLatents
-from skyreels_jax.media import check_output
 from skyreels_jax.ops.attention import ATTENTION_PATHS, this_device
 from skyreels_jax.ops.kernels.contract import AttentionCall
+from skyreels_jax.outputs import locked
 from skyreels_jax.weights.components.vae import stored_vae
 
 # A dry run tells what does not fit by itself, stage by stage.
@@ -36,33 +36,40 @@ def run(args: argparse.Namespace) -> int:
     check_prompt(args)
     if args.dry_run and args.resume_latents:
         raise RequestError("--dry-run plans a whole generation: leave --resume-latents out")
-    check_output(args.output)
-    made = [args.output]
-    if args.sidecar:
-        made.append(args.output.with_suffix(".json"))
-    if args.keep_latents and not args.resume_latents:
-        made.append(args.output.with_suffix(LATENTS_SUFFIX))
-    for path in made:
-        check_not_there(path, args.overwrite)
-    pipeline = open_pipeline(vars(args))
-    checkpoint = pipeline.checkpoint
+    products = _products(args)
+    products.check(overwrite=args.overwrite)
     if args.dry_run:
+        pipeline = open_pipeline(vars(args))
+        checkpoint = pipeline.checkpoint
         request = resolve_and_print(args, checkpoint, memory=UNLIMITED)
         pipeline.verify()
         vae = (args.vae_tiling, args.vae_dtype)
         return dry_run.report(checkpoint, request, args.backend, *vae)
-    if args.resume_latents:
-        _say(unused_flags(args))
-        saved = SavedLatents.open(args.resume_latents)
-        stored_vae(checkpoint.layout).verify()
-        return decode_file(args, pipeline, saved)
-    return begin(args, pipeline, resolve_and_print(args, checkpoint))
+    with ExitStack() as held:
+        held.enter_context(locked(args.output, "output"))
+        if products.job is not None:
+            held.enter_context(locked(products.job, "job"))
+        # Again: who held the lock may have written since.
+        products.check(overwrite=args.overwrite)
+        pipeline = open_pipeline(vars(args))
+        checkpoint = pipeline.checkpoint
+        if args.resume_latents:
+            _say(unused_flags(args))
+            saved = SavedLatents.open(args.resume_latents)
+            stored_vae(checkpoint.layout).verify()
+            return decode_file(args, pipeline, saved)
+        return begin(args, pipeline, resolve_and_print(args, checkpoint), products)
 
 
-def check_not_there(path: Path, overwrite: bool) -> None:
-    """Refuse to replace a file that nobody said may go."""
-    if path.is_file() and not overwrite:
-        raise RequestError(f"{path} exists: give another --output, or --overwrite to replace it")
+def _products(args: argparse.Namespace) -> Products:
+    decoding = args.resume_latents is not None
+    return Products(
+        args.output,
+        None if decoding else args.job or args.output.with_suffix(JOB_SUFFIX),
+        has_settings=args.sidecar,
+        has_latents=args.keep_latents and not decoding,
+        has_previews=args.preview and not decoding,
+    )
 
 
 def resolve_and_print(

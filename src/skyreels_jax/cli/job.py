@@ -5,42 +5,54 @@ whatever stops the run costs none of them.
 """
 
 import argparse
-import shutil
+import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
+import av
 import numpy as np
 
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.cli.flags import LATENTS_SUFFIX
+from skyreels_jax.cli.products import PROGRAM, Products, is_ours, place_video, write_derived
 from skyreels_jax.cli.report import console_progress, summarise
-from skyreels_jax.errors import SkyReelsError, Stopped
-from skyreels_jax.files import whole_file
+from skyreels_jax.errors import RequestError, SkyReelsError, Stopped
+from skyreels_jax.files import LATENTS_SUFFIX, reason_of
+from skyreels_jax.generation.job_folder import FolderStore
 from skyreels_jax.generation.request.resolved import ResolvedRequest
-from skyreels_jax.generation.store import FolderStore, SavedLatents
+from skyreels_jax.generation.store import SavedLatents
 from skyreels_jax.generation.video import settings_of, write_mp4
 from skyreels_jax.geometry import pixel_frames
 from skyreels_jax.hub import enable_compilation_cache, prompt_cache_folder
-from skyreels_jax.interrupt import StopRequest, stop_requested
-from skyreels_jax.media import contact_sheet, write_image, write_settings
+from skyreels_jax.interrupt import StopRequest, deferred, stop_requested
+from skyreels_jax.media import RgbImage, contact_sheet, write_image, write_settings
+from skyreels_jax.outputs import free_name, state_of
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.sampling.progress import Clock, Timings
 from skyreels_jax.shapes import Frames
 
 # Pictures in a strip, which are all that a preview keeps of a window.
 _STRIP: Final = 8
-_SUFFIX: Final = ".job"
-# Flags that decide the pipeline, which a job remembers.
-_OPTIONS: Final = (
-    *("model", "revision", "preset", "backend", "dtype", "no_prompt_cache"),
-    *("vae_tiling", "vae_dtype"),
-)
+# Flags that decide the pipeline, which a job remembers, and the types of their values.
+_OPTIONS: Final[Mapping[str, tuple[type, ...]]] = {
+    **dict.fromkeys(("model", "backend", "dtype", "vae_tiling", "vae_dtype"), (str,)),
+    **dict.fromkeys(("revision", "preset"), (str, type(None))),
+    "no_prompt_cache": (bool,),
+}
+# What else a job remembers.
+_HOW: Final[Mapping[str, tuple[type, ...]]] = {
+    **_OPTIONS,
+    **dict.fromkeys(("weights", "output"), (str,)),
+    **dict.fromkeys(("metadata", "sidecar", "preview", "keep_job", "keep_latents"), (bool,)),
+}
 # What is turned into one line that says how to go on.
-_FAILURES: Final = (SkyReelsError, OSError, MemoryError, RuntimeError)
+_FAILURES: Final = (SkyReelsError, OSError, MemoryError, RuntimeError, av.FFmpegError)
+
+logger = logging.getLogger(__name__)
 
 
 def open_pipeline(options: Mapping[str, Any]) -> Pipeline:
@@ -60,28 +72,67 @@ def open_pipeline(options: Mapping[str, Any]) -> Pipeline:
     )
 
 
-def begin(args: argparse.Namespace, pipeline: Pipeline, request: ResolvedRequest) -> int:
+def begin(
+    args: argparse.Namespace, pipeline: Pipeline, request: ResolvedRequest, products: Products
+) -> int:
     """Make a video from the start; 0 when it is written."""
+    products.check_request(request, overwrite=args.overwrite)
     pipeline.verify()
-    folder = args.job or args.output.with_suffix(_SUFFIX)
+    assert products.job is not None
+    output = args.output.parent.resolve() / args.output.name
     how = {name: getattr(args, name) for name in _OPTIONS} | {
         # Resuming may happen elsewhere.
         "model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model,
         "weights": pipeline.fingerprint(),
-        "output": str(args.output.resolve()),
+        "output": str(output),
+        # Where the job is, if it is not beside the video: nowhere else does it write the video.
+        "elsewhere": str(products.job.resolve()) if args.job is not None else None,
         "metadata": not args.no_metadata,
         "sidecar": args.sidecar,
         "preview": args.preview,
         "keep_job": args.keep_job,
         "keep_latents": args.keep_latents,
     }
-    return go_on(pipeline, FolderStore.create(folder, request, how))
+    there = state_of(args.output)
+    confirmed = [there] if there is not None and args.overwrite else []
+    return go_on(pipeline, FolderStore.create(products.job, request, how, confirmed))
+
+
+def check_how(job: FolderStore) -> None:
+    """Refuse a job whose record says how to go on in another way than :func:`begin` writes it.
+
+    Raises:
+        RequestError: a value is missing or of another type, or names a file elsewhere.
+    """
+    how = {"keep_latents": False, "keep_job": False, "elsewhere": None, **job.how}
+    for name, kinds in _HOW.items():
+        if type(how.get(name, ...)) not in kinds:
+            raise RequestError(
+                f"{job.folder / 'job.json'}: {name} is {how.get(name)!r:.80}; start anew"
+            )
+    job.how.update(how)
+
+
+def output_of(job: FolderStore) -> Path:
+    """Where the video of a job goes: beside its folder, or where the job was begun for it.
+
+    Raises:
+        RequestError: somewhere else.
+    """
+    output = Path(job.how["output"])
+    folder = job.folder.resolve()
+    beside = output.parent.resolve() == folder.parent
+    if not (output.is_absolute() and (beside or job.how["elsewhere"] == str(folder))):
+        raise RequestError(
+            f"{job.folder / 'job.json'} names {output}, which is not beside the job: if it is "
+            "meant, say --output"
+        )
+    return output
 
 
 def go_on(pipeline: Pipeline, job: FolderStore) -> int:
     """Make what is missing of a job, and its video; what stops it says how to go on."""
-    request, output = job.request, Path(job.how["output"])
-    again = f"finished windows are kept; go on with: skyreels-jax resume {job.folder}"
+    request = job.request
     # A window that is not finished is lost in any case: alone, it is given up at once.
     alone = len(request.windows) == 1
     stopping = nullcontext(StopRequest()) if alone else stop_requested(_say_stopping)
@@ -90,30 +141,73 @@ def go_on(pipeline: Pipeline, job: FolderStore) -> int:
         with shown as progress, stopping as stop:
             clock = Clock(progress, stop=stop)
             _write(pipeline, job, clock)
-        _move(job.partial, output)
+        output = _place(job)
     except KeyboardInterrupt:
         if _worth_keeping(job):
-            print(again, file=sys.stderr)
+            print(_how_to_go_on(job), file=sys.stderr)
         raise
     except Stopped as error:
         if not _worth_keeping(job):
             raise
         kept = f"{job.partial} has what is finished; " if job.partial.is_file() else ""
-        raise Stopped(f"{error}; {kept}{again}", error.exit_code) from error
+        raise Stopped(f"{error}; {kept}{_how_to_go_on(job)}", error.exit_code) from error
     except _FAILURES as error:
         if not _worth_keeping(job):
-            raise
-        raise SkyReelsError(f"{error}; {again}") from error
-    if job.how.get("keep_latents") and alone:
-        latents = job.load(request.windows[0])
-        assert latents is not None
-        SavedLatents(latents, settings_of(request)).save(output.with_suffix(LATENTS_SUFFIX))
-    if job.how["sidecar"]:
-        write_settings(output.with_suffix(".json"), settings_of(request))
+            raise SkyReelsError(_in_words(error)) from error
+        raise SkyReelsError(f"{_in_words(error)}; {_how_to_go_on(job)}") from error
     if not job.how["keep_job"]:
         job.remove()
     _say_written(output, request.output_frames, request.fps, clock.timings)
     return 0
+
+
+def _how_to_go_on(job: FolderStore) -> str:
+    return f"finished windows are kept; go on with: skyreels-jax resume {job.folder}"
+
+
+def _in_words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+def _place(job: FolderStore) -> Path:
+    """Give the finished video its name, and write what belongs beside it."""
+    request, wanted = job.request, Path(job.how["output"])
+    with deferred():
+        output = place_video(job, job.partial, wanted)
+    if job.how["keep_latents"] and len(request.windows) == 1:
+        latents = job.load(request.windows[0])
+        assert latents is not None
+        keep_latents(SavedLatents(latents, settings_of(request)), output)
+    if job.how["sidecar"]:
+        write_derived(
+            output.with_suffix(".json"), lambda path: write_settings(path, settings_of(request))
+        )
+    return output
+
+
+def keep_latents(latents: SavedLatents, output: Path) -> Path:
+    """Keep latents beside a video; where that is refused, in a folder for what is temporary.
+
+    Returns:
+        Where they are.
+
+    Raises:
+        OSError: they can be kept nowhere.
+    """
+    wanted = output.with_suffix(LATENTS_SUFFIX)
+    try:
+        return write_derived(wanted, latents.save)
+    except OSError as error:
+        for place in (tempfile.gettempdir, Path.home, Path.cwd):
+            with suppress(OSError, RuntimeError):
+                path = free_name(Path(place()) / wanted.name)
+                latents.save(path, replace=False)
+                logger.warning(
+                    "latents cannot be written to %s (%s): they are in %s",
+                    *(wanted, reason_of(error), path),
+                )
+                return path
+        raise
 
 
 def decode_file(args: argparse.Namespace, pipeline: Pipeline, saved: SavedLatents) -> int:
@@ -128,18 +222,22 @@ def decode_file(args: argparse.Namespace, pipeline: Pipeline, saved: SavedLatent
                 fps=saved.fps,
                 size=saved.size,
                 settings=None if args.no_metadata else settings,
+                replace=args.overwrite,
             )
+            if args.sidecar:
+                write_derived(
+                    args.output.with_suffix(".json"), lambda path: write_settings(path, settings)
+                )
         except _FAILURES as error:
-            raise SkyReelsError(f"decoding failed: {error}; the latents are kept") from error
-    if args.sidecar:
-        write_settings(args.output.with_suffix(".json"), settings)
+            words = _in_words(error)
+            raise SkyReelsError(f"decoding failed: {words}; the latents are kept") from error
     _say_written(args.output, count, saved.fps, clock.timings)
     return 0
 
 
 def _worth_keeping(job: FolderStore) -> bool:
     """Whether a job that was stopped has a finished window; one that has none is removed."""
-    if job.finished:
+    if job.has_windows:
         return True
     job.remove()
     return False
@@ -155,7 +253,7 @@ def _write(pipeline: Pipeline, job: FolderStore, clock: Clock) -> None:
     job.partial.unlink(missing_ok=True)
     frames = pipeline.stream(request, store=job, clock=clock)
     if job.how["preview"]:
-        frames = _with_strips(frames, request, Path(job.how["output"]))
+        frames = _with_strips(frames, request, Products(Path(job.how["output"]), None).preview)
     written = write_mp4(
         frames,
         job.partial,
@@ -169,7 +267,7 @@ def _write(pipeline: Pipeline, job: FolderStore, clock: Clock) -> None:
 
 
 def _with_strips(
-    frames: Iterable[Frames], request: ResolvedRequest, output: Path
+    frames: Iterable[Frames], request: ResolvedRequest, name: Callable[[int], Path]
 ) -> Iterator[Frames]:
     """The same frames; a strip of pictures of each window is written when its last has come."""
     begin = 0 if request.video is None else request.output_frames - request.num_frames
@@ -185,9 +283,20 @@ def _with_strips(
             shown += 1
             if shown == end:
                 strip = contact_sheet(np.concatenate(pictures), count=_STRIP, columns=_STRIP)
-                write_image(output.with_name(f"{output.stem}.window-{number:03d}.png"), strip)
+                _write_strip(name(number), strip)
                 pictures, number = [], min(number + 1, len(spans) - 1)
         yield some
+
+
+def _write_strip(path: Path, strip: RgbImage) -> None:
+    """Write a picture that only shows how far things are: what refuses it is said, no more."""
+    if state_of(path) is not None and not is_ours(path):
+        logger.warning("%s is somebody's: no picture of the window is written", path)
+        return
+    try:
+        write_image(path, strip, made_by=PROGRAM)
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", path, reason_of(error))
 
 
 def _say_stopping() -> None:
@@ -200,13 +309,3 @@ def _say_written(output: Path, frames: int, fps: int | Fraction, timings: Timing
     for line in summarise(timings):
         print(line)
     print(f"wrote {output} ({frames} frames, {fps} frames a second)")
-
-
-def _move(source: Path, target: Path) -> None:
-    """Give a whole file its final name; by a copy where the job is on another file system."""
-    if source.stat().st_dev == target.parent.stat().st_dev:
-        source.replace(target)
-        return
-    with whole_file(target) as temporary:
-        shutil.copyfile(source, temporary)
-    source.unlink()

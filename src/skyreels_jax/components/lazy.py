@@ -18,8 +18,6 @@ from typing import Any, Final, Generic, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from skyreels_jax import prompts as prompt_text
 from skyreels_jax.components.protocols import (
@@ -28,12 +26,18 @@ from skyreels_jax.components.protocols import (
     ImageEncoder,
     TextEncoder,
 )
-from skyreels_jax.files import whole_file
+from skyreels_jax.errors import RequestError
+from skyreels_jax.files import load_tensors, reason_of, save_tensors
+from skyreels_jax.hub import warn_unwritable
 from skyreels_jax.memory import available_memory
 from skyreels_jax.shapes import HostLatents, Pixels
 
-# Change when the meaning of an entry changes.
+# Change when what a fingerprint covers changes.
 _FORMAT: Final = "prompt-embedding-1"
+# Change when the meaning of an entry changes.
+_ENTRY: Final = "prompt-embedding-2"
+# Most values of an entry: of the original, 512 tokens of 4096.
+_MAX_VALUES: Final = 2**26
 _SAMPLES: Final = 4096
 _SAMPLE_BYTES: Final = 256
 _T = TypeVar("_T")
@@ -97,28 +101,40 @@ class PromptCache:
 
     def path_of(self, prompt: str) -> Path:
         """The entry's file."""
-        key = hashlib.sha256(f"{self.weights}\0{prompt_text.clean(prompt)}".encode())
+        key = hashlib.sha256(f"{_ENTRY}\0{self.weights}\0{prompt_text.clean(prompt)}".encode())
         return self.folder / f"{key.hexdigest()}.safetensors"
 
 
 def _read_entry(path: Path) -> Float[np.ndarray, "S text_dim"] | None:
-    """An entry with its zero rows restored, or ``None`` where there is none that can be read."""
+    """An entry with its zero rows restored, or ``None`` where there is none that is whole."""
+    if not path.exists():
+        return None
     try:
-        entry = load_file(path)
-        states = np.zeros(tuple(entry["shape"]), np.float32)
-        states[: entry["rows"].shape[0]] = entry["rows"]
-    except (OSError, SafetensorError, KeyError, ValueError):
+        entry, texts = load_tensors(path, "cached prompt")
+        rows, (length, width) = entry["rows"], entry["shape"].tolist()
+        whole = rows.ndim == 2 and rows.dtype == np.float32 and rows.shape[1] == width
+        if texts.get("key") != path.stem or not (
+            whole and len(rows) <= length and length * width <= _MAX_VALUES
+        ):
+            raise RequestError(f"cached prompt {path} is another's")
+        states = np.zeros((length, width), np.float32)
+        states[: len(rows)] = rows
+    except (RequestError, KeyError, ValueError, MemoryError) as error:
+        logger.warning("%s; the prompt is encoded anew", error)
         return None
     return states
 
 
 def _write_entry(path: Path, states: Float[np.ndarray, "S text_dim"]) -> None:
-    """Write the rows up to the last that is not zero, under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the rows up to the last that is not zero; where that is refused, go on without."""
     used = np.flatnonzero(np.any(states != 0, axis=1))
     rows = states[: used[-1] + 1 if used.size else 0].astype(np.float32)
-    with whole_file(path) as temporary:
-        save_file({"rows": rows, "shape": np.asarray(states.shape, np.int64)}, temporary)
+    entry = {"rows": rows, "shape": np.asarray(states.shape, np.int64)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, entry, {"key": path.stem})
+    except OSError as error:
+        warn_unwritable(path.parent, reason_of(error))
 
 
 @dataclass(eq=False)

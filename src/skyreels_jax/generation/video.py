@@ -189,6 +189,7 @@ def write_mp4(
     size: tuple[int, int],
     settings: Mapping[str, Any] | None,
     sound: media.Sound | None = None,
+    replace: bool = True,
 ) -> int:
     """Write frames into an MP4 as they come, in memory that does not grow with their number.
 
@@ -199,6 +200,7 @@ def write_mp4(
         size: height and width in pixels.
         settings: for the file's ``comment`` tag.
         sound: of a video that is continued.
+        replace: what is there when all is written; else that is a FileExistsError.
 
     Returns:
         How many frames were written.
@@ -208,7 +210,9 @@ def write_mp4(
         RequestError: the path cannot be written to.
     """
     stopped = None
-    with media.VideoWriter(path, fps=fps, size=size, settings=settings, sound=sound) as writer:
+    with media.VideoWriter(
+        path, fps=fps, size=size, settings=settings, sound=sound, replace=replace
+    ) as writer:
         try:
             for some in frames:
                 writer.append(some)

@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.files import open_regular, whole_file
@@ -143,10 +144,14 @@ def _in_srgb(image: Image.Image, profile: bytes | None, what: str) -> Image.Imag
         return image.convert("RGB")
 
 
-def write_image(path: str | Path, image: RgbImage) -> None:
-    """Write an image in the format of the path's suffix."""
+def write_image(path: str | Path, image: RgbImage, *, made_by: str | None = None) -> None:
+    """Write an image in the format of the path's suffix; a PNG may name what made it."""
+    about = None
+    if made_by is not None:
+        about = PngInfo()
+        about.add_text("Software", made_by)
     with whole_file(Path(path)) as temporary:
-        Image.fromarray(image).save(temporary)
+        Image.fromarray(image).save(temporary, pnginfo=about)
 
 
 def write_gif(path: str | Path, frames: Frames, *, fps: float | int, enlarge: int = 1) -> None:

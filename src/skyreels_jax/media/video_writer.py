@@ -1,7 +1,5 @@
 """Writing MP4 files: whole or not at all, with the settings that made them."""
 
-import json
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,9 +12,10 @@ import av
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from skyreels_jax.errors import RequestError
-from skyreels_jax.files import check_names, whole_file, write_json
+from skyreels_jax.files import json_text, whole_file, write_json
 from skyreels_jax.geometry import frame_rate
 from skyreels_jax.media.video_reader import opened_video
+from skyreels_jax.outputs import check_names, check_place
 from skyreels_jax.shapes import Frames
 
 # x264's constant quality; 17 is generally taken for the point where losses become invisible.
@@ -32,19 +31,13 @@ def check_output(path: str | Path) -> None:
     """Refuse a path that no video can be written to.
 
     Raises:
-        RequestError: its suffix is not ``.mp4``, it is a folder, or its folder does not exist or
-            cannot be written to.
+        RequestError: its suffix is not ``.mp4``, or no file can be made there.
     """
     path = Path(path)
     check_names([path])
     if path.suffix.lower() != ".mp4":
         raise RequestError(f"output {path}: the name must end in .mp4, for example {path.stem}.mp4")
-    if path.is_dir():
-        raise RequestError(f"output {path} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise RequestError(f"output {path}: the folder {path.parent} does not exist; create it")
-    if not os.access(path.parent, os.W_OK):
-        raise RequestError(f"output {path}: the folder {path.parent} cannot be written to")
+    check_place(path)
 
 
 @dataclass(frozen=True)
@@ -80,6 +73,7 @@ class VideoWriter:
         size: tuple[int, int],
         settings: Mapping[str, Any] | None = None,
         sound: Sound | None = None,
+        replace: bool = True,
     ):
         """Prepare a file; nothing is written before the block is entered.
 
@@ -89,6 +83,7 @@ class VideoWriter:
             size: height and width in pixels, both even.
             settings: JSON values for the file's ``comment`` tag.
             sound: to copy from another file.
+            replace: what is there at the end; else that is a FileExistsError.
 
         Raises:
             RequestError: the path or the size cannot be written.
@@ -101,11 +96,12 @@ class VideoWriter:
         self.size = size
         self.settings = settings
         self.sound = sound
+        self.replace = replace
         self.written = 0
 
     def __enter__(self) -> "VideoWriter":
         with ExitStack() as opened:
-            temporary = opened.enter_context(whole_file(self.path))
+            temporary = opened.enter_context(whole_file(self.path, replace=self.replace))
             self._begin(temporary)
             self._file = opened.pop_all()
         return self
@@ -115,7 +111,7 @@ class VideoWriter:
         name = str(temporary.absolute())
         self._container = av.open(name, "w", format="mp4", options={"movflags": "+faststart"})
         if self.settings is not None:
-            self._container.metadata["comment"] = json.dumps(self.settings, ensure_ascii=False)
+            self._container.metadata["comment"] = json_text(self.settings)
         stream = self._container.add_stream("libx264", rate=self.fps, options=ENCODER)
         stream.height, stream.width = self.size
         stream.pix_fmt = "yuv420p"

@@ -57,7 +57,7 @@ def convert_folder(
         format: to write.
         about: what a pipeline folder of diffusers says of itself.
         dtype: of the transformer; None keeps each tensor's.
-        overwrite: replace a folder that is there.
+        overwrite: replace a folder that is there and holds only what an earlier call wrote.
 
     Raises:
         RequestError: if ``target`` is there, or lies in ``source`` or around it.
@@ -67,7 +67,7 @@ def convert_folder(
     alone = source.transformer == source.folder and not source.components
     nested = format == "diffusers" and not alone
     result = Conversion()
-    with new_folder(target, overwrite=overwrite) as partial:
+    with new_folder(target, overwrite=overwrite, marked=True) as partial:
         transformer = partial / "transformer" if nested else partial
         files = stored_transformer(source).write(transformer, format, dtype=dtype)
         if nested:

@@ -50,6 +50,11 @@ TRANSFORMER_CLASSES: Final[Mapping[Format, tuple[str, ...]]] = {
     "original": ("WanModel",),
     "diffusers": ("SkyReelsV2Transformer3DModel", "WanTransformer3DModel"),
 }
+# Of a component's folder.
+_FILES: Final = (
+    *("config.json", "*_config.json", "*.safetensors.index.json", "[!.]*.safetensors"),
+    *("tokenizer.json", "special_tokens_map.json", "*.model"),
+)
 _SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -98,6 +103,14 @@ class Layout:
         """The safetensors files in the transformer's folder, those of macOS aside."""
         return sorted(self.transformer.glob("[!.]*.safetensors"))
 
+    @property
+    def deciding_files(self) -> tuple[Path, ...]:
+        """All files that decide what the checkpoint makes, and no other that lies beside them."""
+        found = [self.folder / MODEL_INDEX]
+        for path in {self.transformer, *self.components.values()}:
+            found += [path] if path.is_file() else _files_of(path)
+        return tuple(sorted(path for path in found if path.is_file()))
+
     def tensors(self) -> UnpackedSource:
         """The transformer's tensors, under the names of the format.
 
@@ -109,6 +122,12 @@ class Layout:
         source = UnpackedSource(safetensors_of(self.transformer, without=others))
         refuse_tensors(self.transformer, source.tensors())
         return source
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The files of a component's folder, by the names that they have in published ones."""
+    found = {path for pattern in _FILES for path in folder.glob(pattern)}
+    return [path for path in found if not path.name.endswith(files.LATENTS_SUFFIX)]
 
 
 def read_layout(folder: Path) -> Layout:
@@ -235,7 +254,12 @@ def safetensors_of(folder: Path, *, without: Collection[str] = ()) -> Safetensor
             is not in the index, or a tensor is not in the shard that the index says.
     """
     # Names that begin with a dot are macOS's notes on the files of other file systems.
-    present = {p.name: p for p in folder.glob("[!.]*.safetensors") if p.name not in without}
+    present = {
+        path.name: path
+        for path in folder.glob("[!.]*.safetensors")
+        # Latents that somebody kept there are no part of a model.
+        if not (path.name in without or path.name.endswith(files.LATENTS_SUFFIX))
+    }
     indices = sorted(folder.glob("[!.]*.safetensors.index.json"))
     if len(indices) > 1:
         names = ", ".join(p.name for p in indices)

@@ -2,57 +2,125 @@
 
 import json
 import os
+import secrets
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from skyreels_jax.errors import RequestError, WeightsError
-from skyreels_jax.files import write_text
+from skyreels_jax.files import TEMPORARY_PREFIX, read_json, write_json, write_text
+from skyreels_jax.interrupt import deferred
+from skyreels_jax.outputs import free_name
 from skyreels_jax.weights.engine import TensorStream
 from skyreels_jax.weights.safetensors_file import DTYPES, TensorSpec
 
 _CODES: Final[Mapping[np.dtype, str]] = {dtype: code for code, dtype in DTYPES.items()}
+# In a folder that may be replaced: its files and their sizes.
+_LIST: Final = ".made-by-skyreels-jax.json"
+# Files that a refusal names.
+_NAMED: Final = 5
 # What diffusers and transformers cut their own files to.
 MAX_SHARD_BYTES: Final = 5_000_000_000
 
 
 @contextmanager
-def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(folder: Path, *, overwrite: bool = False, marked: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes ``folder`` when the block ends, and vanishes if it fails.
 
     Args:
         folder: to make; its parents are made too.
         overwrite: replace a folder that is there (only once the new one is complete).
+        marked: a hidden file in it lists what it holds, and only what such a file lists is
+            replaced.
 
     Raises:
-        RequestError: if ``folder`` is there, holds files and may not be replaced.
+        RequestError: if ``folder`` is there, holds files and may not be replaced; what came there
+            while the new one was made stays, and the new one gets a free name.
         WeightsError: if the file system refuses a write.
     """
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file; give a folder to write to")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise RequestError(f"{folder} is there already: choose another, or allow overwriting it")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+    _check_replaceable(folder, overwrite, marked)
+    # Not the name of a link, and "." has none.
+    target = folder.resolve()
+    partial = target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}")
     try:
         partial.mkdir(parents=True)
         yield partial
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if marked:
+            write_json(partial / _LIST, {"files": dict(_sizes(partial))})
+        try:
+            _check_replaceable(folder, overwrite, marked)
+        except RequestError as error:
+            free = free_name(target)
+            partial.rename(free)
+            raise RequestError(f"{error}; what was made is in {free}") from error
+        _swap(partial, target)
     except OSError as error:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
         raise WeightsError(f"{folder} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path, overwrite: bool, marked: bool) -> None:
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise RequestError(f"{folder} is there already: choose another, or allow overwriting it")
+    if marked and (foreign := list(islice(_foreign(folder), _NAMED + 1))):
+        names = ", ".join(foreign[:_NAMED]) + (" and more" if len(foreign) > _NAMED else "")
+        raise RequestError(
+            f"{folder} holds what this program did not write there: {names}; move that away, or "
+            "choose another folder"
+        )
+
+
+def _foreign(folder: Path) -> Iterator[str]:
+    """What a folder holds besides the files that its list names, as they were written."""
+    listed: dict[str, int] = {}
+    if (folder / _LIST).is_file():
+        found = read_json(folder / _LIST)
+        found = found.get("files") if isinstance(found, dict) else None
+        listed = found if isinstance(found, dict) else {}
+    parents = {str(parent) for name in listed for parent in Path(name).parents}
+    for place, folders, files in os.walk(folder):
+        for name in sorted(folders):
+            path = Path(place, name)
+            if path.is_symlink() or str(path.relative_to(folder)) not in parents:
+                yield str(path.relative_to(folder))
+        for name in sorted(files):
+            path = Path(place, name)
+            within = path.relative_to(folder)
+            if str(within) != _LIST and listed.get(str(within)) != path.lstat().st_size:
+                yield str(within)
+
+
+def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield str(path.relative_to(folder)), path.stat().st_size
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    """Give a complete folder its name, and remove what had it; a signal waits for both."""
+    replaced = folder.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}")
+    with deferred():
+        if folder.exists():
+            folder.rename(replaced)
+        try:
+            partial.rename(folder)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(folder)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_config(file: Path, value: Mapping[str, object]) -> None:

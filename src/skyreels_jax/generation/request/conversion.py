@@ -1,6 +1,7 @@
 """What people write for a number or a text, as one plain value; a ValueError where it is none."""
 
 import operator
+import re
 import sys
 import unicodedata
 from fractions import Fraction
@@ -37,10 +38,16 @@ def exact_fraction(value: Any) -> Fraction:
     return Fraction(*ratio())
 
 
+class NoUtf8Error(ValueError):
+    """What Python makes of bytes of the command line that are no text in UTF-8."""
+
+
 def text_of(value: object) -> str:
-    """Text as a plain ``str``."""
+    """Text as a plain ``str``; of a kind of error of its own where UTF-8 cannot encode it."""
     if not isinstance(value, str):
         raise ValueError("must be text")
+    if odd := re.search("[\ud800-\udfff]", value):
+        raise NoUtf8Error(f"must be text in UTF-8; {odd[0]!r} is none")
     return str(value)
 
 

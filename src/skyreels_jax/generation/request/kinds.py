@@ -16,6 +16,7 @@ from typing import Any
 
 from skyreels_jax import geometry
 from skyreels_jax.generation.request.conversion import (
+    NoUtf8Error,
     exact_fraction,
     is_blank,
     is_of,
@@ -249,7 +250,7 @@ class Text(SettingKind):
         """Text is text; bytes are not."""
         if not isinstance(value, str):
             raise ValueError(f"must be {self.takes}")
-        return str(value)
+        return text_of(value)
 
 
 @dataclass(frozen=True)
@@ -300,11 +301,13 @@ class Prompts(SettingKind):
         """Text, a tuple of texts, or a dictionary with whole numbers for keys."""
         try:
             if isinstance(value, str):
-                return str(value)
+                return text_of(value)
             if isinstance(value, Mapping):
                 return {whole_number(frame): text_of(prompt) for frame, prompt in value.items()}
             if isinstance(value, Sequence):
                 return tuple(map(text_of, value))
+        except NoUtf8Error:
+            raise
         except ValueError:
             pass
         raise ValueError(f"must be {self.takes}")

@@ -242,7 +242,7 @@ def resolve_forcing(builder: RequestBuilder, values: Mapping[str, Any]) -> Forci
         ),
     )
     if len(builder.problems) == before:
-        builder.problems.extend(_forcing_violations(forcing, values))
+        builder.problems.extend(forcing_violations(forcing, values))
     if len(builder.problems) == before:
         builder.warnings.extend(
             _forcing_warnings(forcing, values, overlapping, request.overlap_history)
@@ -257,7 +257,7 @@ def usual_overlap(at_once: int) -> int:
     return min(_OVERLAP, max(1, (half - 1) // step * step + 1))
 
 
-def _forcing_violations(forcing: Forcing, values: Mapping[str, Any]) -> Iterator[str]:
+def forcing_violations(forcing: Forcing, values: Mapping[str, Any]) -> Iterator[str]:
     """A line for each setting that does not go with another; each by itself is legal."""
     overlap, at_once = forcing.overlap_history, forcing.base_num_frames
     given, frames = values["video"], values["num_frames"]
