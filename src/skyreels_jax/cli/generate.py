@@ -12,7 +12,7 @@ from typing import Final
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.cli import dry_run
-from skyreels_jax.cli.job import begin, decode_file, open_pipeline
+from skyreels_jax.cli.job import begin, decode_file, go_on, open_pipeline
 from skyreels_jax.cli.products import JOB_SUFFIX, Products
 from skyreels_jax.cli.report import describe
 from skyreels_jax.cli.unused import check_prompt, unused_flags
@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
             saved = SavedLatents.open(args.resume_latents)
             stored_vae(checkpoint.layout).verify()
             return decode_file(args, pipeline, saved)
-        return begin(args, pipeline, resolve_and_print(args, checkpoint), products)
+        job = begin(args, pipeline, resolve_and_print(args, checkpoint), products)
+        return go_on(pipeline, job)
 
 
 def _products(args: argparse.Namespace) -> Products:

@@ -74,8 +74,8 @@ def open_pipeline(options: Mapping[str, Any]) -> Pipeline:
 
 def begin(
     args: argparse.Namespace, pipeline: Pipeline, request: ResolvedRequest, products: Products
-) -> int:
-    """Make a video from the start; 0 when it is written."""
+) -> FolderStore:
+    """The job of a video that is made from the start."""
     products.check_request(request, overwrite=args.overwrite)
     pipeline.verify()
     assert products.job is not None
@@ -95,7 +95,7 @@ def begin(
     }
     there = state_of(args.output)
     confirmed = [there] if there is not None and args.overwrite else []
-    return go_on(pipeline, FolderStore.create(products.job, request, how, confirmed))
+    return FolderStore.create(products.job, request, how, confirmed)
 
 
 def check_how(job: FolderStore) -> None:

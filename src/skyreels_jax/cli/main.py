@@ -95,7 +95,6 @@ def build_parser(verb: str | None) -> Parser:
             if name != verb:
                 continue
             FLAGS[name](verb_parser)
-            verb_parser.set_defaults(run=_Later(name))
         else:
             importlib.import_module(f"skyreels_jax.cli.{name}").add_parser(verbs)
         said = verbs.choices[name].add_mutually_exclusive_group()
@@ -105,16 +104,6 @@ def build_parser(verb: str | None) -> Parser:
         if name in QUIET_VERBS:
             said.add_argument("--quiet", action="store_true", help="say nothing but errors")
     return parser
-
-
-class _Later:
-    """A verb's ``run``, whose module is imported when it is called."""
-
-    def __init__(self, verb: str):
-        self.verb = verb
-
-    def __call__(self, args: argparse.Namespace) -> int:
-        return importlib.import_module(f"skyreels_jax.cli.{self.verb}").run(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         with signals_raise(), quietly() if quiet else nullcontext():
-            return args.run(args)
+            return importlib.import_module(f"skyreels_jax.cli.{verb}").run(args)
     except SkyReelsError as error:
         if args.verbose:
             logging.getLogger(__name__).exception("refused")

@@ -25,7 +25,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("config", type=Path, help="what to train on what; see docs/training.md")
     parser.add_argument("--output", type=Path, metavar="DIR", help="instead of the file's `output`")
     parser.add_argument("--steps", type=int, metavar="N", help="instead of the file's `run.steps`")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

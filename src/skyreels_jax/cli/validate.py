@@ -33,7 +33,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "validate", help="compare the JAX model with PyTorch's, layer by layer and frame by frame"
     )
     _add_flags(parser)
-    parser.set_defaults(run=run)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:

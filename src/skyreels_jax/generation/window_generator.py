@@ -39,7 +39,7 @@ from skyreels_jax.generation.request.reference import call_counter, takes_state
 from skyreels_jax.generation.request.resolved import ResolvedRequest, Window
 from skyreels_jax.generation.store import NoStore, WindowStore
 from skyreels_jax.memory import refused_in_words
-from skyreels_jax.sampling.denoiser import Denoiser, Sampling
+from skyreels_jax.sampling.denoiser import Denoised, Denoiser, Sampling
 from skyreels_jax.sampling.noise import draw_noise, draw_torch_noise, noise_key
 from skyreels_jax.sampling.progress import Clock, Stage
 from skyreels_jax.sampling.step import Conditioning, ConditioningNoise
@@ -182,15 +182,30 @@ class WindowGenerator:
             Stopped: somebody asked the clock to.
             ValueError: the noise has another shape than the window's latents.
         """
+        request = self.request
         latents = self.store.load(window) if self._may_load() else None
         if latents is None:
             if self._loaded is None:
-                request = self.request
                 guidance = guidance_of(request.guidance_scale, batched=request.batched_guidance)
                 inputs = encode_inputs(self.components, request, guidance, self.clock)
                 with _stage(self.clock, "load"):
-                    self._loaded = _Loaded(self._load(), inputs, guidance)
-            latents = self._denoise(self._loaded, window, prefix)
+                    denoiser = self._load()
+                if request.forcing is not None:
+                    block_length = request.forcing.causal_attention
+                    denoiser = dataclasses.replace(denoiser, block_length=block_length)
+                self._loaded = _Loaded(denoiser, inputs, guidance)
+            loaded, caches, self._caches = self._loaded, self._caches, None
+            denoised = loaded.denoiser.run(
+                self._start(window, prefix),
+                loaded.condition(request.prompts[window.number], request.fps, self.clock),
+                self._sampling(loaded.guidance, window),
+                frame_schedule=frame_schedule_for(request, self._schedule, window),
+                conditioning_noise=conditioning_noise(request, window),
+                caches=caches,
+                clock=self.clock,
+            )
+            self._note(denoised, window)
+            latents = np.asarray(denoised.latents[0, :, : window.frames])
             self.store.save(window, latents)
         if window == self.request.windows[-1]:
             self._loaded = None
@@ -213,36 +228,25 @@ class WindowGenerator:
             noise = jnp.concatenate([noise, jnp.asarray(self.known.end)[None]], axis=2)
         return noise
 
-    def _denoise(self, loaded: _Loaded, window: Window, prefix: KnownLatents | None) -> HostLatents:
-        request, denoiser = self.request, loaded.denoiser
-        if request.forcing is not None:
-            block_length = request.forcing.causal_attention
-            denoiser = dataclasses.replace(denoiser, block_length=block_length)
-        frame_schedule = frame_schedule_for(request, self._schedule, window)
-        caches, self._caches = self._caches, None
-        denoised = denoiser.run(
-            self._start(window, prefix),
-            loaded.condition(request.prompts[window.number], request.fps, self.clock),
-            Sampling(
-                self._schedule,
-                loaded.guidance,
-                request.attention,
-                step_cache(request.cache, request.steps, call_counter(request, window)),
-                latents=request.latent_dtype,
-                exact=request.exact_forcing,
-            ),
-            frame_schedule=frame_schedule,
-            conditioning_noise=conditioning_noise(request, window),
-            caches=caches,
-            clock=self.clock,
+    def _sampling(self, guidance: Guidance, window: Window) -> Sampling:
+        request = self.request
+        return Sampling(
+            self._schedule,
+            guidance,
+            request.attention,
+            step_cache(request.cache, request.steps, call_counter(request, window)),
+            latents=request.latent_dtype,
+            exact=request.exact_forcing,
         )
-        following = request.windows[window.number + 1 :][:1]
-        if any(takes_state(request, after) for after in following):
+
+    def _note(self, denoised: Denoised, window: Window) -> None:
+        """Count a window's calls, and keep what the next one's step cache takes over."""
+        following = self.request.windows[window.number + 1 :][:1]
+        if any(takes_state(self.request, after) for after in following):
             self._caches = denoised.caches
         self.clock.ran(
             denoised.step_seconds, denoised.computed, denoised.calls, denoised.block_counts
         )
-        return np.asarray(denoised.latents[0, :, : window.frames])
 
 
 def starting_noise(request: ResolvedRequest, window: Window | None = None) -> Latents:

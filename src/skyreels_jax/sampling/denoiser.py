@@ -25,7 +25,7 @@ from skyreels_jax.diffusion.step_cache import CacheState, NoCache, StepCache
 from skyreels_jax.diffusion.unipc import FlowSchedule
 from skyreels_jax.ops.attention import paths_with_past
 from skyreels_jax.sampling.progress import Clock, StepMonitor
-from skyreels_jax.sampling.run_plan import RunPlan, work_items
+from skyreels_jax.sampling.run_plan import ProgramKey, RunPlan, work_items
 from skyreels_jax.sampling.step import (
     Conditioning,
     ConditioningNoise,
@@ -143,7 +143,12 @@ class Denoiser:
 
         def prepare(context: Context, clip_fea: Array | None) -> PreparedContext:
             arguments = (parameters, context, clip_fea)
-            return self._compiled(partial(_prepare, graph), arguments, clock)(*arguments)
+            # What is bound is the graph, this model's in every call.
+            if (key := _shape_key(_prepare, arguments)) not in self._executables:
+                with clock.stage("compile"):
+                    lowered = jax.jit(partial(_prepare, graph)).lower(*arguments)
+                    self._executables[key] = lowered.compile()
+            return self._executables[key](*arguments)
 
         return _conditioning(guidance, prepare, (positive, negative), clip_fea, y, fps)
 
@@ -183,14 +188,18 @@ class Denoiser:
         state = plan.start(noise)
         if caches is not None:
             state = state._replace(caches=caches)
-        programs = {
-            key: self._compiled(key.function, (plan.step, state, iteration), clock, donate=1)
-            for key, iteration in plan.programs.items()
-        }
+        programs: dict[ProgramKey, jax.stages.Compiled] = {}
+        for program, iteration in plan.programs.items():
+            arguments = (plan.step, state, iteration)
+            if (key := _shape_key(program.function, arguments)) not in self._executables:
+                with clock.stage("compile"):
+                    lowered = jax.jit(program.function, donate_argnums=1).lower(*arguments)
+                    self._executables[key] = lowered.compile()
+            programs[program] = self._executables[key]
         with clock.stage("denoise", schedule.iterations):
             monitor = StepMonitor(clock, schedule)
-            for iteration, key in plan.work:
-                state, report = programs[key](plan.step, state, iteration)
+            for iteration, program in plan.work:
+                state, report = programs[program](plan.step, state, iteration)
                 if report is not None:
                     monitor.submitted(report)
                     if observe is not None:
@@ -272,23 +281,11 @@ class Denoiser:
         reuse = plan_block_reuse(schedule, frames, self.block_length, reusable=reusable)
         return reuse if reuse.computed < reuse.total else None
 
-    def _compiled(
-        self,
-        function: Callable[..., Any],
-        arguments: tuple[PyTree, ...],
-        clock: Clock,
-        donate: int | tuple[()] = (),
-    ) -> jax.stages.Compiled:
-        """``function`` for the shapes of ``arguments``, compiled now or kept from before."""
-        leaves, structure = jax.tree.flatten(arguments)
-        shapes = tuple((np.shape(leaf), leaf.dtype) for leaf in leaves)
-        # What is bound is the graph, this model's in every call.
-        key = (function.func if isinstance(function, partial) else function, structure, shapes)
-        if key not in self._executables:
-            with clock.stage("compile"):
-                lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
-                self._executables[key] = lowered.compile()
-        return self._executables[key]
+
+def _shape_key(function: Callable[..., object], arguments: tuple[PyTree, ...]) -> Hashable:
+    """What decides a compiled program: the function, and structure and shapes of its arguments."""
+    leaves, structure = jax.tree.flatten(arguments)
+    return function, structure, tuple((np.shape(leaf), leaf.dtype) for leaf in leaves)
 
 
 def _prepare(
