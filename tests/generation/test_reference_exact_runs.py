@@ -27,8 +27,9 @@ from skyreels_jax.checkpoints import Guess
 from skyreels_jax.components.encoders import to_frames
 from skyreels_jax.diffusion.cache_settings import CallCounter
 from skyreels_jax.generation import window_generator
-from skyreels_jax.generation.request.reference import call_counter
+from skyreels_jax.generation.request.reference import call_counter, takes_state
 from skyreels_jax.generation.request.resolved import ResolvedRequest, Window
+from skyreels_jax.generation.store import MemoryStore
 from skyreels_jax.parity.metrics import psnr
 from skyreels_jax.presets import PRESETS
 from skyreels_jax.sampling.progress import StepMonitor
@@ -332,3 +333,29 @@ def observed(pipe: Pipeline, case: Case, folder: Path) -> tuple[np.ndarray, list
 
         patch.setattr(StepMonitor, "submitted", note)
         return ours(pipe, case, folder, SHIFT["random"]), ran
+
+
+def test_windows_that_need_what_is_not_stored_are_made_anew(pipeline, monkeypatch):
+    """What TeaCache takes over from one window into the next is in no store."""
+    pipe = pipeline("random")
+    guess = Guess(PRESETS["SkyReels-V2-DF-1.3B-540P"], "said so")
+    monkeypatch.setattr(pipe, "checkpoint", replace(pipe.checkpoint, guess=guess))
+    settings = {**SHARED, **LONG, "steps": 7, "ar_step": 2, "cache": "teacache"}
+    request = pipe.resolve(
+        PROMPT,
+        height=HEIGHT,
+        width=WIDTH,
+        image=picture(6),
+        reference_exact=True,
+        **settings,
+    )
+    assert [takes_state(request, window) for window in request.windows] == [False, True]
+    whole = MemoryStore()
+    frames = np.concatenate(list(pipe.stream(request, store=whole)))
+    first, last = request.windows
+    interrupted = MemoryStore({first: np.zeros_like(whole.windows[first])})
+    again = np.concatenate(list(pipe.stream(request, store=interrupted)))
+    np.testing.assert_array_equal(again, frames)
+    # Where all are stored they are taken, these zeros too.
+    finished = MemoryStore({first: np.zeros_like(whole.windows[first]), last: whole.windows[last]})
+    assert not np.array_equal(np.concatenate(list(pipe.stream(request, store=finished))), frames)
