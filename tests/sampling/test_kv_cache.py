@@ -137,8 +137,8 @@ def test_a_cache_of_steps_computes_all_blocks(model):
     timed = schedule_frames(plan_blocks(6, 2), SCHEDULE.timesteps, ar_step=3)
     guidance = guidance_of(1.0)
     told = denoiser.condition(guidance, texts()[0], None)
-    first, last, rows = (np.array(n, np.int32) for n in (1, 1, 0))
-    cache = TeaCache(np.float32(0.1), np.array([1.0, 0.0], np.float32), first, last, rows, False)
+    first, last = (np.array(n, np.int32) for n in (1, 1))
+    cache = TeaCache(np.float32(0.1), np.array([1.0, 0.0], np.float32), first, last, False)
     result = denoiser.run(
         draw_noise(3, (1, 16, 6, 4, 4)),
         told,
