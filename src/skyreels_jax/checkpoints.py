@@ -182,7 +182,7 @@ class Checkpoint:
         value = self.layout.config.get("num_frame_per_block", 1)
         if type(value) is not int or value < 1:
             raise WeightsError(
-                f"{self.layout.config_file}: num_frame_per_block = {value!r} must be at least 1"
+                f"{self.layout.config_file}: num_frame_per_block = {value!r:.80} must be at least 1"
             )
         return value if value > 1 else None
 
@@ -233,5 +233,5 @@ def _stored_shift(layout: Layout) -> Default[float] | None:
         return None
     shift = read_object(file).get("flow_shift", 1.0)
     if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < 1000:
-        raise WeightsError(f"{file}: flow_shift = {shift!r} must be a positive number")
+        raise WeightsError(f"{file}: flow_shift = {shift!r:.80} must be a positive number")
     return None if shift == 1.0 else Default(float(shift), "scheduler/scheduler_config.json")

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int32
 from tokenizers import models, pre_tokenizers
 
 from skyreels_jax.errors import WeightsError
+from skyreels_jax.files import read_bytes
 
 TEXT_LEN: Final = 512
 
@@ -35,6 +36,9 @@ NEGATIVE_PROMPT_EN: Final = (
 
 PAD: Final = "<pad>"
 EOS: Final = "</s>"
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+# UMT5's file has 17 MB.
+_MAX_BYTES: Final = 128 * 2**20
 _UNKNOWN_TOKEN: Final = "<unk>"
 
 logger = logging.getLogger(__name__)
@@ -89,7 +93,7 @@ class Tokenizer:
             WeightsError: it is not there, is damaged, or is no T5 tokenizer.
         """
         path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
+        if not path.exists():
             raise WeightsError(_missing(Path(folder)))
         backend = _read_json(path)
         backend.no_padding()
@@ -143,8 +147,9 @@ def _missing(folder: Path) -> str:
 
 
 def _read_json(path: Path) -> tokenizers.Tokenizer:
+    content = read_bytes(path, "tokenizer", limit=_MAX_BYTES, error=WeightsError)
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_buffer(content.removeprefix(_BYTE_ORDER_MARK))
     except Exception as error:  # the library raises bare Exception
         raise WeightsError(f"{path}: not a readable tokenizer file ({error})") from error
 

@@ -222,7 +222,7 @@ def _format_of(config: Mapping[str, object], file: Path) -> Format:
     if name is None and ("dim" in config or "num_heads" in config):
         return "original"
     known = ", ".join(name for classes in TRANSFORMER_CLASSES.values() for name in classes)
-    raise WeightsError(f"{file} is of class {name!r}; known transformer classes are {known}")
+    raise WeightsError(f"{file} is of class {name!r:.80}; known transformer classes are {known}")
 
 
 def _components(folder: Path, format: Format) -> dict[ComponentName, Path]:
@@ -298,8 +298,8 @@ def _read_index(file: Path) -> dict[str, str]:
         plain = isinstance(shard, str) and re.fullmatch(r"[\w.-]+\.safetensors", shard)
         if not plain:
             raise WeightsError(
-                f"{file} puts {name} into {shard!r}: expected the name of a *.safetensors file in "
-                "the same folder"
+                f"{file} puts {name:.200} into {shard!r:.80}: expected the name of a *.safetensors "
+                "file in the same folder"
             )
     return weight_map
 

@@ -86,7 +86,7 @@ def refuse_config(file: Path, config: Mapping[str, Any]) -> None:
     for key in ("_class_name", "model_type"):
         value = config.get(key)
         if isinstance(value, str) and (other := _first(_CLASSES, value)):
-            raise _refusal(file, f"{key} is {value!r}", other)
+            raise _refusal(file, f"{key} is {value!r:.80}", other)
     for key, other in _KEYS.items():
         if config.get(key):
             raise _refusal(file, f"it has {key}", other)

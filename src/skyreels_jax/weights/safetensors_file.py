@@ -219,9 +219,11 @@ def _location(file: Path, name: str, entry: object, start: int) -> _Location:
     shape, offsets = _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
     code = entry.get("dtype")
     if shape is None or offsets is None or len(offsets) != 2:
-        raise bad(f"has shape {entry.get('shape')!r} and offsets {entry.get('data_offsets')!r}")
+        raise bad(
+            f"has shape {entry.get('shape')!r:.80} and offsets {entry.get('data_offsets')!r:.80}"
+        )
     if not isinstance(code, str) or code not in DTYPES:
-        raise bad(f"has dtype {code!r}; known are {', '.join(DTYPES)}")
+        raise bad(f"has dtype {code!r:.80}; known are {', '.join(DTYPES)}")
     begin, end = offsets
     # Python integers: a hostile shape cannot overflow.
     nbytes = math.prod(shape) * DTYPES[code].itemsize

@@ -176,7 +176,7 @@ def clip_config_from_json(config: Mapping[str, object]) -> ClipVisionConfig:
     classes = config.get("architectures") or ()
     if not isinstance(classes, list | tuple):
         raise WeightsError(
-            f"the image encoder's config.json is unsound: architectures = {classes!r}"
+            f"the image encoder's config.json is unsound: architectures = {classes!r:.80}"
         )
     try:
         return ClipVisionConfig(

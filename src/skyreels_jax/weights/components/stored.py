@@ -257,7 +257,7 @@ class JsonFields:
         for key, value in expected.items():
             if self._json.get(key, value) != value:
                 raise UnsupportedError(
-                    f"{self._what} with {key} {self._json[key]!r}; only {value!r}"
+                    f"{self._what} with {key} {self._json[key]!r:.80}; only {value!r}"
                 )
 
     def size(self, key: str, default: int | None = None, *, most: int = 1 << 20) -> int:

@@ -204,7 +204,7 @@ def _stated(json: Mapping[str, object], format: Format, problems: Problems) -> d
     """What the file says, under our names."""
     for key, allowed in _FIXED.items():
         if key in json and json[key] not in allowed:
-            problems.add("settings that no SkyReels-V2 model has", f"{key} = {json[key]!r}")
+            problems.add("settings that no SkyReels-V2 model has", f"{key} = {json[key]!r:.80}")
     keys = {**_KEYS[format], **{key: key for key in _SHARED_KEYS}}
     stated = {}
     for ours, theirs in keys.items():
@@ -214,13 +214,15 @@ def _stated(json: Mapping[str, object], format: Format, problems: Problems) -> d
         rule, parse = _LEGAL.get(ours, _SIZE)
         parsed = parse(value)
         if parsed is None:
-            problems.add("illegal values", f"{theirs} = {value!r}: must be {rule}")
+            problems.add("illegal values", f"{theirs} = {value!r:.80}: must be {rule}")
         else:
             stated[ours] = parsed
     if format == "diffusers" and "attention_head_dim" in json and "num_heads" in stated:
         width = _SIZE[1](json["attention_head_dim"])
         if width is None:
-            problems.add("illegal values", f"attention_head_dim = {json['attention_head_dim']!r}")
+            problems.add(
+                "illegal values", f"attention_head_dim = {json['attention_head_dim']!r:.80}"
+            )
         else:
             stated["dim"] = stated["num_heads"] * width
     return stated
