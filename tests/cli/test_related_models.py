@@ -113,6 +113,10 @@ REFUSED: dict[str, tuple[str, Change, tuple[str, ...]]] = {
 }
 
 
+# All verbs open a checkpoint in one way; these are tried with each.
+EVERY_VERB = ("wan 2.2 of 14B", "experts", "vace by tensors")
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_models_that_are_not_read_are_refused_by_their_name(
     case: str, command: Command, checkpoints: Checkpoints, tmp_path: Path
@@ -122,7 +126,10 @@ def test_models_that_are_not_read_are_refused_by_their_name(
     change(folder)
     generate = ("generate", "--model", folder, "--prompt", "x", "--output", tmp_path / "x.mp4")
     target = ("--format", "diffusers" if layout == "original" else "original")
-    for words in (generate, ("info", folder), ("convert", folder, tmp_path / "out", *target)):
+    others = (
+        (generate, ("convert", folder, tmp_path / "out", *target)) if case in EVERY_VERB else ()
+    )
+    for words in (("info", folder), *others):
         outcome = command(*words)
         assert outcome.code == 2
         (line,) = outcome.errors
