@@ -94,6 +94,21 @@ _CACHE_MINI: Final = CacheCoefficients(
 
 
 @dataclass(frozen=True, kw_only=True)
+class LongVideoDefaults:
+    """Settings of videos made in several windows, where they are others than of one window.
+
+    Attributes:
+        overlap_history: frames that a window takes over from the one before.
+        addnoise_condition: timestep to which those are noised where the model sees them.
+        guidance_scale: of classifier-free guidance.
+    """
+
+    overlap_history: int
+    addnoise_condition: int
+    guidance_scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preset:
     """One released checkpoint.
 
@@ -112,6 +127,9 @@ class Preset:
         repo: Hugging Face id in the original layout; None where there is none.
         negative_prompt: what to keep away from; None for what the original says.
         ar_step: steps by which each latent frame runs behind the one before (diffusion forcing).
+        long_video: of videos made in several windows; None for those of one window and the
+            original's overlap.
+        learned_last_image: whether its training showed it videos that lead to a given frame.
         only_moving_shapes: whether it knows the words of their captions, in lower case, and no
             others.
     """
@@ -130,6 +148,8 @@ class Preset:
     repo: str | None
     negative_prompt: str | None = None
     ar_step: int = 0
+    long_video: LongVideoDefaults | None = None
+    learned_last_image: bool = True
     only_moving_shapes: bool = False
 
 
@@ -204,6 +224,12 @@ def _mini(name: str, task: Task, config: TransformerConfig) -> Preset:
         negative_prompt="",
         # Which way things move is decided with their first frame in sight (docs/quality.md).
         ar_step=5 if task == "df" else 0,
+        # What a window makes, the next ones make worse, the more so with guidance; noise hides
+        # enough of it to be made anew (docs/quality.md).
+        long_video=LongVideoDefaults(overlap_history=9, addnoise_condition=100, guidance_scale=2.0)
+        if task == "df"
+        else None,
+        learned_last_image=False,
         only_moving_shapes=True,
     )
 

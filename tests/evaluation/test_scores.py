@@ -18,6 +18,7 @@ from skyreels_jax.evaluation.scores import (
     jump_at_joins,
     lasting_scenes,
     score,
+    score_seconds,
 )
 from skyreels_jax.hub import locate
 from skyreels_jax.moving_shapes.judge import detect_things
@@ -55,6 +56,34 @@ def test_scenes_are_held_out_ones_and_ones_that_last():
     for scene in lasting_scenes(20):
         video = render(scene, frames=LONG, fps=float(FPS), size=MINI_SIZE)
         assert detect_things(video, FPS)[0].steady
+
+
+def drawn_for(seconds: int, scene: Scene) -> np.ndarray:
+    return render(scene, frames=seconds * FPS + 1, fps=float(FPS), size=MINI_SIZE)
+
+
+@pytest.mark.parametrize("motion", ["still", "bounce"])
+def test_every_second_is_judged_by_itself(motion):
+    scenes = lasting_scenes(3, seed=1, motions=(motion,))
+    assert {scene.things[0].motion for scene in scenes} == {motion}
+    found = score_seconds(lambda scene, _: drawn_for(4, scene), scenes, 4)
+    assert found.share("all").right == len(found.verdicts) == len(found.sheets) == 12
+    assert found.metrics == {"at_end": 1, "right_until": 4}
+    assert "at_end 1, right_until 4" in table({"drawn": found})
+
+    # The last video shows the next one's scene from its third second on, the others do not.
+    def spoilt(scene: Scene, number: int) -> np.ndarray:
+        frames = drawn_for(4, scene)
+        if number == 2:
+            frames[2 * FPS :] = drawn_for(4, scenes[0])[2 * FPS :]
+        return frames
+
+    found = score_seconds(spoilt, scenes, 4)
+    assert [verdict.all for verdict in found.verdicts[-4:]] == [True, True, False, False]
+    assert found.share("all").right == 10
+    assert found.metrics["at_end"] == pytest.approx(2 / 3)
+    gone = score_seconds(lambda scene, _: 0 * drawn_for(4, scene), scenes[:1], 4)
+    assert gone.metrics == {"at_end": 0, "right_until": 0}
 
 
 def test_intervals_are_wilsons():

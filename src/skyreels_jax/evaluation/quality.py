@@ -31,6 +31,7 @@ from skyreels_jax.evaluation.scores import (
     jump_at_joins,
     lasting_scenes,
     score,
+    score_seconds,
 )
 from skyreels_jax.files import write_text
 from skyreels_jax.hub import enable_compilation_cache, locate
@@ -38,7 +39,7 @@ from skyreels_jax.media import write_image
 from skyreels_jax.models import vae
 from skyreels_jax.moving_shapes.judge import detect_things
 from skyreels_jax.moving_shapes.render import render
-from skyreels_jax.moving_shapes.scene import Scene
+from skyreels_jax.moving_shapes.scene import Motion, Scene
 from skyreels_jax.parity.metrics import psnr
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.shapes import Frames
@@ -51,6 +52,11 @@ _MODES: Final[Mapping[str, Mapping[str, int]]] = {
     "synchronous": {"ar_step": 0},
     "asynchronous": {"ar_step": 4, "causal_block_size": 1},
 }
+
+
+# Seconds of the longest videos that are judged, and what things do in them.
+HALF_MINUTE: Final = 30
+_HALF_MINUTES: Final[Mapping[str, Motion]] = {"standing": "still", "moving": "bounce"}
 
 
 def joins() -> tuple[int, ...]:
@@ -114,6 +120,18 @@ def _long_video(pipeline: Pipeline, count: int, mode: str, log: Callable[[str], 
     return found
 
 
+def _half_minute(
+    pipeline: Pipeline, count: int, motion: Motion, log: Callable[[str], None]
+) -> Score:
+    """Score every second of videos of half a minute, made with the model's own defaults."""
+
+    def make(scene: Scene, seed: int) -> Frames:
+        return from_text(pipeline, scene, seed, num_frames=HALF_MINUTE * FPS + 1)
+
+    scenes = lasting_scenes(count, seed=1, motions=(motion,))
+    return score_seconds(make, scenes, HALF_MINUTE, log=log)
+
+
 def _through_vae(checkpoint: Checkpoint, count: int) -> Score:
     """Score drawn clips after the VAE; ``clip`` and ``frame`` (single frames) are PSNR in dB."""
     model = stored_vae(checkpoint.layout).load(np.float32)
@@ -137,7 +155,7 @@ def _through_vae(checkpoint: Checkpoint, count: int) -> Score:
     return found
 
 
-EVALUATIONS: Final = ("vae", "t2v", "i2v", "long")
+EVALUATIONS: Final = ("vae", "t2v", "i2v", "long", "half-minute")
 _I2V: Final = "image to video"
 _HEAD: Final = (
     "| | videos | colour | shape | motion | all three | seconds a video | |\n"
@@ -171,6 +189,10 @@ def evaluate(
             found["text to video"] = _text_to_video(opened["df"], counts[name], log)
         elif name == "i2v":
             found[_I2V] = _image_to_video(opened["i2v"], counts[name], log)
+        elif name == "half-minute":
+            for kind, motion in _HALF_MINUTES.items():
+                row = f"{HALF_MINUTE} s {kind}, by second"
+                found[row] = _half_minute(opened["df"], counts[name], motion, log)
         else:
             for mode in _MODES:
                 found[f"long, {mode}"] = _long_video(opened["df"], counts[name], mode, log)
@@ -278,7 +300,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini", help="a diffusion-forcing checkpoint")
     parser.add_argument("--i2v-model", default="mini-i2v")
     parser.add_argument("--parts", nargs="+", choices=EVALUATIONS, default=EVALUATIONS)
-    parser.add_argument("--count", type=int, help="scenes of each part; 200, 100 and 50 otherwise")
+    parser.add_argument("--count", type=int, help="scenes of each part; 200 to 3 otherwise")
     parser.add_argument(
         "--write-cards", action="store_true", help="put the scores into the models' README.md"
     )
@@ -289,7 +311,7 @@ def main() -> None:
     if args.sweep:
         print(sweep(args.model, args.count or 48, args.output))
         return
-    usual = {"vae": 100, "t2v": 200, "i2v": 100, "long": 50}
+    usual = {"vae": 100, "t2v": 200, "i2v": 100, "long": 50, "half-minute": 3}
     counts = {name: args.count or usual[name] for name in EVALUATIONS}
     models = {"df": args.model}
     if "i2v" in args.parts:

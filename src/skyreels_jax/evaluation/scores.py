@@ -15,6 +15,7 @@ from skyreels_jax.moving_shapes.render import render
 from skyreels_jax.moving_shapes.scene import (
     BACKGROUNDS,
     HELD_OUT,
+    Motion,
     Scene,
     Thing,
     draw_held_out,
@@ -86,13 +87,15 @@ def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
     ]
 
 
-def lasting_scenes(count: int, seed: int = 0) -> list[Scene]:
+def lasting_scenes(
+    count: int, seed: int = 0, *, motions: Sequence[Motion] = ("bounce", "still")
+) -> list[Scene]:
     """Draw scenes of one thing each that never leaves the frame: it bounces or stands still."""
     rng = np.random.default_rng([seed, 78])
     scenes: list[Scene] = []
     while len(scenes) < count:
         thing: Thing = draw_scene(rng, FRAMES / FPS).things[0]
-        if thing.motion in ("bounce", "still"):
+        if thing.motion in motions:
             background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
             scenes.append(Scene((thing,), background))
     return scenes
@@ -117,6 +120,46 @@ def score(
         if (number + 1) % 20 == 0:
             log(f"{number + 1} of {len(scenes)}: all right {found.share('all')}")
     found.seconds = clock / max(len(scenes) - 1, 1)
+    return found
+
+
+def score_seconds(
+    make_video: _MakeVideo,
+    scenes: Sequence[Scene],
+    seconds: int,
+    *,
+    fps: int = FPS,
+    log: Callable[[str], None] = lambda line: None,
+) -> Score:
+    """Make a video of each scene and judge each of its seconds by itself.
+
+    ``metrics`` has ``at_end``, the share of videos whose last second is right, and ``right_until``,
+    after how many seconds the first is wrong, in the middle video.
+
+    Args:
+        make_video: gives at least ``seconds * fps + 1`` frames.
+        scenes: of things that never leave the frame.
+        seconds: of each video.
+        fps: frames a second.
+        log: told of each video.
+    """
+    found, at_end, until, clock = Score(), [], [], 0.0
+    for number, scene in enumerate(scenes):
+        started = time.perf_counter()
+        frames = make_video(scene, number)
+        clock += time.perf_counter() - started
+        verdicts = []
+        for first in range(0, seconds * fps, fps):
+            second = frames[first : first + fps + 1]
+            verdicts.append(judge_scene(detect_things(second, fps), scene))
+            found.sheets.append(contact_sheet(second, count=6, columns=6))
+        found.verdicts += verdicts
+        right = [verdict.all for verdict in verdicts]
+        at_end.append(right[-1])
+        until.append(right.index(False) if False in right else seconds)
+        log(f"{plain_caption(scene)}: {sum(right)} of {seconds} seconds right, last: {right[-1]}")
+    found.seconds = clock / len(scenes)
+    found.metrics = {"at_end": float(np.mean(at_end)), "right_until": float(np.median(until))}
     return found
 
 

@@ -12,9 +12,10 @@ from tests import standins
 
 from skyreels_jax.checkpoints import Checkpoint, Default
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.resolve import resolve, usual_overlap
 from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import Request
+from skyreels_jax.presets import PRESETS
 from skyreels_jax.prompts import NEGATIVE_PROMPT_EN, NEGATIVE_PROMPT_ZH
 
 PLENTY = 2**40
@@ -275,3 +276,83 @@ def test_other_checkpoints_are_given_what_was_written():
     request = resolved(prompt="A Cat on a pink hexagon")
     assert request.prompt == "A Cat on a pink hexagon"
     assert not any("never learned" in warning for warning in request.warnings)
+
+
+LONG = PRESETS["mini"].long_video
+WITHOUT_NOISE = "follow each other without noise"
+
+
+def asked_of_mini(**wishes) -> tuple[ResolvedRequest, str]:
+    return said_by("mini", "a red star stands still", **({"image": None} | wishes))
+
+
+def test_long_videos_of_mini_have_defaults_of_their_own():
+    assert LONG is not None
+    request, warned = asked_of_mini(seconds=4.0)
+    assert request.forcing is not None
+    assert len(request.windows) > 1
+    assert request.forcing.overlap_history == LONG.overlap_history
+    assert request.forcing.addnoise_condition == LONG.addnoise_condition
+    assert request.guidance_scale == LONG.guidance_scale
+    names = ("overlap_history", "addnoise_condition", "guidance_scale")
+    assert {request.sources[name] for name in names} == {"preset mini, long videos"}
+    # Nobody asked for so much noise, so nobody is warned of it.
+    assert WITHOUT_NOISE not in warned and "is much" not in warned
+
+
+def test_what_is_given_for_a_long_video_of_mini_holds():
+    wishes = {"overlap_history": 5, "addnoise_condition": 70, "guidance_scale": 3.0}
+    request, warned = asked_of_mini(seconds=4.0, **wishes)
+    assert {name: request.value_of(name) for name in wishes} == wishes
+    assert "`addnoise_condition` 70 is much" in warned
+    # Windows as short as the usual overlap still make a new frame.
+    request, _ = asked_of_mini(seconds=4.0, base_num_frames=9)
+    assert request.value_of("overlap_history") == 5
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {},
+        {"num_frames": 33, "base_num_frames": 33},
+        {"num_frames": 33, "reference_exact": True},
+    ],
+    ids=["short", "at once", "reference_exact"],
+)
+def test_other_videos_of_mini_are_as_they_were(wishes):
+    request, warned = asked_of_mini(**wishes)
+    assert request.guidance_scale == PRESETS["mini"].guidance_scale
+    assert request.value_of("addnoise_condition") == 0
+    assert WITHOUT_NOISE not in warned
+
+
+def test_released_checkpoints_keep_the_originals_defaults_for_long_videos():
+    request = resolved("df", num_frames=29, base_num_frames=17)
+    assert request.value_of("addnoise_condition") == 0
+    assert request.guidance_scale == 6.0
+    assert request.value_of("overlap_history") == usual_overlap(17) == 5
+
+
+@pytest.mark.parametrize(
+    ("wishes", "noticed"),
+    [
+        ({"num_frames": 29}, True),
+        ({"num_frames": 29, "addnoise_condition": 20}, False),
+        ({"num_frames": 17}, False),
+        ({"num_frames": 29, "reference_exact": True}, False),
+    ],
+)
+def test_windows_without_noise_are_noticed(wishes, noticed: bool):
+    request = resolved("df", base_num_frames=17, **wishes)
+    assert any(WITHOUT_NOISE in warning for warning in request.warnings) == noticed
+
+
+def test_a_last_image_alone_is_nothing_that_mini_has_learned():
+    asked = "instead of ending with it"
+    last = picture(64, 64)
+    assert asked in asked_of_mini(last_image=last)[1]
+    assert asked not in asked_of_mini(last_image=last, image=last)[1]
+    assert asked not in asked_of_mini(image=last)[1]
+    assert asked not in "\n".join(resolved("df", last_image=last).warnings)
+    with pytest.raises(RequestError, match="`last_image`: I2V checkpoints take none"):
+        said_by("mini-i2v", "a red star moves up", last_image=last)

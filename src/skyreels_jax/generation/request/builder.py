@@ -1,7 +1,7 @@
 """A request while it is being resolved: its values, their sources, warnings and problems."""
 
 from fractions import Fraction
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from skyreels_jax import geometry
 from skyreels_jax.checkpoints import Checkpoint, Default
@@ -16,6 +16,14 @@ GIVEN: Final = "given"
 _MUCH_CUT: Final = 0.1
 
 _T = TypeVar("_T")
+
+
+class LongVideo(NamedTuple):
+    """Defaults of a video made in several windows."""
+
+    overlap_history: Default[int]
+    addnoise_condition: Default[int]
+    guidance_scale: Default[float]
 
 
 class RequestBuilder:
@@ -181,6 +189,22 @@ class RequestBuilder:
         if wrong := violation("num_frames", frames):
             self.problems.append(f"`seconds` {seconds:g}: {wrong}")
         return frames
+
+    def long_video(self, num_frames: int) -> LongVideo | None:
+        """Defaults of the preset for a video of several windows, where it has any."""
+        preset, request = self.checkpoint.guess.preset, self.request
+        at_once = request.base_num_frames or self.checkpoint.defaults.num_frames.value
+        # The original has no such noise that a seed decides.
+        several = num_frames > at_once and not request.reference_exact
+        if not several or preset is None or (chosen := preset.long_video) is None:
+            return None
+        source = f"preset {preset.name}, long videos"
+        overlap = max(1, min(chosen.overlap_history, at_once - geometry.FRAMES_PER_LATENT))
+        return LongVideo(
+            Default(overlap, source),
+            Default(chosen.addnoise_condition, source),
+            Default(chosen.guidance_scale, source),
+        )
 
     def cache(self) -> CacheSettings:
         """The step cache."""

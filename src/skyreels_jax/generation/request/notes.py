@@ -41,6 +41,7 @@ def notes(request: Request, resolved: ResolvedRequest, checkpoint: Checkpoint) -
     yield from _of_guidance(request, resolved)
     yield from _of_size(request, resolved, checkpoint)
     yield from _of_rate(request, resolved, checkpoint)
+    yield from _of_last_image(request, checkpoint)
     yield from _of_cache(resolved)
     if resolved.forcing is not None:
         yield from _of_windows(request, resolved)
@@ -102,6 +103,18 @@ def _of_rate(request: Request, resolved: ResolvedRequest, checkpoint: Checkpoint
         made_for, known = 24.0, "the checkpoint knows 16 and 24 frames a second, and moves as at 24"
     if abs(rate / made_for - 1) >= _SAME_RATE:
         yield f"`fps` {rate:.5g}: {known}; this video plays {rate / made_for:.2g} times as fast"
+
+
+def _of_last_image(request: Request, checkpoint: Checkpoint) -> Iterator[str]:
+    """A model takes it for what its training showed it."""
+    preset = checkpoint.guess.preset
+    if request.last_image is None or preset is None or preset.learned_last_image:
+        return
+    if request.image is None:
+        yield (
+            f"`last_image` without `image`: {preset.name} has learned to go on from a first frame "
+            "only, and may begin with this one instead of ending with it; give `image` too"
+        )
 
 
 def _of_cache(resolved: ResolvedRequest) -> Iterator[str]:

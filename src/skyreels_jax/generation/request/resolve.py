@@ -14,7 +14,7 @@ from skyreels_jax import geometry
 from skyreels_jax.checkpoints import Checkpoint, Default
 from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation.request.builder import GIVEN, RequestBuilder
+from skyreels_jax.generation.request.builder import GIVEN, LongVideo, RequestBuilder
 from skyreels_jax.generation.request.notes import notes
 from skyreels_jax.generation.request.reference import (
     original_guidance,
@@ -75,9 +75,7 @@ def resolve(
         "width": width,
         "num_frames": builder.frames(fps),
         "steps": builder.choose("steps", defaults.steps),
-        "guidance_scale": original_guidance(
-            builder, builder.choose("guidance_scale", defaults.guidance_scale)
-        ),
+        "guidance_scale": 0.0,
         "shift": builder.choose("shift", defaults.shift),
         "fps": fps,
         "noise": builder.choose(
@@ -89,11 +87,16 @@ def resolve(
         "seed": _seed(builder),
         "cache": builder.cache(),
     }
+    long = builder.long_video(values["num_frames"])
+    guidance = defaults.guidance_scale if long is None else long.guidance_scale
+    values["guidance_scale"] = original_guidance(
+        builder, builder.choose("guidance_scale", guidance)
+    )
     for entry in dataclasses.fields(PlainSettings):
         values[entry.name] = getattr(request, entry.name)
         if values[entry.name] != entry.default:
             builder.sources[entry.name] = GIVEN
-    values["forcing"] = resolve_forcing(builder, values)
+    values["forcing"] = resolve_forcing(builder, values, long)
     problems = [*builder.problems, *_violations(request, values)]
     if request.reference_exact and not problems:
         problems = reference_violations(values)
@@ -205,10 +208,13 @@ def _memory_violations(
     ]
 
 
-def resolve_forcing(builder: RequestBuilder, values: Mapping[str, Any]) -> Forcing | None:
+def resolve_forcing(
+    builder: RequestBuilder, values: Mapping[str, Any], long: LongVideo | None = None
+) -> Forcing | None:
     """The settings for a diffusion-forcing checkpoint, ``None`` for others.
 
-    Problems and warnings are added to the ``builder``; ``values`` are those resolved before.
+    Problems and warnings are added to the ``builder``; ``values`` are those resolved before, and
+    ``long`` has other defaults for a video of several windows.
     """
     request, choose = builder.request, builder.choose
     if builder.checkpoint.task != "df":
@@ -218,18 +224,19 @@ def resolve_forcing(builder: RequestBuilder, values: Mapping[str, Any]) -> Forci
     overlapping = request.video is not None or values["num_frames"] > (
         request.base_num_frames or at_once.value
     )
+    overlap, noise = Default(1, "one window"), Default(0, "given frames stay clean")
+    if long is not None:
+        overlap, noise = long.overlap_history, long.addnoise_condition
+    elif overlapping:
+        usual = usual_overlap(request.base_num_frames or at_once.value)
+        overlap = Default(usual, "the original's usage")
     forcing = Forcing(
         base_num_frames=choose("base_num_frames", at_once),
         # A short video has no windows to overlap; one latent frame is the least that is legal.
-        overlap_history=choose(
-            "overlap_history",
-            Default(usual_overlap(request.base_num_frames or at_once.value), "the original's usage")
-            if overlapping
-            else Default(1, "one window"),
-        ),
+        overlap_history=choose("overlap_history", overlap),
         ar_step=choose("ar_step", builder.checkpoint.defaults.ar_step),
         causal_block_size=choose("causal_block_size", Default(1, "frame by frame")),
-        addnoise_condition=choose("addnoise_condition", Default(0, "given frames stay clean")),
+        addnoise_condition=choose("addnoise_condition", noise),
         addnoise_once=choose("addnoise_once", Default(False, "fresh in every step")),
         continuation=choose(
             "continuation",
@@ -244,9 +251,7 @@ def resolve_forcing(builder: RequestBuilder, values: Mapping[str, Any]) -> Forci
     if len(builder.problems) == before:
         builder.problems.extend(forcing_violations(forcing, values))
     if len(builder.problems) == before:
-        builder.warnings.extend(
-            _forcing_warnings(forcing, values, overlapping, request.overlap_history)
-        )
+        builder.warnings.extend(_forcing_warnings(forcing, values, overlapping, request))
     return forcing
 
 
@@ -290,15 +295,21 @@ def forcing_violations(forcing: Forcing, values: Mapping[str, Any]) -> Iterator[
 
 
 def _forcing_warnings(
-    forcing: Forcing, values: Mapping[str, Any], overlapping: bool, asked_overlap: int | None
+    forcing: Forcing, values: Mapping[str, Any], overlapping: bool, request: Request
 ) -> Iterator[str]:
-    if overlapping and asked_overlap is None and values["video"] is None:
+    if overlapping and request.overlap_history is None and values["video"] is None:
         yield (
             f"{values['num_frames']} frames are made in windows of {forcing.base_num_frames} that "
             f"overlap by {forcing.overlap_history}; `base_num_frames` {values['num_frames']} makes "
             "them at once"
         )
-    if forcing.addnoise_condition > _MUCH_NOISE:
+    windows = values["num_frames"] > forcing.base_num_frames
+    if windows and not (forcing.addnoise_condition or request.reference_exact):
+        yield (
+            "`addnoise_condition` 0: windows follow each other without noise over what they take "
+            "over, so that faults grow from one to the next; 20 is usual for long videos"
+        )
+    if (request.addnoise_condition or 0) > _MUCH_NOISE:
         yield (
             f"`addnoise_condition` {forcing.addnoise_condition} is much: above {_MUCH_NOISE} joins "
             "become visible"
