@@ -226,7 +226,7 @@ def _mini(name: str, task: Task, config: TransformerConfig) -> Preset:
         ar_step=5 if task == "df" else 0,
         # What a window makes, the next ones make worse, the more so with guidance; noise hides
         # enough of it to be made anew (docs/quality.md).
-        long_video=LongVideoDefaults(overlap_history=9, addnoise_condition=100, guidance_scale=2.0)
+        long_video=LongVideoDefaults(overlap_history=9, addnoise_condition=300, guidance_scale=2.0)
         if task == "df"
         else None,
         learned_last_image=False,
