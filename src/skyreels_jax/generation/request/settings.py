@@ -216,7 +216,7 @@ class Request(PlainSettings):
         FRAME_COUNT,
         "frames that a window takes over from the one before, 4 k + 1",
         FORCING,
-        unset="17, of short windows less than half",
+        unset="17, of short windows less than half; with mini 9",
         tasks=("df",),
     )
     ar_step: int | None = setting(
@@ -237,7 +237,7 @@ class Request(PlainSettings):
         WholeNumber(0, MAX_STEPS - 1, usual="20 is usual"),
         "timestep to which given frames are noised where the model sees them",
         FORCING,
-        unset="0",
+        unset="0; in long videos of mini 300",
         tasks=("df",),
     )
     addnoise_once: bool | None = setting(
