@@ -89,6 +89,11 @@ CASES = {
     "block alone": ("df", {"causal_block_size": 2}, "does nothing with `ar_step` 0"),
     "attention": ("df", {"causal_attention": 1}, "the checkpoint has not learned it"),
     "attention of all": ("df", {"causal_attention": 7}, "`causal_attention` 7 does nothing"),
+    "windows without noise": (
+        "df",
+        {"num_frames": 17, "overlap_history": 5},
+        "`addnoise_condition` 0: windows follow each other without noise",
+    ),
     "prompts": (
         "df",
         {"prompt": ["a", "b"], "num_frames": 17, "overlap_history": 1},
@@ -119,7 +124,10 @@ QUIET = {
     "cache": ("t2v", {"cache": "easycache", "steps": 20}),
     "windows": (
         "df",
-        {"num_frames": 17, "overlap_history": 5, "continuation": "pixels"},
+        {
+            "num_frames": 17, "overlap_history": 5, "continuation": "pixels",
+            "addnoise_condition": 20,
+        },
     ),
     "noise on given frames": ("df", {"image": PICTURE, "addnoise_condition": 20}),
     "noise between windows": (
