@@ -205,6 +205,21 @@ def test_ctrl_c_is_exit_code_130(command: Command, monkeypatch: pytest.MonkeyPat
     assert outcome.err.splitlines() == ["skyreels-jax: stopped"]
 
 
+@pytest.mark.parametrize(("verb", "words"), [("info", "x"), ("convert", "a b --format diffusers")])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_is_its_exit_code_with_every_verb(
+    command: Command, monkeypatch: pytest.MonkeyPatch, verb: str, words: str, number: int, code: int
+):
+    def stop(args):
+        signal.raise_signal(number)
+        raise AssertionError("it was not heard")
+
+    monkeypatch.setattr(f"skyreels_jax.cli.{verb}.run", stop)
+    outcome = command(verb, *words.split())
+    assert outcome.code == code
+    assert outcome.err.splitlines() == ["skyreels-jax: stopped"]
+
+
 def test_a_bug_is_not_dressed_up_as_an_error(command: Command, monkeypatch: pytest.MonkeyPatch):
     def crash(args):
         raise ZeroDivisionError
