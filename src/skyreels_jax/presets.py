@@ -101,10 +101,12 @@ class LongVideoDefaults:
         overlap_history: frames that a window takes over from the one before.
         addnoise_condition: timestep to which those are noised where the model sees them.
         guidance_scale: of classifier-free guidance.
+        ar_step: as the preset's own.
     """
 
     overlap_history: int
     addnoise_condition: int
+    ar_step: int
     guidance_scale: float
 
 
@@ -226,7 +228,9 @@ def _mini(name: str, task: Task, config: TransformerConfig) -> Preset:
         ar_step=5 if task == "df" else 0,
         # What a window makes, the next ones make worse, the more so with guidance; noise hides
         # enough of it to be made anew (docs/quality.md).
-        long_video=LongVideoDefaults(overlap_history=9, addnoise_condition=300, guidance_scale=2.0)
+        long_video=LongVideoDefaults(
+            overlap_history=9, addnoise_condition=300, ar_step=0, guidance_scale=2.0
+        )
         if task == "df"
         else None,
         learned_last_image=False,

@@ -125,7 +125,9 @@ QUIET = {
     "windows": (
         "df",
         {
-            "num_frames": 17, "overlap_history": 5, "continuation": "pixels",
+            "num_frames": 17,
+            "overlap_history": 5,
+            "continuation": "pixels",
             "addnoise_condition": 20,
         },
     ),

@@ -294,14 +294,15 @@ def test_long_videos_of_mini_have_defaults_of_their_own():
     assert request.forcing.overlap_history == LONG.overlap_history
     assert request.forcing.addnoise_condition == LONG.addnoise_condition
     assert request.guidance_scale == LONG.guidance_scale
-    names = ("overlap_history", "addnoise_condition", "guidance_scale")
+    assert request.forcing.ar_step == LONG.ar_step
+    names = ("overlap_history", "addnoise_condition", "guidance_scale", "ar_step")
     assert {request.sources[name] for name in names} == {"preset mini, long videos"}
     # Nobody asked for so much noise, so nobody is warned of it.
     assert WITHOUT_NOISE not in warned and "is much" not in warned
 
 
 def test_what_is_given_for_a_long_video_of_mini_holds():
-    wishes = {"overlap_history": 5, "addnoise_condition": 70, "guidance_scale": 3.0}
+    wishes = {"overlap_history": 5, "addnoise_condition": 70, "guidance_scale": 3.0, "ar_step": 2}
     request, warned = asked_of_mini(seconds=4.0, **wishes)
     assert {name: request.value_of(name) for name in wishes} == wishes
     assert "`addnoise_condition` 70 is much" in warned
@@ -323,6 +324,7 @@ def test_other_videos_of_mini_are_as_they_were(wishes):
     request, warned = asked_of_mini(**wishes)
     assert request.guidance_scale == PRESETS["mini"].guidance_scale
     assert request.value_of("addnoise_condition") == 0
+    assert request.value_of("ar_step") == PRESETS["mini"].ar_step == 5
     assert WITHOUT_NOISE not in warned
 
 

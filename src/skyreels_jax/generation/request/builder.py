@@ -23,6 +23,7 @@ class LongVideo(NamedTuple):
 
     overlap_history: Default[int]
     addnoise_condition: Default[int]
+    ar_step: Default[int]
     guidance_scale: Default[float]
 
 
@@ -203,6 +204,7 @@ class RequestBuilder:
         return LongVideo(
             Default(overlap, source),
             Default(chosen.addnoise_condition, source),
+            Default(chosen.ar_step, source),
             Default(chosen.guidance_scale, source),
         )
 

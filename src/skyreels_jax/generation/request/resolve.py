@@ -225,8 +225,9 @@ def resolve_forcing(
         request.base_num_frames or at_once.value
     )
     overlap, noise = Default(1, "one window"), Default(0, "given frames stay clean")
+    lag = builder.checkpoint.defaults.ar_step
     if long is not None:
-        overlap, noise = long.overlap_history, long.addnoise_condition
+        overlap, noise, lag = long.overlap_history, long.addnoise_condition, long.ar_step
     elif overlapping:
         usual = usual_overlap(request.base_num_frames or at_once.value)
         overlap = Default(usual, "the original's usage")
@@ -234,7 +235,7 @@ def resolve_forcing(
         base_num_frames=choose("base_num_frames", at_once),
         # A short video has no windows to overlap; one latent frame is the least that is legal.
         overlap_history=choose("overlap_history", overlap),
-        ar_step=choose("ar_step", builder.checkpoint.defaults.ar_step),
+        ar_step=choose("ar_step", lag),
         causal_block_size=choose("causal_block_size", Default(1, "frame by frame")),
         addnoise_condition=choose("addnoise_condition", noise),
         addnoise_once=choose("addnoise_once", Default(False, "fresh in every step")),
