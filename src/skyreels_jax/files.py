@@ -314,7 +314,9 @@ def load_tensors(
         texts = dict(header.get("__metadata__", {}))
         tensors = load(content)
     except (SafetensorError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise RequestError(f"{what} {path} is damaged: {error}") from error
+        raise RequestError(
+            f"{what} {path} is damaged or not a safetensors file: {error}"
+        ) from error
     stated = texts.pop(_CHECKSUM, None)
     if stated is None and unchecked:
         return tensors, texts

@@ -269,7 +269,9 @@ REQUESTS: dict[str, Bad] = {
     "unknown preset": flag("preset 'SkyReels-V9'", preset="SkyReels-V9"),
     "preset of another shape": flag("another model", preset="SkyReels-V2-T2V-14B-540P"),
     "latents that are missing": flag("--resume-latents", resume_latents="none.safetensors"),
-    "latents that are none": flag("--resume-latents", "not a latents", resume_latents="{text}"),
+    "latents that are none": flag(
+        "--resume-latents", "not a safetensors file", resume_latents="{text}"
+    ),
 }
 KINDS = FOLDERS | REQUESTS
 
