@@ -15,7 +15,6 @@ from tests.fabricate import Checkpoints
 
 from skyreels_jax import media
 
-KILLS = 20
 # Seconds from the start of the work within which a kill falls; most of the work is in the first.
 SPAN = 2.5
 FRAMES = 53
@@ -55,10 +54,11 @@ def undisturbed(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFacto
     return media.read_video(out / "x.mp4")[0]
 
 
-def test_kills_at_random_moments_lose_nothing(checkpoints, out: Path, undisturbed):
+@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_lose_nothing(checkpoints, out: Path, undisturbed, times: int):
     moments = random.Random(5)
     kills = finished = 0
-    while kills < KILLS:
+    while kills < times:
         job = out / "x.job"
         go_on = (job / "job.json").is_file()
         process = start(["resume", str(job)] if go_on else words(checkpoints, out, "--overwrite"))
