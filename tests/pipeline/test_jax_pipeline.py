@@ -290,7 +290,7 @@ def test_the_vae_has_a_dtype_of_its_own(checkpoints):
         assert (layer.dtype, layer.kernel.dtype) == (dtype, dtype)
     for options, says in (
         ({"vae_dtype": "float16"}, "`vae_dtype` 'float16' is unknown; there are"),
-        ({"vae_dtype": "bfloat16", "backend": "hybrid"}, "leave vae_dtype out"),
+        ({"vae_dtype": "bfloat16", "backend": "hybrid"}, "leave `vae_dtype` out"),
     ):
         with pytest.raises(RequestError, match=says):
             Pipeline.from_pretrained(folder, **options)
