@@ -6,10 +6,12 @@ whatever stops the run costs none of them.
 
 import argparse
 import logging
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
@@ -32,7 +34,7 @@ from skyreels_jax.interrupt import StopRequest, deferred, stop_requested
 from skyreels_jax.media import RgbImage, contact_sheet, write_image, write_settings
 from skyreels_jax.outputs import free_name, state_of
 from skyreels_jax.pipeline import Pipeline
-from skyreels_jax.sampling.progress import Clock, Timings
+from skyreels_jax.sampling.progress import Clock, Progress, Stage, Timings
 from skyreels_jax.shapes import Frames
 
 # Pictures in a strip, which are all that a preview keeps of a window.
@@ -139,12 +141,13 @@ def go_on(pipeline: Pipeline, job: FolderStore) -> int:
     try:
         shown = console_progress(len(request.windows), job.finished)
         with shown as progress, stopping as stop:
-            clock = Clock(progress, stop=stop)
+            clock = Clock(_Careful(progress), stop=stop)
             _write(pipeline, job, clock)
         output = _place(job)
     except KeyboardInterrupt:
         if _worth_keeping(job):
-            print(_how_to_go_on(job), file=sys.stderr)
+            with suppress(OSError):
+                print(_how_to_go_on(job), file=sys.stderr)
         raise
     except Stopped as error:
         if not _worth_keeping(job):
@@ -161,8 +164,35 @@ def go_on(pipeline: Pipeline, job: FolderStore) -> int:
     return 0
 
 
+@dataclass
+class _Careful:
+    """Progress that nobody can be shown, on a full disk or in a closed pipe, ends no run."""
+
+    shown: Progress
+
+    def begin(self, stage: Stage, total: int | None = None) -> None:
+        """A stage starts."""
+        with suppress(OSError):
+            self.shown.begin(stage, total)
+
+    def advance(self, stage: Stage, done: int) -> None:
+        """Units of it are finished."""
+        with suppress(OSError):
+            self.shown.advance(stage, done)
+
+    def end(self, stage: Stage, seconds: float) -> None:
+        """It is finished."""
+        with suppress(OSError):
+            self.shown.end(stage, seconds)
+
+
 def _how_to_go_on(job: FolderStore) -> str:
-    return f"finished windows are kept; go on with: skyreels-jax resume {job.folder}"
+    words = ["skyreels-jax", "resume", str(job.folder)]
+    try:
+        output_of(job)
+    except RequestError:  # The job is where there was room, and not beside its video.
+        words += ["--output", job.how["output"]]
+    return f"finished windows are kept; go on with: {shlex.join(words)}"
 
 
 def _in_words(error: BaseException) -> str:
@@ -214,7 +244,7 @@ def decode_file(args: argparse.Namespace, pipeline: Pipeline, saved: SavedLatent
     """Write the video of latents that an earlier run left; 0 when it is written."""
     settings = dict(saved.settings)
     with console_progress() as progress:
-        clock = Clock(progress)
+        clock = Clock(_Careful(progress))
         try:
             count = write_mp4(
                 pipeline.decode(saved.latents, clock),
@@ -237,7 +267,7 @@ def decode_file(args: argparse.Namespace, pipeline: Pipeline, saved: SavedLatent
 
 def _worth_keeping(job: FolderStore) -> bool:
     """Whether a job that was stopped has a finished window; one that has none is removed."""
-    if job.has_windows:
+    if job.has_windows or job.partial.is_file():
         return True
     job.remove()
     return False
@@ -302,10 +332,12 @@ def _write_strip(path: Path, strip: RgbImage) -> None:
 def _say_stopping() -> None:
     """Tell whoever asked that it was heard."""
     line = "stopping after the step under way; once more to stop at once"
-    print(line, file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _say_written(output: Path, frames: int, fps: int | Fraction, timings: Timings) -> None:
-    for line in summarise(timings):
-        print(line)
-    print(f"wrote {output} ({frames} frames, {fps} frames a second)")
+    with suppress(OSError):  # What cannot be said is done all the same.
+        for line in summarise(timings):
+            print(line)
+        print(f"wrote {output} ({frames} frames, {fps} frames a second)")

@@ -6,7 +6,9 @@ Anything else is a bug and shows its traceback.
 """
 
 import argparse
+import errno
 import importlib
+import io
 import logging
 import os
 import sys
@@ -163,16 +165,25 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
     crash now and then if the interpreter is taken down around them.
     """
     sys.unraisablehook = send_again
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files may hold what the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code = CLOSED_PIPE
     try:
         try:
             code = main(argv)
         finally:
             # Here and not at the interpreter's end, which complains on standard error.
             sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read the output has seen enough, as `head` does.
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # Whoever read the output has seen enough, as `head` does, or the log's disk is full.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = CLOSED_PIPE
+        if error.errno == errno.EPIPE:
+            code = CLOSED_PIPE
+    except KeyboardInterrupt as stop:  # After the verb, while its last line is written.
+        code = exit_code(stop)
     if code in (INTERRUPTED, TERMINATED, HUNG_UP):
         sys.stdout.flush()
         sys.stderr.flush()

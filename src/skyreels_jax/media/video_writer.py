@@ -156,6 +156,10 @@ class VideoWriter:
             self._container.mux(self._stream.encode(picture))
             self.written += 1
 
+    def _flush(self) -> None:
+        """Write the frames that the encoder holds."""
+        self._container.mux(self._stream.encode())
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -165,7 +169,7 @@ class VideoWriter:
         failure = error
         try:
             if failure is None:
-                self._container.mux(self._stream.encode())
+                self._flush()
         except BaseException as flushing:
             failure = flushing
         try:
