@@ -104,6 +104,8 @@ def _long_video(pipeline: Pipeline, count: int, mode: str, log: Callable[[str], 
         "overlap_history": LONG_OVERLAP,
         # That of given frames in training: sigma_distributions.KNOWN_FRAME_SIGMA.
         "addnoise_condition": 20,
+        # That of short videos: these rows show what windows cost, beside the rows of one window.
+        "guidance_scale": pipeline.checkpoint.defaults.guidance_scale,
     }
 
     def make(scene: Scene, seed: int) -> Frames:
