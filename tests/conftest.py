@@ -5,6 +5,7 @@ compiled programs, and a module's programs leave memory when it is through.
 """
 
 import atexit
+import ctypes
 import gc
 import os
 import shutil
@@ -26,6 +27,8 @@ from jaxtyping import install_import_hook
 
 # A shell's background jobs inherit that Ctrl-C is ignored; tests that send it would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_C = ctypes.CDLL(None)
 
 # Before anything of the package is imported: annotations become run-time checks.
 install_import_hook("skyreels_jax", "beartype.beartype")
@@ -50,3 +53,6 @@ def compiled_programs_leave_memory():
     yield
     jax.clear_caches()
     gc.collect()
+    # What is free goes back to the system, where the C library has a way to say so.
+    if hasattr(_C, "malloc_trim"):
+        _C.malloc_trim(0)
