@@ -115,6 +115,7 @@ def test_tiles_show_in_the_table(command: Command, checkpoints: Checkpoints, out
     assert list(rows) == ["text", "denoise", "decode (2 tiles)"]
 
 
+@pytest.mark.slow
 def test_a_vae_in_bfloat16_keeps_half_as_much_of_frames(
     command: Command, checkpoints: Checkpoints, out: Path
 ):

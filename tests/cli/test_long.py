@@ -54,7 +54,7 @@ def undisturbed(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFacto
     return media.read_video(out / "x.mp4")[0]
 
 
-@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_lose_nothing(checkpoints, out: Path, undisturbed, times: int):
     moments = random.Random(5)
     kills = finished = 0

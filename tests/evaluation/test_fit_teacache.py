@@ -48,6 +48,7 @@ def test_changes_are_those_of_the_model(pipeline):
     assert (changes.residual > 0).all()
 
 
+@pytest.mark.slow
 def test_recording_does_not_change_the_video(pipeline, monkeypatch):
     before = pipeline(**request())
     recorded, make = [], WindowGenerator.make

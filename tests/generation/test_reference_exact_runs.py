@@ -216,12 +216,12 @@ def originals(
 
 
 def runs() -> list[Any]:
-    """All cases of the random model, and of ``mini`` the first that is quick; the rest is slow."""
+    """All cases of the random model; those of ``mini`` are slow."""
     return [
         pytest.param(
             *(name, case),
             id=f"{name}: {title}",
-            marks=[pytest.mark.slow] if name == "mini" and title != "long" else [],
+            marks=[pytest.mark.slow] if name == "mini" else [],
         )
         for name in ("random", "mini")
         for title, case in CASES.items()

@@ -257,7 +257,7 @@ def refusal(read, *arguments) -> str:
 
 def test_what_is_no_picture_is_named(tmp_path: Path):
     assert "HEIC" in refusal(media.read_image, DATA / "photo.heic")
-    assert "--video" in refusal(media.read_image, DATA / "plain.mp4")
+    assert "`video`" in refusal(media.read_image, DATA / "plain.mp4")
     assert "download" in refusal(media.read_image, "https://example.org/cat.png")
     assert "download" in refusal(media.read_image, Path("ftp://example.org/cat.png"))
     for name, text, words in (
@@ -280,7 +280,7 @@ def test_what_is_no_film_is_named(tmp_path: Path):
     frames[0].save(tmp_path / "still.mp4", "PNG")
     (tmp_path / "page.mp4").write_bytes(b"<html>")
     assert "WebP" in refusal(media.survey_video, tmp_path / "anim.webp")
-    assert "--image" in refusal(media.survey_video, tmp_path / "still.mp4")
+    assert "`image`" in refusal(media.survey_video, tmp_path / "still.mp4")
     assert "web page" in refusal(media.survey_video, tmp_path / "page.mp4")
     assert "download" in refusal(media.survey_video, "https://example.org/a.mp4")
     assert "size" in refusal(media.survey_video, DATA / "size-changes.mp4")

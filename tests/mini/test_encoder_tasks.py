@@ -87,6 +87,7 @@ def test_the_text_encoder_learns_what_captions_say(text: TextTask):
     assert guessed > 0.6
 
 
+@pytest.mark.slow
 def test_the_image_encoder_learns_what_frames_show(image: ImageTask):
     told, guessed = falls(image)
     # Measured: 0.38 of the first loss, and 0.62 where answers are to other frames.

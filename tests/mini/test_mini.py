@@ -33,7 +33,13 @@ def test_they_are_small_and_say_how_they_were_made():
         assert "%" in (ASSETS / name / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("name", "make"), [("mini", from_text), ("mini-i2v", from_image)])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("mini", from_text),
+        pytest.param("mini-i2v", from_image, marks=pytest.mark.slow),
+    ],
+)
 def test_they_do_what_captions_of_unseen_combinations_say(name: str, make):
     pipeline = Pipeline.from_pretrained(name, dtype="float32", keep=True)
     scenes = held_out_scenes(8, seed=9)

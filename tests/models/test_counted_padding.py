@@ -44,6 +44,7 @@ def test_the_result_is_that_of_all_rows(kind):
     assert float(jnp.max(jnp.abs(wrong - whole))) > 1e-5 * scale
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_all_rows():
     model, x, context, _, _ = case("t2v")
     t, rows = jnp.array([100.0, 500.0]), 512 - TOKENS

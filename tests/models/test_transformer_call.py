@@ -86,6 +86,7 @@ def test_earlier_blocks_do_not_see_later_ones(df):
     assert (full[0] != full[1]).any()
 
 
+@pytest.mark.slow
 def test_rematerialised_gradients_are_the_same(df):
     model, arguments = df
     given = jax.tree.map(jnp.asarray, arguments)

@@ -134,6 +134,7 @@ def test_a_wrong_convention_is_caught(fault):
     assert max(furthest(gradients, expected).values()) > 100 * GRAD_TOL
 
 
+@pytest.mark.slow
 def test_weights_of_levels_multiply_their_errors():
     given = case("df", True)
     plain, _ = by_jax(*given)

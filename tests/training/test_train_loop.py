@@ -101,6 +101,7 @@ def test_another_seed_is_another_run(config, whole, tmp_path):
     assert weights(output) != weights(whole)
 
 
+@pytest.mark.slow
 def test_a_terminated_run_saves_and_goes_on(config, whole, tmp_path):
     output = tmp_path / "run"
     code = interrupted(config, output, 3, signal.SIGTERM)

@@ -32,7 +32,7 @@ CONFIG = VaeConfig(
 
 @pytest.fixture(scope="module")
 def vae() -> WanVae:
-    return WanVae(CONFIG, rngs=nnx.Rngs(0))
+    return nnx.jit(lambda: WanVae(CONFIG, rngs=nnx.Rngs(0)))()
 
 
 def clips(seed: int, length: int) -> jax.Array:
@@ -53,6 +53,7 @@ def test_all_frames_at_once_are_chunk_by_chunk(vae):
     assert np.max(np.abs(other - found)) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_fresh_vae_holds_still(vae):
     template, params = Template.of(vae)
     still = template.model(holding_still(params))

@@ -1,4 +1,5 @@
 import argparse
+import importlib
 import json
 import re
 import shutil
@@ -47,7 +48,7 @@ def command(*words) -> argparse.Namespace:
 
 def run(*words) -> int:
     arguments = command(*words)
-    return arguments.run(arguments)
+    return importlib.import_module(f"skyreels_jax.cli.{words[0]}").run(arguments)
 
 
 def add_parts(folder, names):
