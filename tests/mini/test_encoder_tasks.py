@@ -80,6 +80,7 @@ def falls(task: EncoderTask) -> tuple[float, float]:
     return fall(batches), fall(unrelated)
 
 
+@pytest.mark.slow
 def test_the_text_encoder_learns_what_captions_say(text: TextTask):
     told, guessed = falls(text)
     # Measured: 0.36 of the first loss, and 0.73 where answers are to other captions.

@@ -82,6 +82,7 @@ def test_the_divergence_is_that_of_normal_distributions():
     assert float(divergence(found)[0, 0, 0, 0, 0]) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_weighted_sum(vae):
     pixels = clips(2, 5)
     noise = jnp.zeros((2, 2, 2, 2, 4))
