@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import resource
 import signal
 import subprocess
