@@ -7,11 +7,9 @@ file's place is refused at once instead of being waited for.
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -50,7 +48,7 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
         OSError: the file system refuses; nothing is left behind.
     """
     suffix = path.suffix if len(os.fsencode(path.suffix)) <= _MAX_SUFFIX else ""
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}{suffix}")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.urandom(6).hex()}{suffix}")
     try:
         yield temporary
         with temporary.open("rb") as written:
@@ -326,6 +324,8 @@ def load_tensors(
 
 
 def _checksum(tensors: "Mapping[str, np.ndarray]", texts: Mapping[str, str]) -> str:
+    import hashlib  # Here: the command line's help opens no file.
+
     digest = hashlib.sha256(json.dumps(sorted(texts.items())).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
