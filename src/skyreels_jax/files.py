@@ -48,7 +48,7 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
         OSError: the file system refuses; nothing is left behind.
     """
     suffix = path.suffix if len(os.fsencode(path.suffix)) <= _MAX_SUFFIX else ""
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.urandom(6).hex()}{suffix}")
+    temporary = temporary_beside(path, suffix)
     try:
         yield temporary
         with temporary.open("rb") as written:
@@ -58,6 +58,11 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
         # What made the body fail says more than what makes the removal fail.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path, suffix: str = "") -> Path:
+    """A name of ours in the folder of ``path`` that nothing has; it is short, whatever that is."""
+    return path.with_name(f"{TEMPORARY_PREFIX}{os.urandom(6).hex()}{suffix}")
 
 
 def take_name(source: Path, target: Path, *, replace: bool) -> None:

@@ -6,15 +6,15 @@ All of this is asked before any work is done for it, so that what took hours is 
 import errno
 import hashlib
 import os
-import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from skyreels_jax.errors import RequestError
-from skyreels_jax.files import LATENTS_SUFFIX, TEMPORARY_PREFIX, reason_of, require_regular
+from skyreels_jax.files import LATENTS_SUFFIX, reason_of, require_regular, temporary_beside
 
 # Most bytes of a file's name, on every file system that is common.
 _MAX_NAME_BYTES: Final = 255
@@ -66,7 +66,7 @@ def check_place(path: Path, what: str = "output") -> None:
         require_regular(path.stat(), path, what, RequestError)
     if not path.parent.is_dir():
         raise RequestError(f"{what} {path}: the folder {path.parent} does not exist; create it")
-    attempt = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}")
+    attempt = temporary_beside(path)
     try:
         attempt.touch(exist_ok=False)
         attempt.unlink()
@@ -159,6 +159,13 @@ def state_of(path: Path) -> list[int] | None:
     except OSError:
         return None
     return [status.st_size, status.st_mtime_ns]
+
+
+def fallback_folders() -> Iterator[Path]:
+    """Where what is finished may go when its own place refuses it, the most likely first."""
+    for place in (tempfile.gettempdir, Path.home, Path.cwd):
+        with suppress(OSError, RuntimeError):
+            yield Path(place())
 
 
 def free_name(path: Path) -> Path:

@@ -8,10 +8,8 @@ import argparse
 import logging
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
@@ -32,9 +30,9 @@ from skyreels_jax.geometry import pixel_frames
 from skyreels_jax.hub import enable_compilation_cache, prompt_cache_folder
 from skyreels_jax.interrupt import StopRequest, deferred, stop_requested
 from skyreels_jax.media import RgbImage, contact_sheet, write_image, write_settings
-from skyreels_jax.outputs import free_name, state_of
+from skyreels_jax.outputs import fallback_folders, free_name, state_of
 from skyreels_jax.pipeline import Pipeline
-from skyreels_jax.sampling.progress import Clock, Progress, Stage, Timings
+from skyreels_jax.sampling.progress import Clock, Timings
 from skyreels_jax.shapes import Frames
 
 # Pictures in a strip, which are all that a preview keeps of a window.
@@ -132,16 +130,19 @@ def output_of(job: FolderStore) -> Path:
     return output
 
 
-def go_on(pipeline: Pipeline, job: FolderStore) -> int:
-    """Make what is missing of a job, and its video; what stops it says how to go on."""
+def go_on(pipeline: Pipeline, job: FolderStore, finished: int = 0) -> int:
+    """Make what is missing of a job, of which so many windows are ``finished``, and its video.
+
+    What stops it says how to go on.
+    """
     request = job.request
     # A window that is not finished is lost in any case: alone, it is given up at once.
     alone = len(request.windows) == 1
     stopping = nullcontext(StopRequest()) if alone else stop_requested(_say_stopping)
     try:
-        shown = console_progress(len(request.windows), job.finished)
+        shown = console_progress(len(request.windows), finished)
         with shown as progress, stopping as stop:
-            clock = Clock(_Careful(progress), stop=stop)
+            clock = Clock(progress, stop=stop)
             _write(pipeline, job, clock)
         output = _place(job)
     except KeyboardInterrupt:
@@ -162,28 +163,6 @@ def go_on(pipeline: Pipeline, job: FolderStore) -> int:
         job.remove()
     _say_written(output, request.output_frames, request.fps, clock.timings)
     return 0
-
-
-@dataclass
-class _Careful:
-    """Progress that nobody can be shown, on a full disk or in a closed pipe, ends no run."""
-
-    shown: Progress
-
-    def begin(self, stage: Stage, total: int | None = None) -> None:
-        """A stage starts."""
-        with suppress(OSError):
-            self.shown.begin(stage, total)
-
-    def advance(self, stage: Stage, done: int) -> None:
-        """Units of it are finished."""
-        with suppress(OSError):
-            self.shown.advance(stage, done)
-
-    def end(self, stage: Stage, seconds: float) -> None:
-        """It is finished."""
-        with suppress(OSError):
-            self.shown.end(stage, seconds)
 
 
 def _how_to_go_on(job: FolderStore) -> str:
@@ -228,9 +207,9 @@ def keep_latents(latents: SavedLatents, output: Path) -> Path:
     try:
         return write_derived(wanted, latents.save)
     except OSError as error:
-        for place in (tempfile.gettempdir, Path.home, Path.cwd):
-            with suppress(OSError, RuntimeError):
-                path = free_name(Path(place()) / wanted.name)
+        for folder in fallback_folders():
+            with suppress(OSError):
+                path = free_name(folder / wanted.name)
                 latents.save(path, replace=False)
                 logger.warning(
                     "latents cannot be written to %s (%s): they are in %s",
@@ -244,7 +223,7 @@ def decode_file(args: argparse.Namespace, pipeline: Pipeline, saved: SavedLatent
     """Write the video of latents that an earlier run left; 0 when it is written."""
     settings = dict(saved.settings)
     with console_progress() as progress:
-        clock = Clock(_Careful(progress))
+        clock = Clock(progress)
         try:
             count = write_mp4(
                 pipeline.decode(saved.latents, clock),

@@ -110,10 +110,7 @@ class Products:
             check_space(here, [video, *kept, _SMALL], "this video")
 
     def _check_free(self, overwrite: bool) -> None:
-        if os.path.lexists(self.output) and not overwrite:
-            raise RequestError(
-                f"{self.output} exists: give another --output, or --overwrite to replace it"
-            )
+        _refuse_to_replace(self.output, overwrite)
         if self.has_settings:
             self._check_derived(self.settings, overwrite)
         if self.has_latents:
@@ -121,17 +118,17 @@ class Products:
 
     def _check_derived(self, path: Path, overwrite: bool) -> None:
         check_names([path])
-        if not os.path.lexists(path):
-            return
-        if not overwrite:
-            raise RequestError(
-                f"{path} exists: give another --output, or --overwrite to replace it"
-            )
-        if not is_ours(path):
+        _refuse_to_replace(path, overwrite)
+        if os.path.lexists(path) and not is_ours(path):
             raise RequestError(
                 f"{path} exists and this program did not make it: move it away, or give another "
                 "--output"
             )
+
+
+def _refuse_to_replace(path: Path, overwrite: bool) -> None:
+    if os.path.lexists(path) and not overwrite:
+        raise RequestError(f"{path} exists: give another --output, or --overwrite to replace it")
 
 
 def is_ours(path: Path) -> bool:

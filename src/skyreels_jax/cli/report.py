@@ -5,7 +5,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -152,10 +152,8 @@ class _Journey:
         step, frame = self.pace("denoise"), self.pace("decode")
         if step is None and frame is None:
             return None
-        seconds = (step or 0.0) * self._steps_left + (frame or 0.0) * (
-            self.shown[1] - self.shown[0]
-        )
-        return seconds
+        frames_left = self.shown[1] - self.shown[0]
+        return (step or 0.0) * self._steps_left + (frame or 0.0) * frames_left
 
     @property
     def _steps_left(self) -> int:
@@ -222,7 +220,8 @@ class Bars(_Journey):
 
     def _show(self, stage: Stage) -> None:
         words = self.words(stage, self._bars.console.width)
-        self._bars.update(self._task, completed=self.share, words=words)
+        with suppress(OSError):  # What cannot be shown, in a closed pipe, ends no run.
+            self._bars.update(self._task, completed=self.share, words=words)
 
 
 class Lines(_Journey):
@@ -240,7 +239,7 @@ class Lines(_Journey):
         super().advance(stage, done)
         if time.perf_counter() - self._said >= LINE_SECONDS:
             self._said = time.perf_counter()
-            print(self.words(stage, _WIDE), file=sys.stderr, flush=True)
+            self._say(self.words(stage, _WIDE))
 
     def end(self, stage: Stage, seconds: float) -> None:
         """Said."""
@@ -251,4 +250,9 @@ class Lines(_Journey):
             of += f", {clock_time(self.left or 0.0)} left)" if left is not None else ")"
         else:
             of = ""
-        print(f"{stage}: done in {seconds:.1f} s{of}", file=sys.stderr, flush=True)
+        self._say(f"{stage}: done in {seconds:.1f} s{of}")
+
+    @staticmethod
+    def _say(line: str) -> None:
+        with suppress(OSError):  # On a full disk, or in a closed pipe: it ends no run.
+            print(line, file=sys.stderr, flush=True)

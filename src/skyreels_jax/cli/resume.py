@@ -5,7 +5,7 @@ import os
 
 from skyreels_jax.cli.job import check_how, go_on, open_pipeline, output_of
 from skyreels_jax.errors import RequestError
-from skyreels_jax.generation.job_folder import FolderStore
+from skyreels_jax.generation.job_folder import FolderStore, require_job
 from skyreels_jax.media import check_output
 from skyreels_jax.outputs import locked, state_of
 
@@ -17,8 +17,7 @@ def run(args: argparse.Namespace) -> int:
         RequestError: it is no job, somebody works on it, its checkpoint is another now, or a file
             that it did not make is where its video belongs.
     """
-    if not (args.job / "job.json").is_file():
-        raise RequestError(f"{args.job} is no job folder: it has no job.json")
+    require_job(args.job)
     with locked(args.job, "job"):
         job = FolderStore.open(args.job)
         check_how(job)
@@ -53,4 +52,4 @@ def _go_on(job: FolderStore) -> int:
             "would change in the middle; start anew"
         )
     print(f"going on with {job.folder}: {finished} of {total} windows are finished", flush=True)
-    return go_on(pipeline, job)
+    return go_on(pipeline, job, finished)

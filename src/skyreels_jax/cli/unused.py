@@ -9,7 +9,12 @@ from skyreels_jax.generation.request.settings import declared
 
 # What decides how a video is made; with finished latents nothing is.
 _MAKING: Final = (
-    *("prompt_file", "job", "keep_job", "keep_latents", "preview", "no_prompt_cache"),
+    "prompt_file",
+    "job",
+    "keep_job",
+    "keep_latents",
+    "preview",
+    "no_prompt_cache",
 )
 
 

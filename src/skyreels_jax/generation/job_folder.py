@@ -40,7 +40,7 @@ from skyreels_jax.generation.request.resolved import ResolvedRequest, Window
 from skyreels_jax.generation.store import TENSOR
 from skyreels_jax.interrupt import deferred
 from skyreels_jax.media import read_image, write_image
-from skyreels_jax.outputs import locked
+from skyreels_jax.outputs import fallback_folders, locked
 from skyreels_jax.shapes import HostLatents
 
 # Windows of format 1 have no checksum.
@@ -115,9 +115,8 @@ class FolderStore:
         Raises:
             RequestError: it is no job folder, or one of another version.
         """
+        require_job(folder)
         path = folder / _RECORD
-        if not path.is_file():
-            raise RequestError(f"{folder} is no job folder: it has no {_RECORD}")
         record = read_json(path)
         try:
             version = record["format"]
@@ -218,10 +217,10 @@ class FolderStore:
 
     def _elsewhere(self) -> Iterator[Path]:
         """New folders in other places, until one is taken."""
-        for place in (tempfile.gettempdir, Path.home, Path.cwd):
-            with suppress(OSError, RuntimeError):
+        for place in fallback_folders():
+            with suppress(OSError):
                 stem = self.folder.stem[:40]
-                yield Path(tempfile.mkdtemp(".job", f"skyreels-jax-{stem}-", place()))
+                yield Path(tempfile.mkdtemp(".job", f"skyreels-jax-{stem}-", place))
 
     def _save(self, folder: Path, window: Window, latents: HostLatents) -> None:
         texts = {"window": str(window.number), "request": self._digest}
@@ -300,6 +299,12 @@ class FolderStore:
     @staticmethod
     def _path(folder: Path, window: Window) -> Path:
         return folder / f"window-{window.number:04d}.safetensors"
+
+
+def require_job(folder: Path) -> None:
+    """Refuse a folder that has no record of a job; raises a RequestError."""
+    if not (folder / _RECORD).is_file():
+        raise RequestError(f"{folder} is no job folder: it has no {_RECORD}")
 
 
 def exists_already(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import secrets
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from skyreels_jax.errors import RequestError, WeightsError
-from skyreels_jax.files import TEMPORARY_PREFIX, read_json, write_json, write_text
+from skyreels_jax.files import read_json, temporary_beside, write_json, write_text
 from skyreels_jax.interrupt import deferred
 from skyreels_jax.outputs import free_name
 from skyreels_jax.weights.engine import TensorStream
@@ -50,7 +49,7 @@ def new_folder(folder: Path, *, overwrite: bool = False, marked: bool = False) -
     _check_replaceable(folder, overwrite, marked)
     # Not the name of a link, and "." has none.
     target = folder.resolve()
-    partial = target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}")
+    partial = temporary_beside(target)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -110,7 +109,7 @@ def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
 
 def _swap(partial: Path, folder: Path) -> None:
     """Give a complete folder its name, and remove what had it; a signal waits for both."""
-    replaced = folder.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}")
+    replaced = temporary_beside(folder)
     with deferred():
         if folder.exists():
             folder.rename(replaced)
