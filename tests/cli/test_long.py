@@ -198,6 +198,17 @@ def test_a_job_that_is_there_is_not_begun_again(command: Command, broken_off: Pa
     assert f"skyreels-jax resume {broken_off}" in outcome.err
 
 
+def test_prompts_are_read_from_regular_files_alone(
+    command: Command, checkpoints, out: Path, tmp_path: Path
+):
+    os.mkfifo(tmp_path / "pipe")
+    arguments = [word for word in words(checkpoints, out) if word not in PROMPTS]
+    for name, message in (("pipe", "is a pipe"), ("missing", "no such file"), (".", "a folder")):
+        outcome = command(*arguments, "--prompt-file", tmp_path / name)
+        assert outcome.code == 2
+        assert message in outcome.err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -17,6 +17,7 @@ from skyreels_jax.cli.products import JOB_SUFFIX, Products
 from skyreels_jax.cli.report import describe
 from skyreels_jax.cli.unused import check_prompt, unused_flags
 from skyreels_jax.errors import RequestError, UnsupportedError
+from skyreels_jax.files import read_text
 from skyreels_jax.generation.request.declaration import in_flags
 from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.resolved import ResolvedRequest
@@ -122,10 +123,7 @@ def prompts_of(args: argparse.Namespace) -> Sequence[str] | Mapping[int, str]:
     """The prompts in order, or by frame from a file."""
     if args.prompt_file is None:
         return args.prompt
-    try:
-        lines = args.prompt_file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--prompt-file {args.prompt_file} cannot be read: {error}") from error
+    lines = read_text(args.prompt_file, "--prompt-file").splitlines()
     prompts: dict[int, str] = {}
     for number, line in enumerate(lines, 1):
         frame, colon, prompt = line.partition(":")
