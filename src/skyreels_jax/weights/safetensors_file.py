@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.files import open_regular, parse_json
+from skyreels_jax.files import MAX_HEADER_BYTES, open_regular, parse_json
 
 DTYPES: Final[Mapping[str, np.dtype]] = {
     "F64": np.dtype(np.float64),
@@ -38,9 +38,6 @@ DTYPES: Final[Mapping[str, np.dtype]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-# The format allows fifty times as much; the largest released model has a header of 0.2 MB, and JSON
-# can take 25 times its size in memory.
-_HEADER_LIMIT: Final = 2_000_000
 LFS_POINTER: Final = b"version https://git-lfs"
 
 
@@ -166,10 +163,10 @@ def _read_header(file: Path) -> dict[str, _Location]:
             if size < 8:
                 raise WeightsError(f"{file} is truncated: {size} bytes hold no header")
             (length,) = struct.unpack("<Q", start[:8])
-            if length > _HEADER_LIMIT or length + 8 > size:
+            if length > MAX_HEADER_BYTES or length + 8 > size:
                 raise WeightsError(
                     f"{file} is truncated or not a safetensors file: it announces a header of "
-                    f"{length} bytes (at most {_HEADER_LIMIT} are read) and has {size} in all"
+                    f"{length} bytes (at most {MAX_HEADER_BYTES} are read) and has {size} in all"
                 )
             stream.seek(8)
             raw = stream.read(length)
