@@ -215,7 +215,11 @@ def fitted_frames(
     once and stretched, as in the original.
     """
     for frame in stream_video(video, fps):
-        yield prepare_image(frame, *size, Image.Resampling.BICUBIC, stretch=fps is None)
+        yield _fitted(frame, size, fps)
+
+
+def _fitted(frame: RgbImage, size: tuple[int, int], fps: int | Fraction | None) -> ImageCondition:
+    return prepare_image(frame, *size, Image.Resampling.BICUBIC, stretch=fps is None)
 
 
 def encode_last_frames(
@@ -225,5 +229,7 @@ def encode_last_frames(
 
     Frames are as in :func:`fitted_frames`.
     """
-    last = deque(fitted_frames(video, size, fps), maxlen=count)
-    return vae.encode(np.stack([image.pixels for image in last], axis=1)).astype(np.float32)
+    # Only these are resized, however many frames there are before them.
+    last = deque(stream_video(video, fps), maxlen=count)
+    pixels = [_fitted(frame, size, fps).pixels for frame in last]
+    return vae.encode(np.stack(pixels, axis=1)).astype(np.float32)
