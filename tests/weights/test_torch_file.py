@@ -281,7 +281,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a number beside": (by_torch({"a": torch.ones(1), "epoch": 3}), "'epoch' is a int"),
     "lists beside": (by_torch({"a": torch.ones(1), "b": [1.5, [2]]}), "'b' is a list"),
     "two levels": (by_torch({"a": {"b": {"c": torch.ones(1)}}}), "'b' is a dict"),
-    "two mappings": (by_torch({"a": {"b": torch.ones(1)}, "c": {}}), "'a' is a dict"),
+    "two mappings": (by_torch({"a": {"b": torch.ones(1)}, "c": {}}), "several mappings"),
     "itself": (archive(MAGIC + b"}q\0" + text("a") + b"h\0s."), "'a' is a dict"),
     "optimizer state": (by_torch({"state": {0: torch.ones(1)}}), "key of type int"),
     "complex": (by_torch({"a": torch.ones(1, dtype=torch.complex64)}), "ComplexFloatStorage"),

@@ -27,6 +27,9 @@ ALLOWANCE_FACTOR: Final = 3.5
 ALLOWANCE_FLOOR: Final = 4 << 20
 # Measured: what was pickled of a tensor, a TensorInfo and a view, with places in dictionaries.
 _TENSOR_COST: Final = 550
+# Of several mappings in a file, the first of these is the model: the average over training before
+# the last values, a generator before what judged it.
+_PLAIN_KEYS: Final = ("generator_ema", "model_ema", "ema", "generator", "model", "state_dict")
 # Shapes of empty tensors are bounded by nothing else; NumPy counts bytes in 63 bits.
 _MAX_EMPTY: Final = 1 << 48
 
@@ -61,18 +64,22 @@ class PthSource:
     """The tensors of a ``.pth`` file, by name.
 
     The file holds a mapping of names to tensors, as ``torch.save(module.state_dict(), file)``
-    writes it, or a mapping with one entry that is such a mapping (``{"state_dict": {...}}``).
+    writes it, or mappings of which one is taken (``{"generator": {...}, "generator_ema": {...}}``).
     Views may share storages and need not be contiguous.
 
     Args:
         file: in PyTorch's zip format.
+        key: which mapping to take of several; None takes the one that is plain.
+
+    Attributes:
+        notes: which mapping was taken, if there are several, and what was left.
 
     Raises:
-        WeightsError: naming the file, if it is of another kind, damaged, or contains anything
-            besides tensors.
+        WeightsError: naming the file, if it is of another kind, damaged, contains anything
+            besides tensors, or lacks ``key``, with the keys that it has.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, *, key: str | None = None):
         data = _mapped(file)
         self._file = file
         allowance = Allowance(str(file), int(max(ALLOWANCE_FLOOR, ALLOWANCE_FACTOR * len(data))))
@@ -89,7 +96,8 @@ class PthSource:
         # What the pickle's memo holds is let go before the views are made.
         pickled = read_pickle(str(file), self._record(f"{top}/data.pkl", data), replace(allowance))
         self._views: dict[str, _View] = {}
-        for name, tensor in _state_dict(file, pickled).items():
+        state, self.notes = _state_dict(file, pickled, key)
+        for name, tensor in state.items():
             allowance.spend(_TENSOR_COST)
             self._views[name] = self._view(name, tensor, top, len(data))
 
@@ -197,11 +205,20 @@ def _top(file: Path, members: Mapping[str, Member]) -> str:
     return top
 
 
-def _state_dict(file: Path, pickled: object) -> Mapping[str, PickledTensor]:
-    """The mapping of tensors, possibly one level down."""
-    if isinstance(pickled, dict) and len(pickled) == 1:
-        (inner,) = pickled.values()
-        pickled = inner if isinstance(inner, dict) else pickled
+def _state_dict(
+    file: Path, pickled: object, key: str | None
+) -> tuple[Mapping[str, PickledTensor], tuple[str, ...]]:
+    """The mapping of tensors, possibly one level down, and which it was where that is not plain."""
+    notes: tuple[str, ...] = ()
+    if isinstance(pickled, dict):
+        inner = {name: value for name, value in pickled.items() if isinstance(value, dict)}
+        chosen = _chosen(file, pickled, inner, key)
+        if chosen is not None:
+            left = [name for name in pickled if name != chosen]
+            pickled = inner[chosen]
+            if left:
+                # What it is besides models, such as a number of steps, is no matter.
+                notes = (f"took {chosen} of the file, and left {', '.join(left)[:200]}",)
     if not isinstance(pickled, dict):
         raise WeightsError(
             f"{file} holds a {type(pickled).__name__}; expected a mapping of names to tensors"
@@ -212,4 +229,24 @@ def _state_dict(file: Path, pickled: object) -> Mapping[str, PickledTensor]:
                 f"{file} is no plain state dict: {name[:200]!r} is a {type(value).__name__}, not a "
                 "tensor; save only the tensors, by name"
             )
-    return pickled
+    return pickled, notes
+
+
+def _chosen(
+    file: Path, pickled: Mapping[str, object], inner: Mapping[str, object], key: str | None
+) -> str | None:
+    """The key of the mapping to take; None where the tensors are not in one of several."""
+    if key is not None:
+        if key in inner:
+            return key
+        listed = ", ".join(inner) or "no mappings, but tensors by name"
+        raise WeightsError(f"{file} has no mapping {key[:80]!r}: it has {listed:.300}")
+    if not inner or any(isinstance(value, PickledTensor) for value in pickled.values()):
+        return None
+    if len(inner) == 1:
+        return next(iter(inner))
+    if plain := next((name for name in _PLAIN_KEYS if name in inner), None):
+        return plain
+    raise WeightsError(
+        f"{file} holds several mappings ({', '.join(inner):.300}): say which by `weights_key`"
+    )

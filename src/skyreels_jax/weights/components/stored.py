@@ -25,9 +25,9 @@ from skyreels_jax.weights.engine import (
     verify,
 )
 from skyreels_jax.weights.layout import CONFIG, ComponentName, Layout, read_object, safetensors_of
+from skyreels_jax.weights.open_file import open_tensors
 from skyreels_jax.weights.plan import Format, Rule
-from skyreels_jax.weights.safetensors_file import SafetensorsSource, TensorSource
-from skyreels_jax.weights.torch_file import PthSource
+from skyreels_jax.weights.safetensors_file import TensorSource
 from skyreels_jax.weights.writer import MAX_SHARD_BYTES, write_config, write_tensors
 
 # Of lists in configurations: none has more, and no released one has larger values.
@@ -312,6 +312,6 @@ def open_files(
     path = layout.component(name)
     if path.is_dir():
         return safetensors_of(path), from_json(read_object(path / CONFIG))
-    source = SafetensorsSource([path]) if path.suffix == ".safetensors" else PthSource(path)
+    source = open_tensors(path)
     shapes = {tensor: info.shape for tensor, info in source.tensors().items()}
     return source, from_tensors(shapes, layout.format)
