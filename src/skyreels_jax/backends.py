@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Final, Literal, get_args
+from pathlib import Path
+from typing import Any, Final, Literal, TypedDict, Unpack, get_args
 
 from jax.typing import DTypeLike
 
@@ -19,6 +20,7 @@ from skyreels_jax.components.encoders import (
 from skyreels_jax.components.lazy import Keep
 from skyreels_jax.components.protocols import Autoencoder, ImageEncoder, TextEncoder
 from skyreels_jax.errors import RequestError
+from skyreels_jax.generation.request.declaration import refuse_unknown
 from skyreels_jax.generation.request.settings import COMPUTE_DTYPES
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.torch_side.components import (
@@ -38,22 +40,66 @@ BACKENDS: Final = get_args(Backend)
 _DEVICES: Final = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
-def check_options(
-    *, dtype: str, backend: str, device: str, keep: Keep, vae_tiling: str, vae_dtype: str
-) -> None:
-    """Refuse options of a pipeline that do not exist, or that would do nothing.
+@dataclass(frozen=True, kw_only=True)
+class ChosenOptions:
+    """What decides how a pipeline computes, beside its checkpoint: the keywords of its constructor.
+
+    Attributes:
+        dtype: ``bfloat16`` or ``float32``, of the transformer and the encoders.
+        backend: who runs encoders and VAE.
+        device: of PyTorch's parts (backend ``hybrid``): ``cpu``, ``cuda`` or ``auto``.
+        keep: whether every component stays in memory for the next call, instead of being loaded
+            again; ``auto`` decides for each video by the memory that is free, and logs it.
+        prompt_cache: folder to keep encoded prompts in, for this and later processes; a prompt
+            found there does not load the text encoder. ``None`` keeps none.
+        vae_tiling: whether the VAE in JAX cuts frames into overlapping tiles, for less memory and
+            faint seams: ``auto`` where it would not hold a whole frame, ``on`` or ``off``.
+        vae_dtype: ``float32``, or ``bfloat16`` for a VAE in JAX that takes less memory at the cost
+            in quality that ``docs/performance.md`` states.
+    """
+
+    dtype: str = "bfloat16"
+    backend: Backend = "jax"
+    device: str = "auto"
+    keep: Keep = "auto"
+    prompt_cache: Path | None = None
+    vae_tiling: VaeTiling = "auto"
+    vae_dtype: str = "float32"
+
+
+class PipelineOptions(TypedDict, total=False):
+    """The fields of :class:`ChosenOptions` as typed keywords; what is left out has its default."""
+
+    dtype: str
+    backend: Backend
+    device: str
+    keep: Keep
+    prompt_cache: Path | None
+    vae_tiling: VaeTiling
+    vae_dtype: str
+
+
+OPTIONS: Final = tuple(entry.name for entry in fields(ChosenOptions))
+
+
+def check_options(**options: Unpack[PipelineOptions]) -> ChosenOptions:
+    """The options of a pipeline, those not given at their defaults.
 
     Raises:
-        RequestError: says what there is.
+        RequestError: one does not exist, has no such value or would do nothing; says what there is.
     """
-    for name, value, known in (
-        ("dtype", dtype, COMPUTE_DTYPES),
-        ("backend", backend, BACKENDS),
-        ("vae_tiling", vae_tiling, VAE_TILINGS),
-        ("vae_dtype", vae_dtype, COMPUTE_DTYPES),
-        ("keep", keep, ("auto", True, False)),
+    refuse_unknown(options, OPTIONS)
+    chosen: Mapping[str, Any] = {**vars(ChosenOptions()), **options}
+    backend, device = chosen["backend"], chosen["device"]
+    vae_tiling, vae_dtype = chosen["vae_tiling"], chosen["vae_dtype"]
+    for name, known in (
+        ("dtype", COMPUTE_DTYPES),
+        ("backend", BACKENDS),
+        ("vae_tiling", VAE_TILINGS),
+        ("vae_dtype", COMPUTE_DTYPES),
+        ("keep", ("auto", True, False)),
     ):
-        if value not in known:
+        if (value := chosen[name]) not in known:
             raise RequestError(
                 f"`{name}` {value!r} is unknown; there are {', '.join(map(str, known))}"
             )
@@ -69,6 +115,7 @@ def check_options(
             f"`device` {device!r} is of the hybrid backend's parts in PyTorch; JAX computes on "
             "the device that it finds, or that the environment's JAX_PLATFORMS names: leave it out"
         )
+    return ChosenOptions(**options)
 
 
 @dataclass(frozen=True)

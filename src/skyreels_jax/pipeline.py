@@ -9,18 +9,21 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Final, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from skyreels_jax.backends import LOADERS, Backend, check_options
+from skyreels_jax.backends import (
+    LOADERS,
+    OPTIONS,
+    PipelineOptions,
+    check_options,
+)
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
-from skyreels_jax.components.encoders import VaeTiling
 from skyreels_jax.components.lazy import (
-    Keep,
     Lazy,
     LazyAutoencoder,
     LazyImageEncoder,
@@ -52,11 +55,6 @@ from skyreels_jax.shapes import Frames, HostLatents
 from skyreels_jax.weights.convert_folder import convert_folder
 from skyreels_jax.weights.pipeline_folder import require_components
 
-# Of the constructor.
-_OPTIONS: Final = (
-    *("dtype", "backend", "device", "keep", "prompt_cache", "vae_tiling", "vae_dtype"),
-)
-
 logger = logging.getLogger(__name__)
 
 
@@ -80,55 +78,29 @@ class Pipeline:
         verify: proves by headers that the checkpoint is complete, once; raises a WeightsError.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        dtype: str = "bfloat16",
-        backend: Backend = "jax",
-        device: str = "auto",
-        keep: Keep = "auto",
-        prompt_cache: Path | None = None,
-        vae_tiling: VaeTiling = "auto",
-        vae_dtype: str = "float32",
-    ):
+    def __init__(self, checkpoint: Checkpoint, **options: Unpack[PipelineOptions]):
         """Nothing is loaded yet.
 
         Args:
             checkpoint: from :meth:`Checkpoint.open`.
-            dtype: ``bfloat16`` or ``float32``, of the transformer and the encoders.
-            backend: who runs encoders and VAE.
-            device: of PyTorch's parts (backend ``hybrid``): ``cpu``, ``cuda`` or ``auto``.
-            keep: whether every component stays in memory for the next call, instead of being loaded
-                again; ``auto`` decides for each video by the memory that is free, and logs it.
-            prompt_cache: folder to keep encoded prompts in, for this and later processes; a prompt
-                found there does not load the text encoder. ``None`` keeps none.
-            vae_tiling: whether the VAE in JAX cuts frames into overlapping tiles, for less memory
-                and faint seams: ``auto`` where it would not hold a whole frame, ``on`` or ``off``.
-            vae_dtype: ``float32``, or ``bfloat16`` for a VAE in JAX that takes less memory at the
-                cost in quality that ``docs/performance.md`` states.
+            **options: how to compute; :class:`~skyreels_jax.backends.ChosenOptions` has them all
+                with their defaults.
 
         Raises:
             RequestError: an option is unknown or does not go with the others.
             UnsupportedError: the hybrid backend's PyTorch is not installed.
         """
-        check_options(
-            dtype=dtype,
-            backend=backend,
-            device=device,
-            keep=keep,
-            vae_tiling=vae_tiling,
-            vae_dtype=vae_dtype,
-        )
+        chosen = check_options(**options)
+        dtype, backend = chosen.dtype, chosen.backend
         self.checkpoint = checkpoint
         self.dtype = dtype
         self._backend = backend
-        kinds = jnp.dtype(dtype), jnp.dtype(vae_dtype)
-        loaders = LOADERS[backend](checkpoint, *kinds, device, vae_tiling)
+        kinds = jnp.dtype(dtype), jnp.dtype(chosen.vae_dtype)
+        loaders = LOADERS[backend](checkpoint, *kinds, chosen.device, chosen.vae_tiling)
         # What has been proved need not be proved for every video; a refusal is not remembered.
         self.verify = cache(partial(_verify_checkpoint, checkpoint))
         stored = None
-        if prompt_cache is not None:
+        if (prompt_cache := chosen.prompt_cache) is not None:
             made_by = (checkpoint.text_encoder, checkpoint.tokenizer)
             stored = partial(PromptCache.open, prompt_cache, made_by, (backend, dtype))
         text_encoder = LazyTextEncoder(loaders.text_encoder, cache=stored)
@@ -145,7 +117,7 @@ class Pipeline:
                 "vae": vae,
             },
             partial(component_sizes, checkpoint.layout, checkpoint.config, *kinds),
-            keep,
+            chosen.keep,
         )
 
     @classmethod
@@ -155,7 +127,7 @@ class Pipeline:
         *,
         revision: str | None = None,
         preset: str | None = None,
-        **options: Any,
+        **options: Unpack[PipelineOptions],
     ) -> "Pipeline":
         """Open a folder in either layout, or a Hugging Face id.
 
@@ -165,7 +137,7 @@ class Pipeline:
             preset: name of the released checkpoint it is, where that is not plain.
             **options: of the constructor.
         """
-        refuse_unknown(options, _OPTIONS)
+        refuse_unknown(options, OPTIONS)
         checkpoint = Checkpoint.open(path_or_id, revision=revision, preset=preset)
         return cls(checkpoint, **options)
 
