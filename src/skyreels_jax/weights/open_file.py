@@ -9,6 +9,7 @@ import numpy as np
 
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.files import open_regular
+from skyreels_jax.weights.gguf_file import GgufSource
 from skyreels_jax.weights.plan import natural
 from skyreels_jax.weights.safetensors_file import (
     LFS_POINTER,
@@ -47,7 +48,7 @@ def open_tensors(path: Path, *, key: str | None = None) -> TensorSource:
     is opened.
 
     Args:
-        path: in the format of safetensors or PyTorch's zip format.
+        path: in the format of safetensors, GGUF or PyTorch's zip format.
         key: which mapping of a PyTorch file with several (``generator_ema``), or what all wanted
             names begin with, before a dot, in a format without nesting; None takes what is plain.
 
@@ -73,17 +74,14 @@ def open_tensors(path: Path, *, key: str | None = None) -> TensorSource:
 def _flat(path: Path, start: bytes) -> TensorSource:
     """A file of a format without nested mappings."""
     if start.startswith(b"GGUF"):
-        raise WeightsError(
-            f"{path.parent} holds {path.name}: GGUF files are not read; take the *.safetensors of "
-            "the same checkpoint, in bfloat16 or float32"
-        )
+        return GgufSource(path)
     if path.suffix.casefold() == ".safetensors" or start[8:9] == b"{" or start == LFS_POINTER:
         return SafetensorsSource(_series(path))
     if path.suffix.casefold() in (".pth", ".pt", ".ckpt"):
         return PthSource(path)
     raise WeightsError(
-        f"{path} is no file of tensors: it begins with {start[:16]!r}; expected safetensors or "
-        "PyTorch's format (.pth, .pt, .ckpt)"
+        f"{path} is no file of tensors: it begins with {start[:16]!r}; expected safetensors, GGUF "
+        "or PyTorch's format (.pth, .pt, .ckpt)"
     )
 
 

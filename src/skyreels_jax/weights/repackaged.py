@@ -92,9 +92,9 @@ def held_by(names: Iterable[str]) -> tuple[Held, Format] | None:
 
 
 def refuse_gguf(folder: Path) -> None:
-    """Refuse a folder whose weights are in GGUF; raises a WeightsError."""
+    """Refuse a folder of GGUF files, which says nothing of which is meant; raises WeightsError."""
     if found := sorted(folder.glob("[!.]*.gguf")):
         raise WeightsError(
-            f"{folder} holds {found[0].name}: GGUF files are not read; take the *.safetensors of "
-            "the same checkpoint, in bfloat16 or float32"
+            f"{folder} holds {found[0].name}: GGUF files are opened by themselves, not by their "
+            f"folder; give {found[0]}"
         )
