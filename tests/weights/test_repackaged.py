@@ -161,7 +161,7 @@ def test_gguf_is_named(tmp_path: Path, keeps_config: bool):
     (folder / WEIGHTS).rename(folder / "SkyReels-Q4_K_M.gguf")
     if not keeps_config:
         (folder / "config.json").unlink()
-    with pytest.raises(WeightsError, match=r"SkyReels-Q4_K_M\.gguf: GGUF files are opened by themselves"):
+    with pytest.raises(WeightsError, match=r"SkyReels-Q4_K_M\.gguf: GGUF files are opened"):
         Checkpoint.open(folder)
 
 
