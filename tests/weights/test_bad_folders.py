@@ -18,6 +18,7 @@ from skyreels_jax.weights.components.transformer import stored_transformer
 SHARD = "model-00002-of-00007.safetensors"
 INDEX = "model.safetensors.index.json"
 NAME = "blocks.1.self_attn.q.bias"
+MATRIX = "blocks.1.self_attn.q.weight"
 F4 = np.ones(24, np.float32)
 
 
@@ -118,8 +119,9 @@ def twice_in_one_file(folder: Path) -> None:
 
 def fp8(folder: Path) -> None:
     header, data = header_of(first(folder))
-    begin, end = header[NAME]["data_offsets"]
-    header[NAME] = {"dtype": "F8_E4M3", "shape": [end - begin], "data_offsets": [begin, end]}
+    begin, end = header[MATRIX]["data_offsets"]
+    header[MATRIX] = {"dtype": "F8_E4M3", "shape": [end - begin], "data_offsets": [begin, end]}
+    header["scaled_fp8"] = {"dtype": "F8_E4M3", "shape": [0], "data_offsets": [0, 0]}
     write_header(first(folder), header, data)
 
 
@@ -287,9 +289,9 @@ SINGLE = {
         tensor(np.ones(24, np.int32)),
         ["not floating point", f"{NAME}: int32 in model.safetensors"],
     ),
-    "tensor in 8-bit floats": (
+    "tensor in 8-bit floats without its scale": (
         fp8,
-        ["8-bit floats", f"{NAME}: float8_e4m3fn in model.safetensors"],
+        ["model.safetensors", f"{MATRIX}: its scale is missing"],
     ),
     "tensor NaN": (with_value(np.nan), [f"model.safetensors: {NAME} has 24 values that are NaN"]),
     "tensor infinite": (with_value(-np.inf), [f"model.safetensors: {NAME} has 24 values"]),

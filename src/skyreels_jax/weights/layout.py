@@ -24,10 +24,11 @@ from typing import Final, Literal, get_args
 
 from skyreels_jax import files
 from skyreels_jax.errors import WeightsError
+from skyreels_jax.weights.low_precision import dequantized
 from skyreels_jax.weights.plan import Format, natural
 from skyreels_jax.weights.relatives import refuse_config, refuse_relatives, refuse_tensors
 from skyreels_jax.weights.repackaged import Held, UnpackedSource, held_by, refuse_gguf
-from skyreels_jax.weights.safetensors_file import SafetensorsSource
+from skyreels_jax.weights.safetensors_file import SafetensorsSource, TensorSource
 
 ComponentName = Literal[
     "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler"
@@ -242,8 +243,8 @@ def read_object(file: Path) -> dict[str, object]:
     return value
 
 
-def safetensors_of(folder: Path, *, without: Collection[str] = ()) -> SafetensorsSource:
-    """All safetensors files of a folder as one source, with or without an index.
+def safetensors_of(folder: Path, *, without: Collection[str] = ()) -> TensorSource:
+    """All safetensors files of a folder as one source of floats, with or without an index.
 
     Args:
         folder: of the files.
@@ -286,7 +287,7 @@ def safetensors_of(folder: Path, *, without: Collection[str] = ()) -> Safetensor
         raise WeightsError(
             f"{folder}: {indices[0].name} does not name {_listed(unlisted)}, which the files hold"
         )
-    return source
+    return dequantized(source)
 
 
 def _read_index(file: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ import numpy as np
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.files import open_regular
 from skyreels_jax.weights.gguf_file import GgufSource
+from skyreels_jax.weights.low_precision import dequantized
 from skyreels_jax.weights.plan import natural
 from skyreels_jax.weights.safetensors_file import (
     LFS_POINTER,
@@ -30,7 +31,7 @@ class _NamedUnder:
 
     def __init__(self, source: TensorSource, key: str):
         self._source, self._start = source, f"{key}."
-        self.notes = (f"only what is under {key} is read",)
+        self.notes = (*getattr(source, "notes", ()), f"only what is under {key} is read")
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         found = self._source.tensors().items()
@@ -44,6 +45,9 @@ class _NamedUnder:
 def open_tensors(path: Path, *, key: str | None = None) -> TensorSource:
     """Open a file of tensors for reading; of its contents only the description is read.
 
+    Weights in 8 or 4 bits are floats when they are read (:mod:`~skyreels_jax.weights.low_precision`
+    and :mod:`~skyreels_jax.weights.gguf_file`).
+
     Of a file that is one of a numbered series (``…-00001-of-00003.safetensors``) all of the series
     is opened.
 
@@ -53,15 +57,15 @@ def open_tensors(path: Path, *, key: str | None = None) -> TensorSource:
             names begin with, before a dot, in a format without nesting; None takes what is plain.
 
     Raises:
-        WeightsError: it is no regular file, is damaged, is of another kind, which is named, or
-            lacks ``key``, with the keys that it has.
+        WeightsError: it is no regular file, is damaged, is of another kind, which is named, its
+            scales do not fit its weights, or it lacks ``key``, with the keys that it has.
     """
     start = _first_bytes(path)
     # The length of a safetensors header may begin with any byte.
     is_safetensors = start[8:9] == b"{"
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and not is_safetensors):
-        return PthSource(path, key=key)
-    source = _flat(path, start)
+        return dequantized(PthSource(path, key=key))
+    source = dequantized(_flat(path, start))
     if key is None:
         return source
     if not any(name.startswith(f"{key}.") for name in source.tensors()):

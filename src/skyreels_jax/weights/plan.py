@@ -284,11 +284,6 @@ def _check_dtype(name: str, info: TensorInfo, wanted: bool, problems: "Problems"
     if not wanted or info.dtype.name in ("float32", "bfloat16", "float16", "float64"):
         return
     kind = "tensors that are not floating point"
-    if info.dtype.name.startswith("float8"):
-        kind = (
-            "tensors in 8-bit floats, whose scales are not part of the published formats (take the "
-            "bfloat16 or float32 weights)"
-        )
     problems.add(kind, f"{name}: {info.dtype.name} in {_base(info.file)}")
 
 

@@ -118,14 +118,21 @@ class SafetensorsSource:
     Args:
         files: the shards, in any order.
 
+    Attributes:
+        metadata: the texts of the headers' ``__metadata__`` by key, those of all shards.
+
     Raises:
         WeightsError: if a file is not sound safetensors, or two files hold the same tensor.
     """
 
     def __init__(self, files: Iterable[Path]):
         self._places: dict[str, _Location] = {}
+        self.metadata: dict[str, tuple[str, ...]] = {}
         for file in files:
-            for name, place in _read_header(file).items():
+            places, metadata = _read_header(file)
+            for key, text in metadata.items():
+                self.metadata[key] = (*self.metadata.get(key, ()), text)
+            for name, place in places.items():
                 other = self._places.setdefault(name, place)
                 if other is not place:
                     raise WeightsError(
@@ -147,8 +154,8 @@ class SafetensorsSource:
         return np.asarray(raw).view(info.dtype).reshape(info.shape)
 
 
-def _read_header(file: Path) -> dict[str, _Location]:
-    """Read and check one file's header.
+def _read_header(file: Path) -> tuple[dict[str, _Location], dict[str, str]]:
+    """Read and check one file's header: where the tensors are, and the texts of its metadata.
 
     Raises:
         WeightsError: naming the file, if it cannot be read, is truncated or is not sound.
@@ -172,7 +179,11 @@ def _read_header(file: Path) -> dict[str, _Location]:
             raw = stream.read(length)
     except OSError as error:
         raise WeightsError(f"{file} cannot be read: {error.strerror or error}") from error
-    return _locations(file, _parsed(file, raw), 8 + length, size - 8 - length)
+    header = _parsed(file, raw)
+    metadata = header.pop("__metadata__", None)
+    texts = metadata.items() if isinstance(metadata, dict) else ()
+    places = _locations(file, header, 8 + length, size - 8 - length)
+    return places, {key: text for key, text in texts if isinstance(text, str)}
 
 
 def _parsed(file: Path, raw: bytes) -> dict[str, object]:
@@ -183,7 +194,6 @@ def _parsed(file: Path, raw: bytes) -> dict[str, object]:
     header = parse_json(text, f"{file} is not a safetensors file: its header", error=WeightsError)
     if not isinstance(header, dict):
         raise WeightsError(f"{file} is not a safetensors file: its header is no JSON object")
-    header.pop("__metadata__", None)
     return header
 
 
