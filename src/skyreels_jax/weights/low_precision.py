@@ -324,8 +324,8 @@ def _nvfp4(
         stored = _finite(source, f"{base}.weight_scale_2").reshape(-1)
         if stored.size != 1 or not np.isclose(stored[0], tensor_scale, rtol=1e-3):
             raise WeightsError(
-                f"{file}: {base}.weight_scale_2 contradicts {' and '.join(needed)}: {stored[0]:.6g} "
-                f"and {tensor_scale:.6g}"
+                f"{file}: {base}.weight_scale_2 contradicts {' and '.join(needed)}: "
+                f"{stored[0]:.6g} and {tensor_scale:.6g}"
             )
     block_scales = source.read(f"{base}.weight_scale").view(_E4M3)
     if not np.isfinite(tensor_scale) or not np.isfinite(block_scales).all():
