@@ -118,7 +118,7 @@ ONES = np.ones((3,), np.float32)
         (broken(b__0__norm=np.ones(4, np.int8)), ["not floating point", "b.0.norm: int8"]),
         (
             broken(b__0__norm=np.ones(4, ml_dtypes.float8_e4m3fn)),
-            ["8-bit floats", "b.0.norm: float8_e4m3fn"],
+            ["not floating point", "b.0.norm: float8_e4m3fn"],
         ),
         (
             broken(b__0__norm=np.array([1, np.nan, 1, np.inf], np.float32)),

@@ -283,7 +283,7 @@ def _check_shape(
 def _check_dtype(name: str, info: TensorInfo, wanted: bool, problems: "Problems") -> None:
     if not wanted or info.dtype.name in ("float32", "bfloat16", "float16", "float64"):
         return
-    kind = "tensors that are not floating point"
+    kind = "tensors that are not floating point of 16 bits or more"
     problems.add(kind, f"{name}: {info.dtype.name} in {_base(info.file)}")
 
 
