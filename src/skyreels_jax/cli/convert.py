@@ -5,6 +5,7 @@ from pathlib import Path
 
 from skyreels_jax.weights.plan import FORMATS
 
+_PRECISIONS = ("int8", "fp8", "comfy-fp8")
 _DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
@@ -29,6 +30,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default="keep",
         help="of the transformer's tensors (default: keep each as it is)",
     )
+    parser.add_argument(
+        "--weights",
+        choices=("keep", *_PRECISIONS),
+        default="keep",
+        help="store the matrices of blocks in 8 bits: int8 or fp8 with a scale per output channel, "
+        "comfy-fp8 in one file as ComfyUI opens it (default: keep)",
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     parser.add_argument(
         "--overwrite",
@@ -51,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         format=args.format,
         about=checkpoint.about,
         dtype=None if args.dtype == "keep" else args.dtype,
+        weights=None if args.weights == "keep" else args.weights,
         overwrite=args.overwrite,
     )
     print(f"{args.source} ({checkpoint.layout.format}) -> {args.target} ({args.format})")

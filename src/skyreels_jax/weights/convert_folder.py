@@ -21,6 +21,7 @@ from skyreels_jax.weights.pipeline_folder import (
     write_pipeline_files,
 )
 from skyreels_jax.weights.plan import Format
+from skyreels_jax.weights.quantized_stream import StoredPrecision
 from skyreels_jax.weights.writer import new_folder, write_config
 
 
@@ -41,6 +42,7 @@ def convert_folder(
     format: Format,
     about: About,
     dtype: DTypeLike | None = None,
+    weights: StoredPrecision | None = None,
     overwrite: bool = False,
 ) -> Conversion:
     """Write ``source`` into the new folder ``target``, which appears complete or not at all.
@@ -57,23 +59,28 @@ def convert_folder(
         format: to write.
         about: what a pipeline folder of diffusers says of itself.
         dtype: of the transformer; None keeps each tensor's.
+        weights: to store the matrices of its blocks in, and UMT5's where diffusers' format is
+            written from the other; None keeps the floats.
         overwrite: replace a folder that is there and holds only what an earlier call wrote.
 
     Raises:
-        RequestError: if ``target`` is there, or lies in ``source`` or around it.
+        RequestError: if ``target`` is there, or lies in ``source`` or around it; ComfyUI's layout
+            is asked for under other names than the original's.
         WeightsError: if ``source`` is not sound or the disk refuses.
     """
+    if weights == "comfy-fp8" and format != "original":
+        raise RequestError("ComfyUI reads the original's names: add --format original")
     _check_apart(source.folder, target)
     alone = source.transformer == source.folder and not source.components
     nested = format == "diffusers" and not alone
     result = Conversion()
     with new_folder(target, overwrite=overwrite, marked=True) as partial:
         transformer = partial / "transformer" if nested else partial
-        files = stored_transformer(source).write(transformer, format, dtype=dtype)
+        files = stored_transformer(source).write(transformer, format, dtype=dtype, weights=weights)
         if nested:
             files.append(write_card(partial, config, about))
         if nested and source.format != format:
-            files += _write_components(partial, source, config, about)
+            files += _write_components(partial, source, config, about, weights)
         result.written.extend(file.relative_to(partial) for file in files)
         if source.format == format and source.model_index:
             _copy(source.folder / MODEL_INDEX, partial, MODEL_INDEX, result)
@@ -88,7 +95,11 @@ def convert_folder(
 
 
 def _write_components(
-    folder: Path, source: Layout, config: TransformerConfig, about: About
+    folder: Path,
+    source: Layout,
+    config: TransformerConfig,
+    about: About,
+    weights: StoredPrecision | None,
 ) -> list[Path]:
     """Translate the components of a folder in the original format, a tensor in memory at a time.
 
@@ -101,7 +112,9 @@ def _write_components(
     if "vae" in source.components:
         files += stored_vae(source).write(folder / "vae", "diffusers")
     if "text_encoder" in source.components:
-        files += stored_text_encoder(source).write(folder / "text_encoder", "diffusers")
+        files += stored_text_encoder(source).write(
+            folder / "text_encoder", "diffusers", weights=weights
+        )
     image_config = None
     if "image_encoder" in needed and "image_encoder" in source.components:
         image = stored_image_encoder(source)

@@ -7,7 +7,7 @@ cover the file and the model exactly (:mod:`skyreels_jax.weights.plan`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -42,10 +42,12 @@ class TensorStream:
     Attributes:
         specs: shapes and dtypes, known before anything is read, in the order of ``values``.
         values: the tensors, once; they may be views.
+        metadata: texts for the header of each file that they are written to.
     """
 
     specs: Mapping[str, TensorSpec]
     values: Iterator[tuple[str, np.ndarray]]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
         return self.values

@@ -154,7 +154,8 @@ def _descriptions(source: TensorSource, problems: Problems) -> dict[str, str]:
     found: dict[str, object] = {}
     texts = source.metadata if isinstance(source, SafetensorsSource) else {}
     for text in texts.get("_quantization_metadata", ()):
-        where = "the header's _quantization_metadata"
+        file = next((info.file for info in infos.values()), "the file")
+        where = f"{file}: the header's _quantization_metadata"
         value = parse_json(text, where, error=WeightsError)
         layers = value.get("layers") if isinstance(value, dict) else None
         if not isinstance(layers, dict):

@@ -149,7 +149,7 @@ def write_tensors(
     files = [folder / _shard_name(stem, k, len(shards)) for k in range(len(shards))]
     stream = tensors.values
     for file, names in zip(files, shards, strict=True):
-        _write_shard(file, {name: specs[name] for name in names}, stream)
+        _write_shard(file, {name: specs[name] for name in names}, stream, tensors.metadata)
     extra = next(stream, None)
     if extra is not None:
         raise WeightsError(f"{folder}: {extra[0]} was not announced")
@@ -189,9 +189,9 @@ class _Header:
     size: int
 
 
-def _header(specs: Mapping[str, TensorSpec]) -> _Header:
+def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> _Header:
     """Wide dtypes first, so that every tensor is aligned to its own size."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offsets: dict[str, int] = {}
     end = 0
     for name in sorted(specs, key=lambda name: -specs[name].dtype.itemsize):
@@ -209,9 +209,12 @@ def _header(specs: Mapping[str, TensorSpec]) -> _Header:
 
 
 def _write_shard(
-    file: Path, specs: Mapping[str, TensorSpec], values: Iterator[tuple[str, np.ndarray]]
+    file: Path,
+    specs: Mapping[str, TensorSpec],
+    values: Iterator[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str],
 ) -> None:
-    header = _header(specs)
+    header = _header(specs, metadata)
     temporary = file.with_name(f".{file.name}.partial")
     with temporary.open("wb") as stream:
         stream.write(header.raw)

@@ -5,6 +5,7 @@ transformer: ``config.json`` and safetensors); in diffusers' it is a folder with
 and safetensors.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from skyreels_jax.weights.engine import (
 from skyreels_jax.weights.layout import CONFIG, ComponentName, Layout, read_object, safetensors_of
 from skyreels_jax.weights.open_file import open_tensors
 from skyreels_jax.weights.plan import Format, Rule
+from skyreels_jax.weights.quantized_stream import StoredPrecision, quantized
 from skyreels_jax.weights.safetensors_file import TensorSource
 from skyreels_jax.weights.writer import MAX_SHARD_BYTES, write_config, write_tensors
 
@@ -227,6 +229,7 @@ class StoredComponent(Generic[ConfigT, ModelT]):
         format: Format,
         *,
         dtype: DTypeLike | None = None,
+        weights: StoredPrecision | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> list[Path]:
         """Translate into ``folder`` as :meth:`ComponentSpec.write`, a tensor in memory at a time.
@@ -236,6 +239,11 @@ class StoredComponent(Generic[ConfigT, ModelT]):
         """
         self.verify()
         tensors = self.tensors(format, dtype=dtype)
+        if weights is not None:
+            tensors = quantized(tensors, weights)
+        if weights == "comfy-fp8":
+            # ComfyUI opens one file.
+            max_shard_bytes = sys.maxsize
         return self.spec.write(
             folder, self.config, tensors, format=format, max_shard_bytes=max_shard_bytes
         )
