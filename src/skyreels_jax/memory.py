@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from skyreels_jax.errors import MemoryExhausted, is_out_of_memory, out_of_memory
+from skyreels_jax.models.layers import TILE_ROWS
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.vae_layers import VaeConfig
 from skyreels_jax.weights.components.clip import stored_image_encoder
@@ -68,12 +69,15 @@ def estimate(
     frames, rows, columns = latents
     _, patch_rows, patch_columns = config.patch_size
     tokens = frames * (rows // patch_rows) * (columns // patch_columns)
-    a_token = BYTES_PER_FEATURE * config.dim + BYTES_PER_HIDDEN * config.ffn_dim
+    # On CPUs the feed-forward has a tile of rows between its products at a time.
+    hidden = copies * tokens
+    hidden = min(hidden, TILE_ROWS) if jax.default_backend() == "cpu" else hidden
     positions = config.text_len + config.image_tokens
     return Estimate(
         weights=parameters * size,
         context=2 * 2 * config.num_layers * positions * config.dim * size,
-        activations=copies * tokens * a_token
+        activations=copies * tokens * BYTES_PER_FEATURE * config.dim
+        + hidden * BYTES_PER_HIDDEN * config.ffn_dim
         + LATENT_COPIES * 4 * config.in_dim * frames * rows * columns,
     )
 

@@ -1,12 +1,12 @@
 """Damaged images and films: our own error, or a picture; quickly and in bounded memory."""
 
-import resource
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests.bounded import MOST, memory_below
 from tests.media.films import DATA, colours, write_film
 
 from skyreels_jax import media
@@ -50,14 +50,13 @@ def holds(read, path: Path) -> bool:
 def check_damaged(read, data: bytes, path: Path, rounds: int) -> None:
     """Some damage is refused, and none of it takes much memory."""
     rng = np.random.default_rng(0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     taken = 0
-    for _ in range(rounds):
-        path.write_bytes(damaged(rng, data))
-        taken += holds(read, path)
-    assert taken < rounds
     # Measured: under 10 MiB.
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024
+    with memory_below(4 * len(data) + MOST):
+        for _ in range(rounds):
+            path.write_bytes(damaged(rng, data))
+            taken += holds(read, path)
+    assert taken < rounds
 
 
 @ROUNDS

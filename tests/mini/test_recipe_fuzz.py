@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.bounded import MOST, memory_below
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.mini.recipe import read_recipe
@@ -51,7 +52,8 @@ def test_changed_recipes_are_refused_or_understood(tmp_path: Path, count: int):
         file.write_text(text, "utf-8")
         begin = time.monotonic()
         try:
-            read_recipe(file, {})
+            with memory_below(4 * len(text) + MOST):
+                read_recipe(file, {})
         except RequestError as error:
             refused += 1
             assert len(str(error)) < LONGEST_LINE, text

@@ -5,7 +5,9 @@ to ``numerics.compute``, everything else happens in float32. Parameter names are
 with its numbered ``Sequential`` entries named ``fc1`` and ``fc2``.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Final, TypeVar
 
 import jax
@@ -19,6 +21,8 @@ from skyreels_jax.ops.linear import linear
 XAVIER: Final = nnx.initializers.xavier_uniform()
 NORMAL: Final = nnx.initializers.normal(0.02)
 ZEROS: Final = nnx.initializers.zeros_init()
+# The fastest of 510 to 1275 rows for feed-forwards of the released widths.
+TILE_ROWS: Final = 850
 Float32 = Float[Array, "*batch D"]
 _Carry = TypeVar("_Carry")
 _Layer = TypeVar("_Layer")
@@ -219,3 +223,32 @@ def _tied_layer(layers: _Layer, index: Int[Array, ""]) -> _Layer:
     return jax.tree.map(
         lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
     )
+
+
+def in_row_tiles(layer: nnx.Module, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+    """``layer(x)`` for a layer that takes each row by itself, on CPUs a tile of rows at a time.
+
+    What the layer makes in between then stays in cache and does not grow with the rows:
+    ``docs/performance.md`` has both. The result is the same. Accelerators, and gradients, take all
+    rows at once.
+    """
+    count = -(-math.prod(x.shape[:-1]) // TILE_ROWS)
+    if count <= 1:
+        return layer(x)
+    graph, parameters = nnx.split(layer)
+
+    def whole(parameters: nnx.State, x: Array) -> Array:
+        return nnx.merge(graph, parameters)(x)
+
+    def tiles(parameters: nnx.State, x: Array) -> Array:
+        rows = x.reshape(-1, x.shape[-1])
+        size = -(-len(rows) // count)
+        filled = jnp.pad(rows, ((0, count * size - len(rows)), (0, 0)))
+        out = jax.lax.map(partial(whole, parameters), filled.reshape(count, size, -1))
+        return out.reshape(count * size, -1)[: len(rows)].reshape(*x.shape[:-1], -1)
+
+    tiled = jax.custom_jvp(
+        lambda parameters, x: jax.lax.platform_dependent(parameters, x, cpu=tiles, default=whole)
+    )
+    tiled.defjvp(lambda primals, tangents: jax.jvp(whole, primals, tangents))
+    return tiled(parameters, x)

@@ -20,6 +20,7 @@ from skyreels_jax.models.layers import (
     WanRMSNorm,
     gelu_exact,
     gelu_tanh,
+    in_row_tiles,
     layer_norm,
     mul_add,
     mul_add_add,
@@ -262,7 +263,7 @@ class WanAttentionBlock(nnx.Module):
         x = x + h.reshape(x.shape).astype(jnp.float32)
 
         h = mul_add_add(layer_norm(x, eps=self.eps), ffn.scale, ffn.shift)
-        x = mul_add(x, self.ffn(h), ffn.gate)
+        x = mul_add(x, in_row_tiles(self.ffn, h), ffn.gate)
         return _BlockOutput(x.astype(self.dtype), own)
 
 
