@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from skyreels_jax.models.transformer_config import T2V_1_3B
 from skyreels_jax.models.umt5 import UMT5_XXL
-from skyreels_jax.models.vae_layers import VaeConfig
+from skyreels_jax.models.vae_layers import WAN_VAE
 from skyreels_jax.presets import PIPELINE_OF_TASK
 from skyreels_jax.testing.random_checkpoint import write_tokenizer
 from skyreels_jax.weights.components.stored import ComponentSpec
@@ -61,7 +61,7 @@ def make(folder: Path) -> None:
     write_tokenizer(folder / "tokenizer")
     write(folder / "text_encoder", UMT5, UMT5_XXL, jnp.bfloat16)
     write(folder / "transformer", TRANSFORMER, T2V_1_3B, np.float32)
-    write(folder / "vae", VAE, VaeConfig(), np.float32)
+    write(folder / "vae", VAE, WAN_VAE, np.float32)
     names = ("tokenizer", "text_encoder", "vae")
     write_pipeline_files(folder, PIPELINE_OF_TASK["t2v"], list(names), 8.0, None)
 
