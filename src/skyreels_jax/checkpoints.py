@@ -1,15 +1,17 @@
 """What a checkpoint folder is: its files, its transformer, and the settings it is made for."""
 
+import logging
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypedDict, TypeVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.hub import locate
+from skyreels_jax.hub import COMPONENTS_VARIABLE, NEEDED_COMPONENTS, locate
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.presets import PIPELINE_OF_TASK, PRESETS, WAN_PIPELINE_OF_TASK, Family, Task
@@ -19,11 +21,13 @@ from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.engine import Placement, on_default_device
-from skyreels_jax.weights.layout import ComponentName, Layout, read_layout, read_object
-from skyreels_jax.weights.pipeline_folder import About
+from skyreels_jax.weights.layout import ComponentName, Layout, read_object
+from skyreels_jax.weights.model_file import components_in, read_model, with_components
+from skyreels_jax.weights.pipeline_folder import About, needed_components
 from skyreels_jax.weights.relatives import refuse_names
 
 _T = TypeVar("_T")
+logger = logging.getLogger(__name__)
 
 # Whose settings a checkpoint that is no released one gets, by family and kind of model.
 _LIKE: Final[Mapping[tuple[Family, str], str]] = {
@@ -32,6 +36,21 @@ _LIKE: Final[Mapping[tuple[Family, str], str]] = {
     ("Wan2.1", "t2v"): "Wan2.1-T2V-1.3B",
     ("Wan2.1", "i2v"): "Wan2.1-I2V-14B-480P",
 }
+
+
+class Opening(TypedDict, total=False):
+    """The keywords of :meth:`Checkpoint.open`."""
+
+    revision: str | None
+    preset: str | None
+    components: str | Path | None
+    vae: str | Path | None
+    text_encoder: str | Path | None
+    image_encoder: str | Path | None
+    weights_key: str | None
+
+
+OPENING: Final = tuple(Opening.__annotations__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,7 @@ class Checkpoint:
         guess: which released checkpoint it is.
         defaults: settings to generate with, each with its source.
         repo: the Hugging Face id it came from; None for a local folder.
+        notes: what was taken off the names of the transformer's tensors and what was left.
     """
 
     layout: Layout
@@ -74,30 +94,58 @@ class Checkpoint:
     guess: Guess
     defaults: Defaults
     repo: str | None = None
+    notes: tuple[str, ...] = ()
 
     @staticmethod
     def open(
-        path_or_id: str | Path, *, revision: str | None = None, preset: str | None = None
+        path_or_id: str | Path,
+        *,
+        revision: str | None = None,
+        preset: str | None = None,
+        components: str | Path | None = None,
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        image_encoder: str | Path | None = None,
+        weights_key: str | None = None,
     ) -> "Checkpoint":
-        """Understand a folder or Hugging Face id.
+        """Understand a folder, a file or a Hugging Face id.
 
         Args:
-            path_or_id: a folder in either format, a transformer's own folder, or an id.
+            path_or_id: a folder in either format, a transformer's own folder or file, or an id.
             revision: branch, tag or commit of an id.
             preset: name of the released checkpoint it is; overrides the guess.
+            components: a folder or id whose VAE, encoders and tokenizer are taken in place of the
+                checkpoint's. Those that it still lacks come from the environment's
+                ``SKYREELS_JAX_COMPONENTS``, if that is set.
+            vae: a file or folder of the VAE, before all others.
+            text_encoder: as ``vae``; a tokenizer beside it is taken too.
+            image_encoder: as ``vae``.
+            weights_key: which mapping of a file with several is the transformer.
 
         Raises:
             RequestError: there is no such folder, id or preset, or the preset has another shape.
-            WeightsError: the folder is incomplete or contradicts itself.
+            WeightsError: the folder is incomplete or contradicts itself, or a component given is
+                something else.
         """
         location = locate(path_or_id, revision)
-        layout = read_layout(location.folder)
+        layout = _with_heads(read_model(location.folder, key=weights_key), preset)
+        source = layout.tensors()
         if preset is None:
             files = [(f"the name of {file.name}", file.name) for file in layout.files()]
-            refuse_names(layout.folder, [*names_of(layout, location.repo), *files])
-        stored = stored_transformer(layout)
-        config, marker = stored.config, getattr(stored.source, "marker", None)
-        guess = guess_preset(layout, config, repo=location.repo, preset=preset, marker=marker)
+            names = names_of(layout, location.repo, source.marker)
+            refuse_names(layout.folder, [*names, *files])
+        given: dict[ComponentName, str | Path | None] = {
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "image_encoder": image_encoder,
+        }
+        layout = _completed(layout, components, given, stored_transformer(layout).config)
+        config = stored_transformer(layout).config
+        guess = guess_preset(
+            layout, config, repo=location.repo, preset=preset, marker=source.marker
+        )
+        for note in source.notes:
+            logger.info("%s: %s", layout.folder, note)
         return Checkpoint(
             layout=layout,
             config=config,
@@ -105,11 +153,12 @@ class Checkpoint:
             guess=guess,
             defaults=_defaults(layout, config, guess),
             repo=location.repo,
+            notes=source.notes,
         )
 
     @property
     def folder(self) -> Path:
-        """The checkpoint's folder."""
+        """The checkpoint's folder, or its file."""
         return self.layout.folder
 
     @property
@@ -185,6 +234,39 @@ class Checkpoint:
                 f"{self.layout.config_file}: num_frame_per_block = {value!r:.80} must be at least 1"
             )
         return value if value > 1 else None
+
+
+def _with_heads(layout: Layout, preset: str | None) -> Layout:
+    """A layout without ``config.json`` has as many heads as the preset that was given."""
+    known = PRESETS.get(preset or "")
+    patch = layout.tensors().tensors().get("patch_embedding.weight")
+    if layout.config or known is None or patch is None or patch.shape[:1] != (known.config.dim,):
+        return layout
+    key = "num_heads" if layout.format == "original" else "num_attention_heads"
+    return replace(layout, config={key: known.config.num_heads})
+
+
+def _completed(
+    layout: Layout,
+    components: str | Path | None,
+    given: Mapping[ComponentName, str | Path | None],
+    config: TransformerConfig,
+) -> Layout:
+    """The layout with the components that were given, and a default's for what it lacks then."""
+    paths: dict[ComponentName, Path] = {
+        name: Path(path).expanduser() for name, path in given.items() if path is not None
+    }
+    if components is not None:
+        found = components_in(locate(components, needed=NEEDED_COMPONENTS).folder)
+        layout = with_components(layout, found)
+    layout = with_components(layout, paths)
+    default = os.environ.get(COMPONENTS_VARIABLE)
+    missing = [name for name in needed_components(config) if name not in layout.components]
+    if default and missing:
+        found = components_in(locate(default, needed=NEEDED_COMPONENTS).folder)
+        lacking = {name: path for name, path in found.items() if name not in layout.components}
+        layout = replace(layout, components={**lacking, **layout.components})
+    return layout
 
 
 def load_transformer(

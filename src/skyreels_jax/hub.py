@@ -14,6 +14,7 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,7 +32,7 @@ from skyreels_jax.errors import RequestError
 
 # Everything that either layout needs, and nothing else: the repositories also hold a tokenizer of
 # CLIP's unused text encoder, and pictures. `*` matches slashes here.
-_NEEDED: Final = (
+NEEDED: Final = (
     "*.json",
     "*.safetensors",
     "Wan2.1_VAE.pth",
@@ -40,6 +41,13 @@ _NEEDED: Final = (
     "google/umt5-xxl/*",
     "tokenizer/*",
 )
+# Those without a transformer's weights, for components of another checkpoint.
+NEEDED_COMPONENTS: Final = (
+    *(pattern for pattern in NEEDED if pattern not in ("*.json", "*.safetensors")),
+    *("vae/*", "text_encoder/*", "image_encoder/*", "image_processor/*"),
+)
+# Where the components are that a checkpoint lacks and nobody gave: a folder or an id.
+COMPONENTS_VARIABLE: Final = "SKYREELS_JAX_COMPONENTS"
 _NOT_NEEDED: Final = ("xlm-roberta-large/*",)
 # The checkpoints that the package makes for itself.
 ASSETS: Final = Path(__file__).parent / "assets"
@@ -55,21 +63,24 @@ _said: set[Path] = set()
 
 @dataclass(frozen=True)
 class Location:
-    """A folder on this machine, and the id it was fetched by (None for a local folder)."""
+    """A folder or file on this machine, and the id it was fetched by (None for what was here)."""
 
     folder: Path
     repo: str | None = None
 
 
-def locate(path_or_id: str | Path, revision: str | None = None) -> Location:
-    """Find a checkpoint: an existing folder as it is, one of this package, or a Hugging Face id.
+def locate(
+    path_or_id: str | Path, revision: str | None = None, *, needed: Sequence[str] = NEEDED
+) -> Location:
+    """Find a checkpoint: what is here as it is, one of this package, or a Hugging Face id.
 
     An id is fetched into the hub's own cache (once), or found there when ``HF_HUB_OFFLINE`` is set.
     A local folder needs no network.
 
     Args:
-        path_or_id: a folder, a name in :data:`BUILT_IN`, or ``owner/name``.
+        path_or_id: a folder or file, a name in :data:`BUILT_IN`, or ``owner/name``.
         revision: branch, tag or commit of an id.
+        needed: patterns of the files of an id to fetch.
 
     Raises:
         RequestError: if there is no such folder or id, saying what was looked for.
@@ -85,7 +96,11 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Location:
             )
         return Location(folder)
     if folder.exists():
-        raise RequestError(f"{text} is a file; give the checkpoint's folder")
+        if revision is not None:
+            raise RequestError(
+                f"`revision` {revision!r} goes with a Hugging Face id, but {text} is a local file"
+            )
+        return Location(folder)
     if text in BUILT_IN:
         if (ASSETS / text).is_dir():
             return Location(ASSETS / text)
@@ -98,7 +113,7 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Location:
             f"{text} is neither a folder here{_similar(folder)} nor a Hugging Face id, which has "
             "the form owner/name"
         )
-    return Location(_fetch(text, revision), text)
+    return Location(_fetch(text, revision, needed), text)
 
 
 def _similar(folder: Path) -> str:
@@ -116,14 +131,14 @@ def _is_disks(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in refusals
 
 
-def _fetch(repo: str, revision: str | None) -> Path:
+def _fetch(repo: str, revision: str | None, needed: Sequence[str]) -> Path:
     what = f"{repo}" + (f" at revision {revision}" if revision else "")
     try:
         return Path(
             huggingface_hub.snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=list(_NEEDED),
+                allow_patterns=list(needed),
                 ignore_patterns=list(_NOT_NEEDED),
             )
         )

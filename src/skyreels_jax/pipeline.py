@@ -22,7 +22,7 @@ from skyreels_jax.backends import (
     PipelineOptions,
     check_options,
 )
-from skyreels_jax.checkpoints import Checkpoint, load_transformer
+from skyreels_jax.checkpoints import OPENING, Checkpoint, Opening, load_transformer
 from skyreels_jax.components.lazy import (
     Lazy,
     LazyAutoencoder,
@@ -56,6 +56,10 @@ from skyreels_jax.weights.convert_folder import convert_folder
 from skyreels_jax.weights.pipeline_folder import require_components
 
 logger = logging.getLogger(__name__)
+
+
+class _OpeningAndOptions(Opening, PipelineOptions, total=False):
+    """What :meth:`Pipeline.from_pretrained` takes by name."""
 
 
 class Pipeline:
@@ -124,22 +128,20 @@ class Pipeline:
     def from_pretrained(
         cls,
         path_or_id: str | Path,
-        *,
-        revision: str | None = None,
-        preset: str | None = None,
-        **options: Unpack[PipelineOptions],
+        **options: Unpack[_OpeningAndOptions],
     ) -> "Pipeline":
-        """Open a folder in either layout, or a Hugging Face id.
+        """Open a folder in either layout, a file, or a Hugging Face id.
 
         Args:
-            path_or_id: folder or id.
-            revision: branch, tag or commit of an id.
-            preset: name of the released checkpoint it is, where that is not plain.
-            **options: of the constructor.
+            path_or_id: folder, file or id.
+            **options: of :meth:`.Checkpoint.open` (``revision``, ``preset``, ``components``,
+                ``vae``, ...) and of the constructor.
         """
-        refuse_unknown(options, OPTIONS)
-        checkpoint = Checkpoint.open(path_or_id, revision=revision, preset=preset)
-        return cls(checkpoint, **options)
+        refuse_unknown(options, (*OPENING, *OPTIONS))
+        given: Mapping[str, Any] = options
+        opening: dict[str, Any] = {name: given[name] for name in given if name in OPENING}
+        others: dict[str, Any] = {name: given[name] for name in given if name not in OPENING}
+        return cls(Checkpoint.open(path_or_id, **opening), **others)
 
     def __call__(
         self,
@@ -268,7 +270,9 @@ class Pipeline:
 
     def fingerprint(self) -> str:
         """A hash of all weights and settings that decide a video."""
-        return fingerprint(self.checkpoint.layout.deciding_files, self.dtype)
+        layout = self.checkpoint.layout
+        key = [] if layout.weights_key is None else [f"weights_key {layout.weights_key}"]
+        return fingerprint(layout.deciding_files, self.dtype, *key)
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: DTypeLike | None = None, overwrite: bool = False

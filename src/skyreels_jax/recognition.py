@@ -1,6 +1,7 @@
 """Which released checkpoint a folder is, told by its configuration and its names."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,6 +17,7 @@ _FAMILY_NAMES: Final[Mapping[str, Family]] = {
     "wan2.1": "Wan2.1",
     "wan2_1": "Wan2.1",
     "wan-2.1": "Wan2.1",
+    "wan21": "Wan2.1",
 }
 
 
@@ -67,11 +69,30 @@ def guess_preset(
         candidates = [p for p in candidates if p.task == task]
     for source, name in names_of(layout, repo, marker):
         for candidate in candidates:
-            if name.casefold() == candidate.name.casefold():
+            if _bare(name) == _bare(candidate.name):
                 return Guess(candidate, f"its configuration and {source}", family)
+    if layout.is_file and (one := _by_resolution(layout, marker, candidates)):
+        return one
     names = ", ".join(p.name for p in alike)
     said = f"assumed: {names} share its configuration; say which by `preset`"
     return Guess(candidates[0], said, family)
+
+
+def _bare(name: str) -> str:
+    """A name without what tools write differently: case, dots, dashes and underscores."""
+    return re.sub(r"[^a-z0-9]", "", name.casefold())
+
+
+def _by_resolution(layout: Layout, marker: str | None, candidates: list[Preset]) -> Guess | None:
+    """The only candidate whose resolution the name of a single file has in it (720P)."""
+    for source, name in names_of(layout, None, marker):
+        size = re.search(r"(480|540|720)p", name.casefold())
+        if size is None:
+            continue
+        found = [one for one in candidates if one.name.casefold().endswith(size[0])]
+        if len(found) == 1:
+            return Guess(found[0], f"its configuration and {source}", found[0].family)
+    return None
 
 
 def _family(layout: Layout, repo: str | None, marker: str | None) -> tuple[Family, str]:
@@ -122,12 +143,17 @@ def names_of(
         ("its Hugging Face id", repo),
         ("_name_or_path in model_index.json", layout.model_index.get("_name_or_path")),
         ("_name_or_path in config.json", layout.config.get("_name_or_path")),
-        ("the folder's name", layout.folder.resolve().name),
+        ("the file's name" if layout.is_file else "the folder's name", _own_name(layout)),
     ]
     for source, name in recorded:
         if isinstance(name, str) and name:
             last = name.rstrip("/").rpartition("/")[2]
             yield f"{source} ({last})", last.removesuffix("-Diffusers")
+
+
+def _own_name(layout: Layout) -> str:
+    path = layout.folder.resolve()
+    return path.stem if layout.is_file else path.name
 
 
 def task_of(layout: Layout, config: TransformerConfig) -> Task:

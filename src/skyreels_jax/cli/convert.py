@@ -2,7 +2,9 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from skyreels_jax.cli.flags import add_component_flags
 from skyreels_jax.weights.plan import FORMATS
 
 _PRECISIONS = ("int8", "fp8", "comfy-fp8")
@@ -14,7 +16,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "convert", help="translate a checkpoint into the other format or another dtype"
     )
-    parser.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face id")
+    parser.add_argument("source", metavar="SRC", help="checkpoint folder, file or Hugging Face id")
     parser.add_argument("target", metavar="DST", type=Path, help="folder to make")
     parser.add_argument(
         "--format",
@@ -38,6 +40,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "comfy-fp8 in one file as ComfyUI opens it (default: keep)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    parser.add_argument("--preset", help="name of the released checkpoint it is, if known")
+    add_component_flags(parser)
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -48,10 +52,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Convert, and print what was written, copied and left out."""
     # Its help should not wait for JAX.
-    from skyreels_jax.checkpoints import Checkpoint
+    from skyreels_jax.checkpoints import OPENING, Checkpoint
     from skyreels_jax.weights.convert_folder import convert_folder
 
-    checkpoint = Checkpoint.open(args.source, revision=args.revision)
+    opening: dict[str, Any] = {name: getattr(args, name) for name in OPENING}
+    checkpoint = Checkpoint.open(args.source, **opening)
     result = convert_folder(
         checkpoint.layout,
         checkpoint.config,

@@ -122,11 +122,29 @@ def _add_checkpoint(group: Any) -> None:
         "--model_id",
         default="mini",
         metavar="DIR_OR_ID",
-        help="checkpoint folder (original or diffusers format), Hugging Face id, or one made by "
-        "`make mini`: mini (the default), mini-i2v",
+        help="checkpoint folder (original or diffusers format), a transformer's file, Hugging Face "
+        "id, or one made by `make mini`: mini (the default), mini-i2v",
     )
     group.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     group.add_argument("--preset", help="which released checkpoint it is, if that is not plain")
+    add_component_flags(group)
+
+
+def add_component_flags(group: Any) -> None:
+    """Where the components come from that the model lacks, or that others are to replace."""
+    group.add_argument(
+        "--components",
+        metavar="DIR_OR_ID",
+        help="a checkpoint whose VAE, encoders and tokenizer are taken (docs/files.md)",
+    )
+    for name in ("vae", "text-encoder", "image-encoder"):
+        words = name.replace("-", " ").replace("vae", "VAE")
+        group.add_argument(
+            f"--{name}", metavar="FILE_OR_DIR", help=f"the {words}, before all others"
+        )
+    group.add_argument(
+        "--weights-key", metavar="NAME", help="which mapping of a file with several is the model"
+    )
 
 
 def _add_running(group: Any) -> None:
@@ -223,9 +241,10 @@ def add_resume_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_info_flags(parser: argparse.ArgumentParser) -> None:
     """Those of ``info``."""
-    parser.add_argument("source", metavar="SRC", help="checkpoint folder or Hugging Face id")
+    parser.add_argument("source", metavar="SRC", help="checkpoint folder, file or Hugging Face id")
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     parser.add_argument("--preset", help="name of the released checkpoint it is, if known")
+    add_component_flags(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 

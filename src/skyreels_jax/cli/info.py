@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.checkpoints import OPENING, Checkpoint
 from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.layout import ComponentName
 
@@ -18,7 +18,8 @@ _NEEDED: Final[tuple[ComponentName, ...]] = ("vae", "text_encoder", "tokenizer")
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; a folder that is not sound is an error instead."""
-    checkpoint = Checkpoint.open(args.source, revision=args.revision, preset=args.preset)
+    opening: dict[str, Any] = {name: getattr(args, name) for name in OPENING}
+    checkpoint = Checkpoint.open(args.source, **opening)
     stored_transformer(checkpoint.layout).verify()
     report = _describe(checkpoint)
     if args.json:
@@ -39,6 +40,7 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "folder": str(checkpoint.folder),
         "repository": checkpoint.repo,
         "layout": layout.format,
+        "notes": list(checkpoint.notes),
         "task": checkpoint.task,
         "family": checkpoint.guess.family,
         "pipeline": layout.model_index.get("_class_name"),
@@ -68,6 +70,12 @@ def _by_pipeline(name: str | None) -> str:
     return f" (model_index.json names {name}, which is not SkyReels')" if foreign else ""
 
 
+def _missing(part: str) -> str:
+    """A component that is missing, with the flag that gives it."""
+    flag = "components" if part == "tokenizer" else part.replace("_", "-")
+    return f"{part} (--{flag})"
+
+
 def lines(report: dict[str, Any]) -> Iterator[str]:
     """The report for people."""
     names = {
@@ -84,10 +92,12 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         "dtypes": ", ".join(f"{name} ({count})" for name, count in report["dtypes"].items()),
         "config": ", ".join(f"{k}={v}" for k, v in report["config"].items() if v is not None),
         **{part: f"{size / 1e9:.2f} GB" for part, size in report["parts"].items()},
-        "missing": ", ".join(report["missing_parts"]) or "nothing",
+        "missing": ", ".join(map(_missing, report["missing_parts"])) or "nothing",
     }
     for name, value in names.items():
         yield f"{name:<15} {value}"
+    for note in report["notes"]:
+        yield f"{'note':<15} {note}"
     for name, default in report["defaults"].items():
         value = default["value"]
         shown = "x".join(map(str, value)) if isinstance(value, tuple) else value

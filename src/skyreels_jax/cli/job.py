@@ -17,7 +17,7 @@ from typing import Any, Final
 import av
 import numpy as np
 
-from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.checkpoints import OPENING, Checkpoint
 from skyreels_jax.cli.products import PROGRAM, Products, is_ours, place_video, write_derived
 from skyreels_jax.cli.report import console_progress, summarise
 from skyreels_jax.errors import RequestError, SkyReelsError, Stopped
@@ -40,9 +40,11 @@ _STRIP: Final = 8
 # Flags that decide the pipeline, which a job remembers, and the types of their values.
 _OPTIONS: Final[Mapping[str, tuple[type, ...]]] = {
     **dict.fromkeys(("model", "backend", "dtype", "vae_tiling", "vae_dtype"), (str,)),
-    **dict.fromkeys(("revision", "preset"), (str, type(None))),
+    **dict.fromkeys(OPENING, (str, type(None))),
     "no_prompt_cache": (bool,),
 }
+# Those of them that may be paths.
+_PATHS: Final = ("model", "components", "vae", "text_encoder", "image_encoder")
 # What else a job remembers.
 _HOW: Final[Mapping[str, tuple[type, ...]]] = {
     **_OPTIONS,
@@ -58,9 +60,8 @@ logger = logging.getLogger(__name__)
 def open_pipeline(options: Mapping[str, Any]) -> Pipeline:
     """A pipeline with the caches of the command line; nothing of its weights is read."""
     enable_compilation_cache()
-    checkpoint = Checkpoint.open(
-        options["model"], revision=options["revision"], preset=options["preset"]
-    )
+    opening: Mapping[str, Any] = {name: options[name] for name in OPENING}
+    checkpoint = Checkpoint.open(options["model"], **opening)
     return Pipeline(
         checkpoint,
         backend=options["backend"],
@@ -82,7 +83,7 @@ def begin(
     output = args.output.parent.resolve() / args.output.name
     how = {name: getattr(args, name) for name in _OPTIONS} | {
         # Resuming may happen elsewhere.
-        "model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model,
+        **{name: _absolute(getattr(args, name)) for name in _PATHS},
         "weights": pipeline.fingerprint(),
         "output": str(output),
         # Where the job is, if it is not beside the video: nowhere else does it write the video.
@@ -98,13 +99,21 @@ def begin(
     return FolderStore.create(products.job, request, how, confirmed)
 
 
+def _absolute(path_or_id: str | None) -> str | None:
+    """What names a file or folder here as an absolute path; what does not as it is."""
+    if path_or_id is None or not Path(path_or_id).expanduser().exists():
+        return path_or_id
+    return str(Path(path_or_id).expanduser().resolve())
+
+
 def check_how(job: FolderStore) -> None:
     """Refuse a job whose record says how to go on in another way than :func:`begin` writes it.
 
     Raises:
         RequestError: a value is missing or of another type, or names a file elsewhere.
     """
-    how = {"keep_latents": False, "keep_job": False, "elsewhere": None, **job.how}
+    usual = {"keep_latents": False, "keep_job": False, "elsewhere": None}
+    how = {**usual, **dict.fromkeys(OPENING), **job.how}
     for name, kinds in _HOW.items():
         if type(how.get(name, ...)) not in kinds:
             raise RequestError(

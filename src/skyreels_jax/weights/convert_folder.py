@@ -79,19 +79,26 @@ def convert_folder(
         files = stored_transformer(source).write(transformer, format, dtype=dtype, weights=weights)
         if nested:
             files.append(write_card(partial, config, about))
-        if nested and source.format != format:
+        of_files = source.is_file or any(path.is_file() for path in source.components.values())
+        translated = nested and (source.format != format or of_files)
+        if translated:
             files += _write_components(partial, source, config, about, weights)
         result.written.extend(file.relative_to(partial) for file in files)
         if source.format == format and source.model_index:
             _copy(source.folder / MODEL_INDEX, partial, MODEL_INDEX, result)
         for name, path in source.components.items():
-            if name == "tokenizer" or source.format == format:
+            if name == "tokenizer" or (not translated and _keeps(source, path, format)):
                 # Under its own name where another tool has packed it as safetensors.
                 packed = path.suffix == ".safetensors"
                 _copy(path, partial, path.name if packed else PATHS[format][name], result)
-        if source.format != format and not alone:
+        if (source.format != format or source.is_file) and not alone:
             result.left_out.update(_left_out(source, config, format))
     return result
+
+
+def _keeps(source: Layout, path: Path, format: Format) -> bool:
+    """Whether a component is copied as it is: a folder to folders, a file of its own to files."""
+    return path.is_dir() if format == "diffusers" else path.is_file() and path != source.transformer
 
 
 def _write_components(
@@ -161,5 +168,5 @@ def _left_out(
         original = PATHS["original"].get(name)
         if original is None:
             yield path.name, "the original format has no such component"
-        elif name != "tokenizer":
+        elif name != "tokenizer" and not _keeps(source, path, format):
             yield path.name, f"the original format has it as {original}, a PyTorch pickle"

@@ -12,8 +12,8 @@ image processor                                              ``image_processor/`
 scheduler                                                    ``scheduler/``
 ==================  =======================================  ==============================
 
-A transformer's own folder (``config.json`` and its tensors in either format) is read too, as one
-with nothing else in it.
+A transformer's own folder is read too, as one with nothing else in it; a single file too, by
+:mod:`~skyreels_jax.weights.model_file`.
 """
 
 import re
@@ -25,9 +25,10 @@ from typing import Final, Literal, get_args
 from skyreels_jax import files
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.weights.low_precision import dequantized
+from skyreels_jax.weights.open_file import SHARD, open_tensors, series_of
 from skyreels_jax.weights.plan import Format, natural
 from skyreels_jax.weights.relatives import refuse_config, refuse_relatives, refuse_tensors
-from skyreels_jax.weights.repackaged import Held, UnpackedSource, held_by, refuse_gguf
+from skyreels_jax.weights.repackaged import Held, Packed, UnpackedSource, packed_in, refuse_gguf
 from skyreels_jax.weights.safetensors_file import SafetensorsSource, TensorSource
 
 ComponentName = Literal[
@@ -56,20 +57,21 @@ _FILES: Final = (
     *("config.json", "*_config.json", "*.safetensors.index.json", "[!.]*.safetensors"),
     *("tokenizer.json", "special_tokens_map.json", "*.model"),
 )
-_SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint folder, taken apart.
+    """A checkpoint, taken apart.
 
     Attributes:
-        folder: the checkpoint.
-        format: whose names its files and tensors have.
-        transformer: the folder of the transformer; ``folder`` itself in the original format.
+        folder: the checkpoint; a file, where it is one.
+        format: whose names the transformer's files and tensors have.
+        transformer: the folder of the transformer; ``folder`` itself in the original format, and
+            where that is a file.
         config: the transformer's ``config.json``, parsed.
-        components: paths of the other components that are there.
+        components: paths of the other components that are there, each in a format of its own.
         model_index: diffusers' ``model_index.json``, parsed; empty where there is none.
+        weights_key: which mapping of a file with several is the transformer.
     """
 
     folder: Path
@@ -78,11 +80,17 @@ class Layout:
     config: Mapping[str, object]
     components: Mapping[ComponentName, Path] = field(default_factory=dict)
     model_index: Mapping[str, object] = field(default_factory=dict)
+    weights_key: str | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the transformer is a single file."""
+        return self.transformer.is_file()
 
     @property
     def config_file(self) -> Path:
-        """Where ``config`` was read from."""
-        return self.transformer / CONFIG
+        """Where ``config`` was read from, or would be."""
+        return (self.transformer.parent if self.is_file else self.transformer) / CONFIG
 
     def component(self, name: ComponentName) -> Path:
         """The path of a component but the transformer.
@@ -93,6 +101,13 @@ class Layout:
         if name in self.components:
             return self.components[name]
         path = PATHS[self.format].get(name)
+        if self.is_file:
+            flag = "text_encoder" if name == "tokenizer" else name
+            raise WeightsError(
+                f"{self.folder} holds no {name.replace('_', ' ')}: give one by `{flag}` (a file or "
+                "folder) or `components` (a checkpoint's folder or Hugging Face id, for all that "
+                "is missing)"
+            )
         if path is None:
             raise WeightsError(f"{self.folder}: the {self.format} format has no {name}")
         raise WeightsError(
@@ -101,16 +116,20 @@ class Layout:
         )
 
     def files(self) -> list[Path]:
-        """The safetensors files in the transformer's folder, those of macOS aside."""
+        """The transformer's file, or the safetensors files in its folder, those of macOS aside."""
+        if self.is_file:
+            return series_of(self.transformer)
         return sorted(self.transformer.glob("[!.]*.safetensors"))
 
     @property
     def deciding_files(self) -> tuple[Path, ...]:
         """All files that decide what the checkpoint makes, and no other that lies beside them."""
         found = [self.folder / MODEL_INDEX]
+        if self.is_file:
+            found += [*self.files(), *([self.config_file] if self.config else [])]
         for path in {self.transformer, *self.components.values()}:
             found += [path] if path.is_file() else _files_of(path)
-        return tuple(sorted(path for path in found if path.is_file()))
+        return tuple(sorted({path for path in found if path.is_file()}))
 
     def tensors(self) -> UnpackedSource:
         """The transformer's tensors, under the names of the format.
@@ -119,7 +138,17 @@ class Layout:
             WeightsError: if a shard is missing, unsound, or holds what another one holds, or they
                 are another model's.
         """
-        others = {path.name for path in self.components.values() if path.parent == self.transformer}
+        if self.is_file:
+            source = UnpackedSource(open_tensors(self.transformer, key=self.weights_key))
+            refuse_tensors(self.transformer, source.tensors())
+            return source
+        # Not a full checkpoint, which has the transformer too.
+        others = {
+            path.name
+            for path in self.components.values()
+            if path.parent == self.transformer and path.suffix == ".safetensors"
+            if all(one.component != "transformer" for one in _held_in(path))
+        }
         source = UnpackedSource(safetensors_of(self.transformer, without=others))
         refuse_tensors(self.transformer, source.tensors())
         return source
@@ -149,9 +178,9 @@ def read_layout(folder: Path) -> Layout:
             raise WeightsError(
                 f"{transformer / CONFIG} is in the {format} format inside a diffusers folder"
             )
-        return Layout(folder, format, transformer, config, _components(folder, format), index)
+        return Layout(folder, format, transformer, config, known_components(folder, format), index)
     refuse_relatives(folder, {})
-    packed = _packed(folder)
+    packed = packed_files(folder)
     packed_model = packed.get("transformer")
     if packed_model is not None and not (folder / CONFIG).exists():
         config, format = {}, packed_model[1]
@@ -159,30 +188,33 @@ def read_layout(folder: Path) -> Layout:
         config = _read_config(folder)
         format = _format_of(config, folder / CONFIG)
     # A diffusers transformer on its own has no components: they would stand beside it, not in it.
-    components = _components(folder, format) if format == "original" else {}
-    for name, (file, names) in packed.items():
-        if name != "transformer" and name not in components:
-            if names != "original":
-                raise WeightsError(
-                    f"{file} holds the {name.replace('_', ' ')} under the names of {names}; in a "
-                    f"folder of the original format it is {PATHS['original'][name]}, or a "
-                    "*.safetensors with the same names"
-                )
-            components[name] = file
+    components = known_components(folder, format) if format == "original" else {}
+    for name, (file, _) in packed.items():
+        if name != "transformer":
+            components.setdefault(name, file)
     return Layout(folder, format, folder, config, components)
 
 
-def _packed(folder: Path) -> dict[Held, tuple[Path, Format]]:
-    """What the single safetensors files of a folder hold: other tools put components there."""
+def packed_files(
+    folder: Path, suffixes: Collection[str] = (".safetensors",)
+) -> dict[Held, tuple[Path, Format]]:
+    """What the single files of a folder hold: other tools put components there, under any name.
+
+    ``suffixes`` are those of the files to look into.
+    """
     if next(folder.glob("[!.]*.safetensors.index.json"), None) is not None:
         return {}
     found: dict[Held, tuple[Path, Format]] = {}
-    for file in sorted(folder.glob("[!.]*.safetensors")):
-        if not _SHARD.fullmatch(file.name) and (
-            held := held_by(SafetensorsSource([file]).tensors())
-        ):
-            found.setdefault(held[0], (file, held[1]))
+    for file in sorted(folder.glob("[!.]*")):
+        if file.suffix in suffixes and file.is_file() and not SHARD.fullmatch(file.name):
+            for held in _held_in(file):
+                found.setdefault(held.component, (file, held.format))
     return found
+
+
+def _held_in(file: Path) -> list[Packed]:
+    is_plain = file.suffix == ".safetensors"
+    return packed_in((SafetensorsSource([file]) if is_plain else open_tensors(file)).tensors())
 
 
 def components_of(folder: Path) -> Layout:
@@ -191,7 +223,7 @@ def components_of(folder: Path) -> Layout:
     Raises:
         WeightsError: if it is no folder, or holds no component of a checkpoint.
     """
-    components = _components(folder, "diffusers")
+    components = known_components(folder, "diffusers")
     if not components:
         names = ", ".join(PATHS["diffusers"])
         raise WeightsError(f"{folder} holds no component of a checkpoint: expected one of {names}")
@@ -226,7 +258,8 @@ def _format_of(config: Mapping[str, object], file: Path) -> Format:
     raise WeightsError(f"{file} is of class {name!r:.80}; known transformer classes are {known}")
 
 
-def _components(folder: Path, format: Format) -> dict[ComponentName, Path]:
+def known_components(folder: Path, format: Format) -> dict[ComponentName, Path]:
+    """The components that a folder has under the names of a format."""
     names = PATHS[format]
     return {name: folder / path for name, path in names.items() if (folder / path).exists()}
 
@@ -246,9 +279,7 @@ def read_object(file: Path) -> dict[str, object]:
 def safetensors_of(folder: Path, *, without: Collection[str] = ()) -> TensorSource:
     """All safetensors files of a folder as one source of floats, with or without an index.
 
-    Args:
-        folder: of the files.
-        without: names of files that hold something else.
+    Files whose names are in ``without`` hold something else.
 
     Raises:
         WeightsError: if there are none, one that the index or the numbering names is missing, one
@@ -307,7 +338,7 @@ def _read_index(file: Path) -> dict[str, str]:
 
 def _numbered(names: Mapping[str, Path]) -> set[str]:
     """All files of each ``stem-00001-of-00012`` series of which one is there."""
-    series = {(m[1], int(m[3])) for m in map(_SHARD.fullmatch, names) if m}
+    series = {(m[1], int(m[3])) for m in map(SHARD.fullmatch, names) if m}
     return {
         f"{stem}-{k:05d}-of-{count:05d}.safetensors"
         for stem, count in series

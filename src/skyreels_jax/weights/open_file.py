@@ -34,8 +34,7 @@ class _NamedUnder:
         self.notes = (*getattr(source, "notes", ()), f"only what is under {key} is read")
 
     def tensors(self) -> Mapping[str, TensorInfo]:
-        found = self._source.tensors().items()
-        start = self._start
+        found, start = self._source.tensors().items(), self._start
         return {name.removeprefix(start): info for name, info in found if name.startswith(start)}
 
     def read(self, name: str) -> np.ndarray:
@@ -80,7 +79,7 @@ def _flat(path: Path, start: bytes) -> TensorSource:
     if start.startswith(b"GGUF"):
         return GgufSource(path)
     if path.suffix.casefold() == ".safetensors" or start[8:9] == b"{" or start == LFS_POINTER:
-        return SafetensorsSource(_series(path))
+        return SafetensorsSource(series_of(path))
     if path.suffix.casefold() in (".pth", ".pt", ".ckpt"):
         return PthSource(path)
     raise WeightsError(
@@ -108,7 +107,7 @@ def _first_bytes(path: Path) -> bytes:
     return start
 
 
-def _series(path: Path) -> list[Path]:
+def series_of(path: Path) -> list[Path]:
     """All files of the numbered series that ``path`` is one of; itself alone if of none."""
     match = SHARD.fullmatch(path.name)
     if match is None:

@@ -6,12 +6,15 @@ the configurations that diffusers, Wan 2.1 and 2.2, VideoX-Fun and SkyReels-V3 w
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from skyreels_jax.errors import WeightsError
 
+_IMAGE_EMBEDDINGS: Final = (
+    *("img_emb.proj.1.weight", "condition_embedder.image_embedder.ff.net.0.proj.weight"),
+)
 _EXPERTS: Final = ("high_noise_model", "low_noise_model")
 _SECOND: Final = "transformer_2"
 # What a class of a pipeline or a transformer, or a `model_type`, has in its name.
@@ -41,6 +44,21 @@ _TENSORS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("casual_audio_encoder.", "audio_injector.", "cond_encoder."), "Wan S2V"),
     **dict.fromkeys(("ref_conv.", "control_adapter."), "Wan Fun"),
     "audio_proj.": "an audio-driven model such as SkyReels-V3 A2V",
+}
+# Files of other models and of other kinds: a name that one of their tensors has in it.
+_FOREIGN: Final[Mapping[str, str]] = {
+    r"\.(lora_[AB]|lora_(down|up)|hada_w1_[ab]|lokr_w[12](_[ab])?|dora_scale)(\.|$)": "a LoRA, "
+    "which is added to a model: give the model's own file, and this one by `lora`",
+    r"^latents$": "the latents of a video, which `resume_latents` decodes",
+    r"(^|\.)double_blocks\.\d": "FLUX or HunyuanVideo",
+    r"(^|\.)joint_blocks\.\d": "Stable Diffusion 3",
+    r"(^|\.)(input_blocks|down_blocks\.\d+\.attentions)\.\d": "Stable Diffusion's U-Net",
+    r"(^|\.)transformer_blocks\.\d": "another transformer (LTX, CogVideoX, Qwen-Image or the like)",
+    r"^(transformer\.)?text_model\.": "CLIP's text encoder, which no Wan model takes",
+    r"^(model\.)?(language_model\.)?layers\.\d+\.self_attn": "a language model",
+    r"^(vae\.|first_stage_model\.)?(encoder|decoder)\.(down|up)\.\d": "the VAE of images of Stable "
+    "Diffusion or FLUX",
+    r"^(encoder|decoder)\.conv_in\.conv\.": "the VAE of HunyuanVideo or LTX",
 }
 # Names of repositories, folders and files.
 _NAMES: Final[Mapping[str, str]] = {
@@ -100,6 +118,64 @@ def refuse_tensors(place: Path, names: Iterable[str]) -> None:
         for start, other in _TENSORS.items():
             if name.startswith(start):
                 raise _refusal(place, f"it holds {name}", other)
+
+
+def refuse_foreign(file: Path, names: Iterable[str]) -> None:
+    """Refuse a file of another model, or of something else, by what is in it.
+
+    Args:
+        file: which holds no component that is known.
+        names: of its tensors.
+
+    Raises:
+        WeightsError: says what it is.
+    """
+    names = list(names)
+    for pattern, what in _FOREIGN.items():
+        if any(re.search(pattern, name) for name in names):
+            raise WeightsError(f"{file} holds {what}")
+    shown = ", ".join(names[:4])
+    raise WeightsError(
+        f"{file} holds no transformer, VAE or encoder of Wan or SkyReels-V2 that is known by its "
+        f"{len(names)} tensors ({shown:.200})"
+    )
+
+
+def refuse_shapes(place: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a transformer whose input tells that it is another model.
+
+    Args:
+        place: its file.
+        shapes: of its tensors, by the names of either format.
+
+    Raises:
+        WeightsError: says which model has such an input.
+    """
+    patch = shapes.get("patch_embedding.weight", ())
+    if len(patch) != 5:
+        return
+    channels = patch[1]
+    has_image = any(name in shapes for name in _IMAGE_EMBEDDINGS)
+    if channels == 48 and not has_image:
+        raise _refusal(place, "its input has 48 channels", "Wan 2.2 TI2V")
+    if channels == 36 and not has_image:
+        raise _refusal(place, "its input has 36 channels and no image embedding", "Wan 2.2 I2V")
+    if channels not in (16, 36):
+        raise _refusal(place, f"its input has {channels} channels", "Wan Fun or another model")
+
+
+def refuse_vae(place: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse the VAE of another model by its shapes or its file's name; raises a WeightsError."""
+    nested = ("encoder.downsamples.0.downsamples.0.", "encoder.down_blocks.0.resnets.0.")
+    for name, shape in shapes.items():
+        if name.startswith(nested) and len(shape) in (1, 4, 5):
+            deep = "conv1.weight" in name or "residual.2.weight" in name
+            if deep and len(shape) == 5:
+                raise _refusal(place, f"it holds {name}", "the VAE of Wan 2.2")
+            if deep and len(shape) == 4:
+                raise _refusal(place, f"{name} has two dimensions", "a VAE of images")
+    if "qwen" in place.name.casefold():
+        raise _refusal(place, "its name says so", "the VAE of Qwen-Image")
 
 
 def refuse_names(place: Path, names: Iterable[tuple[str, str]]) -> None:

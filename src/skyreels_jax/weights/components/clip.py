@@ -255,9 +255,9 @@ def stored_image_encoder(layout: Layout) -> StoredComponent[ClipVisionConfig, Cl
         WeightsError: it is missing or unsound.
         UnsupportedError: it is a variant that SkyReels-V2 does not use.
     """
-    source, config = open_files(
+    source, config, format = open_files(
         layout, "image_encoder", clip_config_from_json, clip_config_from_tensors
     )
-    prefix = clip_prefix(source.tensors()) if layout.format == "diffusers" else CLIP_PREFIX
+    prefix = clip_prefix(source.tensors()) if format == "diffusers" else CLIP_PREFIX
     rules = clip_rules(config, prefix=prefix)
-    return StoredComponent(CLIP, config, source, layout.format, rules)
+    return StoredComponent(CLIP, config, source, format, rules)

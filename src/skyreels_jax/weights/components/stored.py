@@ -1,8 +1,8 @@
 """What every component has in common: how it is opened, loaded, verified and written.
 
-In the original format a component is one ``.pth`` file whose shapes tell its configuration (the
+In the original format a component is one file whose shapes tell its configuration (the
 transformer: ``config.json`` and safetensors); in diffusers' it is a folder with a ``config.json``
-and safetensors.
+and safetensors. Each component of a checkpoint has its own format.
 """
 
 import sys
@@ -26,7 +26,7 @@ from skyreels_jax.weights.engine import (
     verify,
 )
 from skyreels_jax.weights.layout import CONFIG, ComponentName, Layout, read_object, safetensors_of
-from skyreels_jax.weights.open_file import open_tensors
+from skyreels_jax.weights.model_file import open_component
 from skyreels_jax.weights.plan import Format, Rule
 from skyreels_jax.weights.quantized_stream import StoredPrecision, quantized
 from skyreels_jax.weights.safetensors_file import TensorSource
@@ -305,21 +305,21 @@ def open_files(
     name: ComponentName,
     from_json: Callable[[Mapping[str, object]], ConfigT],
     from_tensors: Callable[[Mapping[str, Sequence[int]], Format], ConfigT],
-) -> tuple[TensorSource, ConfigT]:
-    """The tensors and the configuration of a component but the transformer.
+) -> tuple[TensorSource, ConfigT, Format]:
+    """The tensors and the configuration of a component but the transformer, and whose names it has.
 
     Args:
-        layout: the checkpoint's folder.
+        layout: the checkpoint.
         name: of the component.
         from_json: reads the configuration from ``config.json``.
         from_tensors: reads it from names and shapes, where there is no such file.
 
     Raises:
-        WeightsError: the component is missing or unsound.
+        WeightsError: the component is missing, unsound, or is another one.
     """
     path = layout.component(name)
     if path.is_dir():
-        return safetensors_of(path), from_json(read_object(path / CONFIG))
-    source = open_tensors(path)
+        return safetensors_of(path), from_json(read_object(path / CONFIG)), "diffusers"
+    source, format = open_component(path, name)
     shapes = {tensor: info.shape for tensor, info in source.tensors().items()}
-    return source, from_tensors(shapes, layout.format)
+    return source, from_tensors(shapes, format), format

@@ -196,7 +196,7 @@ def _check_told(layout: Layout, tensors: Mapping[str, TensorInfo]) -> None:
         files = ", ".join(sorted({PurePath(info.file).name for info in tensors.values()}))
         raise WeightsError(
             f"{layout.config_file} is missing, and {files} does not tell the number of heads: a "
-            f"width of {width} is no multiple of {_HEAD_DIM}"
+            f"width of {width} is no multiple of {_HEAD_DIM}; put it there, or give `preset`"
         )
 
 

@@ -19,8 +19,9 @@ from skyreels_jax.weights.components.stored import (
 from skyreels_jax.weights.layout import Layout
 from skyreels_jax.weights.plan import LINEAR, Format, Rule, rule
 
-# A second name that older files give the embedding (``shared.weight``).
-_IGNORED: Final = (r"encoder\.embed_tokens\.weight",)
+# A second name that older files give the embedding (``shared.weight``); the tokenizer, which
+# ComfyUI puts into the file, and a temperature that it stores with every text encoder.
+_IGNORED: Final = (r"encoder\.embed_tokens\.weight", r"(.*\.)?(spiece_model|logit_scale)")
 
 _BLOCK: Final = "encoder.block.{i}.layer"
 _ATTENTION: Final = f"{_BLOCK}.0.SelfAttention"
@@ -157,7 +158,7 @@ def stored_text_encoder(layout: Layout) -> StoredComponent[Umt5Config, Umt5Encod
         WeightsError: it is missing or unsound.
         UnsupportedError: it is a variant that SkyReels-V2 does not use.
     """
-    source, config = open_files(
+    source, config, format = open_files(
         layout, "text_encoder", umt5_config_from_json, umt5_config_from_tensors
     )
-    return StoredComponent(UMT5, config, source, layout.format, _RULES)
+    return StoredComponent(UMT5, config, source, format, _RULES)

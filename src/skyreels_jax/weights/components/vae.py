@@ -182,6 +182,7 @@ def vae_config_from_json(config: Mapping[str, object]) -> VaeConfig:
     fields = JsonFields(config, "VAE")
     fields.require(
         {
+            "_class_name": "AutoencoderKLWan",
             "attn_scales": [],
             "is_residual": False,
             "in_channels": 3,
@@ -244,5 +245,6 @@ def stored_vae(layout: Layout) -> StoredComponent[VaeConfig, WanVae]:
         WeightsError: it is missing or unsound.
         UnsupportedError: it is a variant that SkyReels-V2 does not use.
     """
-    source, config = open_files(layout, "vae", vae_config_from_json, vae_config_from_tensors)
-    return StoredComponent(VAE, config, source, layout.format, vae_rules(config))
+    readers = vae_config_from_json, vae_config_from_tensors
+    source, config, format = open_files(layout, "vae", *readers)
+    return StoredComponent(VAE, config, source, format, vae_rules(config))

@@ -1,0 +1,219 @@
+"""Checkpoints that are single files, with components from elsewhere: as from the folder."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from tests.fabricate import Checkpoints
+from tests.weights.tiny import DF, I2V, T2V, random_state, save
+
+from skyreels_jax import Pipeline
+from skyreels_jax.checkpoints import Checkpoint, load_transformer
+from skyreels_jax.cli.main import main
+from skyreels_jax.errors import RequestError, WeightsError
+from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.weights.engine import parameters
+from skyreels_jax.weights.torch_file import PthSource
+
+F = np.float32
+ONE_HEAD = {"dim": 128, "num_heads": 1, "num_layers": 1}
+Tensors = dict[str, np.ndarray]
+
+
+def one_head(config: TransformerConfig) -> TransformerConfig:
+    return TransformerConfig(**(vars(config) | ONE_HEAD))
+
+
+def tensors_of(folder: Path, config: TransformerConfig) -> Tensors:
+    return load_file(save(folder, one_head(config)) / "model.safetensors")
+
+
+def saved(values: Tensors, file: Path, **nested: Tensors) -> Path:
+    """In the format that the file's name says; in a PyTorch file, also mappings by key."""
+    if file.suffix == ".safetensors":
+        save_file(values, file)
+        return file
+    by_key = {key: as_torch(one) for key, one in nested.items()}
+    torch.save(by_key or as_torch(values), file)
+    return file
+
+
+def as_torch(values: Tensors) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(value) for name, value in values.items()}
+
+
+def prefixed(prefix: str, values: Tensors) -> Tensors:
+    return {prefix + name: value for name, value in values.items()}
+
+
+def other(values: Tensors) -> Tensors:
+    return {name: value + 1 for name, value in values.items()}
+
+
+MARKER = {"model_type.SkyReels-V2-DF-14B-540P": np.zeros(1, F)}
+PACKED: dict[str, Callable[[Tensors, Path], Path]] = {
+    "plain": lambda v, d: saved(v, d / "m.safetensors"),
+    "ComfyUI": lambda v, d: saved(prefixed("model.diffusion_model.", v), d / "m.safetensors"),
+    "marker": lambda v, d: saved(v | MARKER, d / "m.safetensors"),
+    "DDP": lambda v, d: saved(prefixed("module.", v), d / "m.pth"),
+    "ema": lambda v, d: saved(v, d / "m.pt", generator=other(v), generator_ema=v),
+    "generator": lambda v, d: saved(v, d / "m.pt", generator=prefixed("model.", v)),
+    "ckpt": lambda v, d: saved(v, d / "m.ckpt", state_dict=v),
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("config", [T2V, DF, I2V])
+def test_every_repackaging_gives_the_same_transformer(
+    tmp_path: Path, kind: str, config: TransformerConfig
+):
+    file = PACKED[kind](tensors_of(tmp_path / "m", config), tmp_path)
+    checkpoint = Checkpoint.open(file)
+    assert checkpoint.config == one_head(config)
+    loaded = parameters(load_transformer(checkpoint, dtype=F))
+    for path, value in parameters(random_state(one_head(config))).items():
+        np.testing.assert_array_equal(value.get_value(), loaded[path].get_value(), path)
+
+
+def test_what_was_taken_off_is_said(tmp_path: Path):
+    values = prefixed("model.diffusion_model.", tensors_of(tmp_path / "m", DF)) | MARKER
+    notes = Checkpoint.open(saved(values, tmp_path / "a.safetensors")).notes
+    assert any("model.diffusion_model." in note for note in notes)
+    assert any("SkyReels-V2-DF-14B-540P" in note for note in notes)
+
+
+def test_a_preset_tells_the_heads(tmp_path: Path):
+    (file,) = Checkpoint.open("mini").layout.files()
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(file.read_bytes())
+    with pytest.raises(WeightsError, match="does not tell the number of heads"):
+        Checkpoint.open(alone)
+    assert Checkpoint.open(alone, preset="mini").config == Checkpoint.open("mini").config
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    (file,) = Checkpoint.open("mini").layout.files()
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(file.read_bytes())
+    return alone
+
+
+def test_a_file_with_components_gives_the_folders_latents(single: Path, monkeypatch):
+    wish: dict[str, Any] = {"num_frames": 5, "steps": 2, "seed": 3}
+    prompt = "a red star grows on a black background"
+    expected = Pipeline.from_pretrained("mini")(prompt, **wish)
+    made = Pipeline.from_pretrained(single, preset="mini", components="mini")(prompt, **wish)
+    folder = Checkpoint.open("mini").folder
+    monkeypatch.setenv("SKYREELS_JAX_COMPONENTS", str(folder))
+    default = Pipeline.from_pretrained(single, preset="mini")(prompt, **wish)
+    np.testing.assert_array_equal(expected.latents, made.latents)
+    np.testing.assert_array_equal(expected.latents, default.latents)
+    other_seed = Pipeline.from_pretrained(single, preset="mini")(prompt, **wish | {"seed": 4})
+    assert not np.array_equal(expected.latents, other_seed.latents)
+
+
+def test_component_files_of_any_names_are_taken(
+    checkpoints: Checkpoints, single: Path, tmp_path: Path
+):
+    original, theirs = checkpoints("t2v", "original"), checkpoints("t2v", "diffusers")
+    source = PthSource(original / "Wan2.1_VAE.pth")
+    values = {name: source.read(name).astype(F) for name in source.tensors()}
+    vae = saved(values, tmp_path / "wan_2.1_vae.safetensors")
+    (text,) = (theirs / "text_encoder").glob("*.safetensors")
+    checkpoint = Checkpoint.open(single, preset="mini", vae=vae, text_encoder=text)
+    assert (checkpoint.vae, checkpoint.text_encoder) == (vae, text)
+    # It lies beside the text encoder.
+    assert checkpoint.tokenizer == theirs / "tokenizer"
+    with pytest.raises(WeightsError, match="different checkpoints"):
+        checkpoint.verify()
+
+
+def test_a_component_in_anothers_place_is_named(checkpoints: Checkpoints, single: Path):
+    original = checkpoints("t2v", "original")
+    vae = original / "Wan2.1_VAE.pth"
+    with pytest.raises(WeightsError, match="holds the vae, and was taken for the text encoder"):
+        Checkpoint.open(single, preset="mini", text_encoder=vae)
+    with pytest.raises(WeightsError, match="holds the vae and no transformer: give it by `vae`"):
+        Checkpoint.open(vae)
+    with pytest.raises(WeightsError, match="give one by `vae`"):
+        Checkpoint.open(single, preset="mini").vae  # noqa: B018
+
+
+FOREIGN: dict[str, tuple[str, tuple[int, ...], str]] = {
+    "LoRA": ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", (4, 4), "a LoRA"),
+    "latents": ("latents", (16, 2, 8, 8), "latents of a video"),
+    "FLUX": ("double_blocks.0.img_attn.qkv.weight", (4, 4), "FLUX"),
+    "SD's VAE": ("decoder.up.0.block.0.conv1.weight", (4, 4, 3, 3), "VAE of images"),
+    "nothing known": ("x", (1,), "no transformer, VAE or encoder"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_files_of_other_things_are_named(tmp_path: Path, kind: str):
+    name, shape, says = FOREIGN[kind]
+    file = saved({name: np.zeros(shape, F)}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=says):
+        Checkpoint.open(file)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"in_dim": 48}, "Wan 2.2 TI2V"),
+        ({"in_dim": 36}, "Wan 2.2 I2V"),
+    ],
+)
+def test_other_inputs_are_other_models(tmp_path: Path, changed: dict[str, int], says: str):
+    config = TransformerConfig(**(vars(T2V) | ONE_HEAD))
+    values = tensors_of(tmp_path / "m", config)
+    patch = values["patch_embedding.weight"]
+    values["patch_embedding.weight"] = np.zeros((patch.shape[0], changed["in_dim"], 1, 2, 2), F)
+    with pytest.raises(WeightsError, match=says):
+        Checkpoint.open(saved(values, tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name", ["wan2.2_t2v_high_noise_14B", "wan2.1_vace_14B", "SkyReels-V3-R2V"]
+)
+def test_relatives_are_known_by_the_files_name(tmp_path: Path, name: str):
+    file = saved(tensors_of(tmp_path / "m", T2V), tmp_path / f"{name}.safetensors")
+    with pytest.raises(WeightsError, match="not supported"):
+        Checkpoint.open(file)
+
+
+def test_a_full_checkpoint_has_its_vae(checkpoints: Checkpoints, tmp_path: Path):
+    source = PthSource(checkpoints("t2v", "original") / "Wan2.1_VAE.pth")
+    vae = {name: source.read(name).astype(F) for name in source.tensors()}
+    model = prefixed("model.diffusion_model.", tensors_of(tmp_path / "m", T2V))
+    file = saved(model | prefixed("vae.", vae), tmp_path / "full.safetensors")
+    checkpoint = Checkpoint.open(file)
+    assert checkpoint.config == one_head(T2V)
+    assert checkpoint.vae == file
+    assert any("holds the vae too" in note for note in checkpoint.notes)
+
+
+def test_odd_inputs_are_one_line(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "x.safetensors").mkdir()
+    (tmp_path / "empty.pth").touch()
+    for name, says in (("pipe", "pipe"), ("x.safetensors", "missing"), ("empty.pth", "empty")):
+        with pytest.raises((WeightsError, RequestError), match=says):
+            Checkpoint.open(tmp_path / name)
+
+
+def test_info_says_what_a_file_lacks(single: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["info", str(single), "--preset", "mini"]) == 0
+    said = capsys.readouterr().out
+    assert "vae (--vae), text_encoder (--text-encoder), tokenizer (--components)" in said
+
+
+def test_a_file_is_converted_with_its_components(single: Path, tmp_path: Path):
+    given = ["--preset", "mini", "--components", "mini", "--format", "diffusers"]
+    assert main(["convert", str(single), str(tmp_path / "out"), *given]) == 0
+    Checkpoint.open(tmp_path / "out", preset="mini").verify()
