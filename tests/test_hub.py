@@ -106,10 +106,12 @@ def test_a_mistyped_folder_is_answered_with_the_one_that_is_there(tmp_path):
         hub.locate(str(tmp_path / "SkyReels-T2V"))
 
 
-def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
+def test_a_file_is_found_as_it_is_and_has_no_revision(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(RequestError, match="is a file"):
-        hub.locate(tmp_path / "model.safetensors")
+    file = tmp_path / "model.safetensors"
+    assert hub.locate(file) == hub.Location(file)
+    with pytest.raises(RequestError, match="is a local file"):
+        hub.locate(file, "main")
 
 
 def test_a_revision_of_a_local_folder_is_refused(tmp_path):

@@ -198,10 +198,7 @@ def read_layout(folder: Path) -> Layout:
 def packed_files(
     folder: Path, suffixes: Collection[str] = (".safetensors",)
 ) -> dict[Held, tuple[Path, Format]]:
-    """What the single files of a folder hold: other tools put components there, under any name.
-
-    ``suffixes`` are those of the files to look into.
-    """
+    """What the files of a folder with such ``suffixes`` hold; other tools put components there."""
     if next(folder.glob("[!.]*.safetensors.index.json"), None) is not None:
         return {}
     found: dict[Held, tuple[Path, Format]] = {}
