@@ -185,7 +185,7 @@ FOLDERS: dict[str, Bad] = {
     "text encoder that runs code": broken(
         pth(TEXT, lambda v: v.update(a=Malicious())), TEXT, "not to be trusted", "io.open"
     ),
-    "VAE is an empty file": broken(replace(VAE, b""), VAE, "no PyTorch file"),
+    "VAE is an empty file": broken(replace(VAE, b""), VAE, "is empty"),
     "model_index cut off": broken(
         cut("model_index.json", 9), "model_index.json is no JSON", model="t2v-diffusers"
     ),
@@ -263,7 +263,7 @@ REQUESTS: dict[str, Bad] = {
     "misspelt flag": flag("--guidence-scale", "did you mean --guidance-scale", guidence_scale="5"),
     "flag of the original": flag("--outdir", "--output", outdir="videos"),
     "model that is missing": flag("t2v-orignal", "t2v-original", model_="{models}/t2v-orignal"),
-    "model that is a file": flag("is a file", model_="{image}"),
+    "model that is a file": flag("is no file of tensors", model_="{image}"),
     "model in no form": flag("neither a folder", model_="a b c"),
     "revision of a folder": flag("revision 'main'", revision="main"),
     "unknown preset": flag("preset 'SkyReels-V9'", preset="SkyReels-V9"),
