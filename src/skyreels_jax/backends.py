@@ -21,7 +21,7 @@ from skyreels_jax.components.lazy import Keep
 from skyreels_jax.components.protocols import Autoencoder, ImageEncoder, TextEncoder
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request.declaration import refuse_unknown
-from skyreels_jax.generation.request.settings import COMPUTE_DTYPES
+from skyreels_jax.generation.request.settings import COMPUTE_DTYPES, WEIGHTS
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.torch_side.components import (
     TorchAutoencoder,
@@ -56,6 +56,11 @@ class ChosenOptions:
             faint seams: ``auto`` where it would not hold a whole frame, ``on`` or ``off``.
         vae_dtype: ``float32``, or ``bfloat16`` for a VAE in JAX that takes less memory at the cost
             in quality that ``docs/performance.md`` states.
+        weights: ``int8`` or ``fp8`` keeps the kernels of the blocks of transformer and text encoder
+            so, with a scale per output channel; products are still in ``dtype``. ``None`` keeps
+            them in ``dtype``, which ``bf16`` says too where that is bfloat16.
+        offload: whether the kernels of the transformer's blocks stay in the host's memory and
+            stream through the device layer by layer.
     """
 
     dtype: str = "bfloat16"
@@ -65,6 +70,8 @@ class ChosenOptions:
     prompt_cache: Path | None = None
     vae_tiling: VaeTiling = "auto"
     vae_dtype: str = "float32"
+    weights: str | None = None
+    offload: bool = False
 
 
 class PipelineOptions(TypedDict, total=False):
@@ -77,6 +84,8 @@ class PipelineOptions(TypedDict, total=False):
     prompt_cache: Path | None
     vae_tiling: VaeTiling
     vae_dtype: str
+    weights: str | None
+    offload: bool
 
 
 OPTIONS: Final = tuple(entry.name for entry in fields(ChosenOptions))
@@ -98,6 +107,7 @@ def check_options(**options: Unpack[PipelineOptions]) -> ChosenOptions:
         ("vae_tiling", VAE_TILINGS),
         ("vae_dtype", COMPUTE_DTYPES),
         ("keep", ("auto", True, False)),
+        ("offload", (True, False)),
     ):
         if (value := chosen[name]) not in known:
             raise RequestError(
@@ -110,6 +120,18 @@ def check_options(**options: Unpack[PipelineOptions]) -> ChosenOptions:
         raise RequestError("the hybrid backend's VAE has no tiles: leave `vae_tiling` out")
     if (backend, vae_dtype) == ("hybrid", "bfloat16"):
         raise RequestError("the hybrid backend's VAE runs in float32: leave `vae_dtype` out")
+    if (weights := chosen["weights"]) is not None and weights not in WEIGHTS:
+        raise RequestError(f"`weights` {weights!r} is unknown; there are {', '.join(WEIGHTS)}")
+    if weights == "bf16" and chosen["dtype"] != "bfloat16":
+        raise RequestError(
+            f"`weights` bf16 is what `dtype` bfloat16 keeps, and `dtype` is {chosen['dtype']}: "
+            "leave one out"
+        )
+    if backend == "hybrid" and weights not in (None, "bf16"):
+        raise RequestError(
+            f"`weights` {weights} is of models in JAX, and the hybrid backend's text "
+            "encoder is in PyTorch: leave `weights` out"
+        )
     if backend == "jax" and device != "auto":
         raise RequestError(
             f"`device` {device!r} is of the hybrid backend's parts in PyTorch; JAX computes on "
@@ -133,6 +155,7 @@ def _jax_loaders(
     vae_dtype: DTypeLike,
     device: str,
     vae_tiling: VaeTiling,
+    kernels: DTypeLike | None,
 ) -> ComponentLoaders:
     """Encoders and VAE in JAX, on the devices that JAX has; ``device`` is not theirs."""
     del device
@@ -142,7 +165,7 @@ def _jax_loaders(
         # The tokenizer first: it is quickly read, and what is wrong with it quickly said.
         text_encoder=lambda: Umt5TextEncoder(
             tokenizer=Tokenizer.from_folder(checkpoint.tokenizer),
-            model=stored_text_encoder(layout).load(dtype),
+            model=stored_text_encoder(layout).load(dtype, kernel_dtype=kernels),
         ),
         image_encoder=lambda: ClipImageEncoder(stored_image_encoder(layout).load(dtype)),
         vae=lambda: WanAutoencoder(stored_vae(layout).load(vae_dtype), vae_tiling),
@@ -155,13 +178,14 @@ def _hybrid_loaders(
     vae_dtype: DTypeLike,
     device: str,
     vae_tiling: VaeTiling,
+    kernels: DTypeLike | None,
 ) -> ComponentLoaders:
     """Encoders and VAE in PyTorch, the VAE on whole frames and in float32.
 
     Raises:
         UnsupportedError: PyTorch is not installed.
     """
-    del vae_dtype, vae_tiling
+    del vae_dtype, vae_tiling, kernels
     require_torch()
     return ComponentLoaders(
         text_encoder=partial(TorchTextEncoder.load, checkpoint, device, dtype),
@@ -171,5 +195,10 @@ def _hybrid_loaders(
 
 
 LOADERS: Final[
-    Mapping[Backend, Callable[[Checkpoint, DTypeLike, DTypeLike, str, VaeTiling], ComponentLoaders]]
+    Mapping[
+        Backend,
+        Callable[
+            [Checkpoint, DTypeLike, DTypeLike, str, VaeTiling, DTypeLike | None], ComponentLoaders
+        ],
+    ]
 ] = {"jax": _jax_loaders, "hybrid": _hybrid_loaders}

@@ -274,6 +274,7 @@ def load_transformer(
     *,
     dtype: DTypeLike = jnp.bfloat16,
     param_dtype: DTypeLike | None = None,
+    kernel_dtype: DTypeLike | None = None,
     placement: Placement = on_default_device,
 ) -> WanModel:
     """Load a checkpoint's transformer; host memory holds each parameter once.
@@ -282,13 +283,14 @@ def load_transformer(
         checkpoint: to load from.
         dtype: to compute in.
         param_dtype: to store in; None stores in ``dtype``.
+        kernel_dtype: int8 or float8_e4m3fn, which the blocks' kernels are quantised to.
         placement: puts each finished parameter on its device or devices.
 
     Raises:
         WeightsError: if the folder and the model do not cover each other, or a value is not finite.
     """
     stored = stored_transformer(checkpoint.layout)
-    return stored.load(dtype, placement, param_dtype=param_dtype)
+    return stored.load(dtype, placement, param_dtype=param_dtype, kernel_dtype=kernel_dtype)
 
 
 def _defaults(layout: Layout, config: TransformerConfig, guess: Guess) -> Defaults:

@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Final, Literal
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from skyreels_jax.errors import MemoryExhausted, is_out_of_memory, out_of_memory
 from skyreels_jax.models.layers import TILE_ROWS
-from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.models.transformer_config import QUANTIZED_DTYPES, TransformerConfig
 from skyreels_jax.models.vae_layers import VaeConfig
 from skyreels_jax.weights.components.clip import stored_image_encoder
 from skyreels_jax.weights.components.transformer import TRANSFORMER
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
+from skyreels_jax.weights.engine import parameters
 from skyreels_jax.weights.layout import Layout
+from skyreels_jax.weights.offload import stays_on_host
 
 Direction = Literal["encode", "decode"]
 
@@ -53,7 +54,13 @@ class Estimate:
 
 
 def estimate(
-    config: TransformerConfig, latents: tuple[int, int, int], *, dtype: str, copies: int = 1
+    config: TransformerConfig,
+    latents: tuple[int, int, int],
+    *,
+    dtype: str,
+    weights: str | None = None,
+    offload: bool = False,
+    copies: int = 1,
 ) -> Estimate:
     """What denoising takes at least, from the configuration alone.
 
@@ -61,11 +68,12 @@ def estimate(
         config: of the transformer.
         latents: frames, rows and columns.
         dtype: of weights and matrix products.
+        weights: what the blocks' kernels are kept in; ``None`` is ``dtype``.
+        offload: whether the device holds one layer of them at a time.
         copies: videos in a batch (two under batched guidance).
     """
-    state = nnx.state(TRANSFORMER.abstract(config, "bfloat16"), nnx.Param)
+    model = TRANSFORMER.abstract(config, dtype, kernel_dtype=kernel_dtype(weights))
     size = 4 if dtype == "float32" else 2
-    parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state))
     frames, rows, columns = latents
     _, patch_rows, patch_columns = config.patch_size
     tokens = frames * (rows // patch_rows) * (columns // patch_columns)
@@ -74,7 +82,7 @@ def estimate(
     hidden = min(hidden, TILE_ROWS) if jax.default_backend() == "cpu" else hidden
     positions = config.text_len + config.image_tokens
     return Estimate(
-        weights=parameters * size,
+        weights=resident_bytes(model, offload=offload),
         context=2 * 2 * config.num_layers * positions * config.dim * size,
         activations=copies * tokens * BYTES_PER_FEATURE * config.dim
         + hidden * BYTES_PER_HIDDEN * config.ffn_dim
@@ -83,7 +91,13 @@ def estimate(
 
 
 def component_sizes(
-    layout: Layout, config: TransformerConfig, dtype: DTypeLike, vae_dtype: DTypeLike
+    layout: Layout,
+    config: TransformerConfig,
+    dtype: DTypeLike,
+    vae_dtype: DTypeLike,
+    *,
+    weights: str | None = None,
+    offload: bool = False,
 ) -> dict[str, int]:
     """Bytes of the parameters of each component of a checkpoint, from headers alone.
 
@@ -92,15 +106,33 @@ def component_sizes(
         config: of the transformer.
         dtype: of the transformer and the encoders.
         vae_dtype: of the VAE.
+        weights: what the kernels of the blocks of transformer and text encoder are kept in.
+        offload: whether the transformer's stay in the host's memory; they are not counted then.
     """
+    kernels = kernel_dtype(weights)
+    transformer = TRANSFORMER.abstract(config, dtype, kernel_dtype=kernels)
     models: dict[str, nnx.Module] = {
-        "transformer": TRANSFORMER.abstract(config, dtype),
-        "text_encoder": stored_text_encoder(layout).abstract(dtype),
+        "text_encoder": stored_text_encoder(layout).abstract(dtype, kernel_dtype=kernels),
         "vae": stored_vae(layout).abstract(vae_dtype),
     }
     if config.image_dim is not None:
         models["image_encoder"] = stored_image_encoder(layout).abstract(dtype)
-    return {name: bytes_of(nnx.state(model, nnx.Param)) for name, model in models.items()}
+    sizes = {name: bytes_of(nnx.state(model, nnx.Param)) for name, model in models.items()}
+    return {"transformer": resident_bytes(transformer, offload=offload), **sizes}
+
+
+def kernel_dtype(weights: str | None) -> DTypeLike | None:
+    """What the setting ``weights`` means to a model; ``None`` where kernels are as all else."""
+    return QUANTIZED_DTYPES.get(weights or "")
+
+
+def resident_bytes(transformer: nnx.Module, *, offload: bool) -> int:
+    """Bytes of its parameters in the device's memory: of what streams through it, two layers."""
+    total = 0
+    for path, variable in parameters(transformer).items():
+        size = variable.size * variable.dtype.itemsize
+        total += 2 * size // variable.shape[0] if offload and stays_on_host(path) else size
+    return total
 
 
 def bytes_of(tree: PyTree) -> int:

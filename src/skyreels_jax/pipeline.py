@@ -35,7 +35,7 @@ from skyreels_jax.components.lazy import (
 from skyreels_jax.components.protocols import Components
 from skyreels_jax.generation.request.declaration import refuse_unknown
 from skyreels_jax.generation.request.keywords import VideoSettings
-from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.resolve import needed_memory, resolve
 from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.store import MemoryStore, WindowStore
@@ -47,12 +47,14 @@ from skyreels_jax.generation.video import (
     write_mp4,
 )
 from skyreels_jax.generation.window_generator import WindowGenerator
-from skyreels_jax.memory import component_sizes, estimate
+from skyreels_jax.memory import component_sizes, kernel_dtype
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.sampling.progress import Clock, NoProgress, Progress
 from skyreels_jax.shapes import Frames, HostLatents
 from skyreels_jax.weights.convert_folder import convert_folder
+from skyreels_jax.weights.engine import on_default_device
+from skyreels_jax.weights.offload import on_host, require_host_memory
 from skyreels_jax.weights.pipeline_folder import require_components
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,8 @@ class Pipeline:
     Attributes:
         checkpoint: the folder, understood.
         dtype: of the transformer and the encoders.
+        weights: what their blocks' kernels are kept in; ``None`` is ``dtype``.
+        offload: whether the transformer's stay in the host's memory.
         components: encoders and VAE, each loaded when it is first used.
         verify: proves by headers that the checkpoint is complete, once; raises a WeightsError.
     """
@@ -100,13 +104,18 @@ class Pipeline:
         self.dtype = dtype
         self._backend = backend
         kinds = jnp.dtype(dtype), jnp.dtype(chosen.vae_dtype)
-        loaders = LOADERS[backend](checkpoint, *kinds, chosen.device, chosen.vae_tiling)
+        self.weights, self.offload = chosen.weights, chosen.offload
+        if chosen.offload:
+            require_host_memory()
+        kernels = kernel_dtype(chosen.weights)
+        loaders = LOADERS[backend](checkpoint, *kinds, chosen.device, chosen.vae_tiling, kernels)
         # What has been proved need not be proved for every video; a refusal is not remembered.
         self.verify = cache(partial(_verify_checkpoint, checkpoint))
         stored = None
         if (prompt_cache := chosen.prompt_cache) is not None:
             made_by = (checkpoint.text_encoder, checkpoint.tokenizer)
-            stored = partial(PromptCache.open, prompt_cache, made_by, (backend, dtype))
+            how = (backend, dtype, *self._quantized)
+            stored = partial(PromptCache.open, prompt_cache, made_by, how)
         text_encoder = LazyTextEncoder(loaders.text_encoder, cache=stored)
         vae, image_encoder = LazyAutoencoder(loaders.vae), LazyImageEncoder(loaders.image_encoder)
         self.components = Components(text_encoder, vae, image_encoder)
@@ -120,7 +129,12 @@ class Pipeline:
                 "transformer": self._denoiser,
                 "vae": vae,
             },
-            partial(component_sizes, checkpoint.layout, checkpoint.config, *kinds),
+            partial(
+                component_sizes,
+                *(checkpoint.layout, checkpoint.config, *kinds),
+                weights=chosen.weights,
+                offload=chosen.offload,
+            ),
             chosen.keep,
         )
 
@@ -182,7 +196,8 @@ class Pipeline:
         Raises:
             RequestError: with everything about the request that is wrong.
         """
-        request = Request.of({"prompt": prompt, **settings}, dtype=self.dtype)
+        chosen = {"dtype": self.dtype, "weights": self.weights, "offload": self.offload}
+        request = Request.of({"prompt": prompt, **settings}, **chosen)
         resolved = resolve(request, self.checkpoint, memory=self._residency.free_memory())
         for warning in resolved.warnings:
             logger.warning("%s", warning)
@@ -252,17 +267,15 @@ class Pipeline:
 
     def __repr__(self) -> str:
         checkpoint = self.checkpoint
-        made = f"{checkpoint.task}, {self.dtype}, backend {self._backend}"
+        kept = "".join(f", {name}" for name in self._quantized)
+        made = f"{checkpoint.task}, {self.dtype}{kept}, backend {self._backend}"
         return f"<Pipeline {checkpoint.folder}: {made}>"
 
     def _generator(
         self, request: ResolvedRequest, store: WindowStore | None, clock: Clock | None
     ) -> WindowGenerator:
         self.verify()
-        copies = 2 if request.batched_guidance else 1
-        work = estimate(
-            self.checkpoint.config, request.window_shape, dtype=request.dtype, copies=copies
-        )
+        work = needed_memory(request, self.checkpoint)
         self._residency.decide(work.total - work.weights)
         return WindowGenerator(
             self.components, self._denoiser.get, request, clock=clock, store=store
@@ -272,7 +285,12 @@ class Pipeline:
         """A hash of all weights and settings that decide a video."""
         layout = self.checkpoint.layout
         key = [] if layout.weights_key is None else [f"weights_key {layout.weights_key}"]
-        return fingerprint(layout.deciding_files, self.dtype, *key)
+        return fingerprint(layout.deciding_files, self.dtype, *key, *self._quantized)
+
+    @property
+    def _quantized(self) -> tuple[str, ...]:
+        """What kernels are quantised to, if they are; what is without it has its old names."""
+        return () if kernel_dtype(self.weights) is None else (f"weights {self.weights}",)
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: DTypeLike | None = None, overwrite: bool = False
@@ -307,7 +325,12 @@ class Pipeline:
         Raises:
             WeightsError: it is missing, unsound or incomplete.
         """
-        model = load_transformer(self.checkpoint, dtype=jnp.dtype(self.dtype))
+        model = load_transformer(
+            self.checkpoint,
+            dtype=jnp.dtype(self.dtype),
+            kernel_dtype=kernel_dtype(self.weights),
+            placement=on_host if self.offload else on_default_device,
+        )
         return Denoiser(model, self.checkpoint.block_length, self._programs)
 
 

@@ -159,7 +159,7 @@ def test_version(command: Command):
         (["convert", "a", "b", "--layout", "odd"], "--layout"),
         (["doctor", "extra"], "extra"),
         (["generate", "--outdir", "x"], "--outdir does not exist: name the file with --output"),
-        (["generate", "--offload"], "--offload does not exist: not needed"),
+        (["generate", "--offload_model"], "--offload_model does not exist: not needed"),
         (["generate", "--use_usp"], "--use_usp does not exist: not needed"),
         (["generate", "--size", "1280*720"], "--size does not exist: give --height and --width"),
         (["generate", "--cfg", "5"], "did you mean --guidance-scale?"),

@@ -62,6 +62,7 @@ def report(
         raise UnsupportedError(
             f"does not fit: {needed}, and {there}; use fewer frames, a smaller size"
             + (", --dtype bfloat16" if request.dtype == "float32" else "")
+            + (", --weights int8" if request.weights in (None, "bf16") else "")
             + " or a smaller checkpoint"
         )
     print(f"fits: {needed}, and {there}")

@@ -115,7 +115,8 @@ def request_of(args: argparse.Namespace) -> Request:
     """
     given = {name: getattr(args, name) for name in keywords() if name != "prompt"}
     given = {name: value for name, value in given.items() if value is not None}
-    others = {"dtype": args.dtype, "output": args.output}
+    others = {"dtype": args.dtype, "weights": args.weights, "output": args.output}
+    others["offload"] = bool(args.offload)
     return Request.of({"prompt": prompts_of(args), **given}, **others)
 
 

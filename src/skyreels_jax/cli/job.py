@@ -70,6 +70,8 @@ def open_pipeline(options: Mapping[str, Any]) -> Pipeline:
         prompt_cache=None if options["no_prompt_cache"] else prompt_cache_folder(),
         vae_tiling=options["vae_tiling"],
         vae_dtype=options["vae_dtype"],
+        weights=options["weights"],
+        offload=bool(options["offload"]),
     )
 
 

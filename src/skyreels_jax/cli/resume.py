@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _go_on(job: FolderStore) -> int:
-    pipeline = open_pipeline(job.how)
+    chosen = {name: getattr(job.request, name) for name in ("weights", "offload")}
+    pipeline = open_pipeline({**job.how, **chosen})
     if pipeline.checkpoint.task != job.request.task:
         raise RequestError(
             f"{job.folder / 'job.json'} is of a {job.request.task.upper()} checkpoint and "

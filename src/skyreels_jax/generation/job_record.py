@@ -27,7 +27,9 @@ IMAGES: Final = ("image", "last_image")
 # The fields of a request that jobs of earlier versions have under an old name.
 _OLD_NAMES: Final = {"notices": "warnings"}
 # Settings that a resolved request may leave open.
-_OPEN: Final = ("attention", "causal_attention")
+_OPEN: Final = ("attention", "causal_attention", "weights")
+# What jobs of earlier versions do not have, and meant.
+_LATER: Final = {"weights": None, "offload": False}
 # More latent frames than any disk has room for: four hours.
 _MAX_FRAMES: Final = 100_000
 
@@ -61,7 +63,7 @@ def from_json(record: Mapping[str, Any], images: Mapping[str, Any]) -> ResolvedR
         ValueError: a value is of the wrong type or out of range, or does not go with another.
         KeyError, TypeError: fields are missing or unknown.
     """
-    values = {_OLD_NAMES.get(name, name): value for name, value in record.items()}
+    values = _LATER | {_OLD_NAMES.get(name, name): value for name, value in record.items()}
     for name in IMAGES:
         values.pop(name, None)
     prompts = tuple(checked("prompt", text) for text in _listed(values["prompts"], str))

@@ -46,7 +46,12 @@ def gelu_exact(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
 
 
 class Linear(nnx.Module):
-    """``x @ kernel + bias`` with ``kernel [in, out]``; the result is in the compute dtype."""
+    """``x @ kernel + bias`` with ``kernel [in, out]``; the result is in the compute dtype.
+
+    Where ``numerics.kernels`` says so, the kernel is stored as int8 or float8 and stands for
+    ``kernel * kernel_scale`` with a float32 scale of each output channel. It is all zeros until it
+    is loaded.
+    """
 
     def __init__(
         self,
@@ -56,15 +61,23 @@ class Linear(nnx.Module):
         numerics: Numerics,
         rngs: nnx.Rngs,
         init: nnx.Initializer = XAVIER,
+        use_bias: bool = True,
     ):
         shape = (in_features, out_features)
-        self.kernel = nnx.Param(init(rngs.params(), shape, numerics.params))
-        self.bias = nnx.Param(jnp.zeros((out_features,), numerics.params))
+        if numerics.kernels is None:
+            self.kernel = nnx.Param(init(rngs.params(), shape, numerics.params))
+            self.kernel_scale = None
+        else:
+            self.kernel = nnx.Param(jnp.zeros(shape, numerics.kernels))
+            self.kernel_scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((out_features,), numerics.params)) if use_bias else None
         self.dtype = numerics.compute
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         """Along the last axis of ``x``."""
-        return linear(x, self.kernel[...], self.bias[...], dtype=self.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        scale = None if self.kernel_scale is None else self.kernel_scale[...]
+        return linear(x, self.kernel[...], bias, scale=scale, dtype=self.dtype)
 
 
 class Mlp(nnx.Module):
@@ -198,6 +211,9 @@ def scan_layers(
     loop it does so before the loop, to all layers at once. A bfloat16 model then takes three times
     its memory. Here the stack depends on the turn as far as the compiler can tell, and only the
     slice is widened.
+
+    A stack may lie in the host's memory (``pinned_host``): each layer is moved to the device's when
+    its turn comes.
     """
     count = len(jax.tree.leaves(layers)[0]) if depth is None else depth
 
@@ -221,8 +237,15 @@ def _tied_layer(layers: _Layer, index: Int[Array, ""]) -> _Layer:
     """One layer's arrays, of a stack that depends on the turn of the loop."""
     stack, index = jax.lax.optimization_barrier((layers, index))
     return jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
+        lambda leaf: _on_device(jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)), stack
     )
+
+
+def _on_device(layer: Array) -> Array:
+    """What lies in the host's memory on the device; anything else as it is."""
+    if jax.typeof(layer).memory_space == jax.memory.Space.Host:
+        return jax.device_put(layer, jax.memory.Space.Device)
+    return layer
 
 
 def in_row_tiles(layer: nnx.Module, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:

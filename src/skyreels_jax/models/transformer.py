@@ -67,14 +67,17 @@ class WanModel(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.bfloat16,
         param_dtype: DTypeLike = jnp.bfloat16,
+        kernel_dtype: DTypeLike | None = None,
         remat: bool = False,
     ):
         """Parameters as the original initialises them for training from scratch.
 
-        ``dtype`` computes and ``param_dtype`` stores (see :class:`Numerics`). ``remat`` keeps only
-        the blocks' inputs for the backward pass and computes the rest again.
+        ``dtype`` computes and ``param_dtype`` stores (see :class:`Numerics`); with ``kernel_dtype``
+        the kernels of the blocks' linears are zeros in int8 or float8, to be loaded. ``remat``
+        keeps only the blocks' inputs for the backward pass and computes the rest again.
         """
-        numerics = Numerics(dtype, param_dtype)
+        in_blocks = Numerics(dtype, param_dtype, kernel_dtype)
+        numerics = in_blocks.unquantized()
         exact = numerics.in_float32()
         dim = config.dim
         self.config = config
@@ -103,7 +106,7 @@ class WanModel(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
         def stack(rngs: nnx.Rngs) -> WanAttentionBlock:
-            return WanAttentionBlock(config, numerics=numerics, rngs=rngs)
+            return WanAttentionBlock(config, numerics=in_blocks, rngs=rngs)
 
         self.blocks = stack(rngs)
         self.head = Head(config, numerics=numerics, rngs=rngs)

@@ -1,6 +1,7 @@
 """What shape a transformer has, the released shapes, and which dtypes it computes in."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -153,6 +154,13 @@ FLF2V_1_3B: Final = dataclasses.replace(I2V_1_3B, pos_embed_seq_len=2 * _IMAGE_T
 FLF2V_14B: Final = dataclasses.replace(I2V_14B, pos_embed_seq_len=2 * _IMAGE_TOKENS)
 
 
+# What kernels can be stored in besides the dtypes of all parameters, by the names that users type.
+QUANTIZED_DTYPES: Final[Mapping[str, jnp.dtype]] = {
+    "int8": jnp.dtype(jnp.int8),
+    "fp8": jnp.dtype(jnp.float8_e4m3fn),
+}
+
+
 @dataclass(frozen=True)
 class Numerics:
     """Which dtypes a model computes and stores in.
@@ -160,11 +168,14 @@ class Numerics:
     ``compute`` is float32 (everything at full precision, for parity) or bfloat16 (as the original
     runs: matrix products on bfloat16 operands with float32 sums; norms, rotary positions, time
     path, residual within a block and head in float32; block outputs rounded). ``params`` is what
-    the parameters are stored in. ``docs/numerics.md`` has every deviation and its size.
+    the parameters are stored in. ``kernels`` is what the kernels of linears are stored in where
+    that is something else: int8 or float8_e4m3fn, each with a float32 scale per output channel.
+    ``docs/numerics.md`` has every deviation and its size.
     """
 
     compute: DTypeLike = jnp.bfloat16
     params: DTypeLike = jnp.bfloat16
+    kernels: DTypeLike | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("dtype", self.compute), ("param_dtype", self.params)):
@@ -172,7 +183,16 @@ class Numerics:
                 raise UnsupportedError(
                     f"{name} = {jnp.dtype(value).name}: the transformer runs in float32 or bfloat16"
                 )
+        if self.kernels is not None and jnp.dtype(self.kernels) not in QUANTIZED_DTYPES.values():
+            raise UnsupportedError(
+                f"kernels = {jnp.dtype(self.kernels).name}: they are quantised to "
+                + " or ".join(dtype.name for dtype in QUANTIZED_DTYPES.values())
+            )
 
     def in_float32(self) -> "Numerics":
         """The same storage, computing in float32: the time path, the frame rate and the head."""
         return Numerics(jnp.float32, self.params)
+
+    def unquantized(self) -> "Numerics":
+        """The same with every kernel in ``params``: all that is not in a block."""
+        return dataclasses.replace(self, kernels=None)

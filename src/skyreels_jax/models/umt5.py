@@ -10,9 +10,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from skyreels_jax.models.layers import NORMAL, Embedding, WanRMSNorm, gelu_tanh, scan_layers
+from skyreels_jax.models.layers import NORMAL, Embedding, Linear, WanRMSNorm, gelu_tanh, scan_layers
 from skyreels_jax.models.transformer_config import Numerics
-from skyreels_jax.ops.linear import exact_precision, linear
+from skyreels_jax.ops.linear import exact_precision
 
 # The relative position buckets of every published mT5 and UMT5.
 BUCKETS: Final = 32
@@ -79,17 +79,13 @@ def position_buckets(distance: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*s
     return np.where(distance > 0, half, 0) + row
 
 
-class _Projection(nnx.Module):
+def _projection(
+    in_features: int, out_features: int, *, numerics: Numerics, rngs: nnx.Rngs
+) -> Linear:
     """``x @ kernel`` with ``kernel [in, out]`` and no bias, in the compute dtype."""
-
-    def __init__(self, in_features: int, out_features: int, *, numerics: Numerics, rngs: nnx.Rngs):
-        shape = (in_features, out_features)
-        self.kernel = nnx.Param(NORMAL(rngs.params(), shape, numerics.params))
-        self.dtype = numerics.compute
-
-    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        """Along the last axis of ``x``."""
-        return linear(x, self.kernel[...], dtype=self.dtype)
+    return Linear(
+        in_features, out_features, numerics=numerics, rngs=rngs, init=NORMAL, use_bias=False
+    )
 
 
 class _PositionBias(nnx.Module):
@@ -119,10 +115,10 @@ class _Umt5Attention(nnx.Module):
 
     def __init__(self, config: Umt5Config, *, numerics: Numerics, rngs: nnx.Rngs):
         outer, inner = config.dim, config.attention_dim
-        self.q = _Projection(outer, inner, numerics=numerics, rngs=rngs)
-        self.k = _Projection(outer, inner, numerics=numerics, rngs=rngs)
-        self.v = _Projection(outer, inner, numerics=numerics, rngs=rngs)
-        self.o = _Projection(inner, outer, numerics=numerics, rngs=rngs)
+        self.q = _projection(outer, inner, numerics=numerics, rngs=rngs)
+        self.k = _projection(outer, inner, numerics=numerics, rngs=rngs)
+        self.v = _projection(outer, inner, numerics=numerics, rngs=rngs)
+        self.o = _projection(inner, outer, numerics=numerics, rngs=rngs)
         self.num_heads = config.num_heads
         self.dtype = numerics.compute
 
@@ -156,9 +152,9 @@ class _Umt5FeedForward(nnx.Module):
     """``fc2(gelu(gate(x)) * fc1(x))``."""
 
     def __init__(self, config: Umt5Config, *, numerics: Numerics, rngs: nnx.Rngs):
-        self.gate = _Projection(config.dim, config.ffn_dim, numerics=numerics, rngs=rngs)
-        self.fc1 = _Projection(config.dim, config.ffn_dim, numerics=numerics, rngs=rngs)
-        self.fc2 = _Projection(config.ffn_dim, config.dim, numerics=numerics, rngs=rngs)
+        self.gate = _projection(config.dim, config.ffn_dim, numerics=numerics, rngs=rngs)
+        self.fc1 = _projection(config.dim, config.ffn_dim, numerics=numerics, rngs=rngs)
+        self.fc2 = _projection(config.ffn_dim, config.dim, numerics=numerics, rngs=rngs)
 
     @jax.named_scope("feed_forward")
     def __call__(self, x: _States) -> _States:
@@ -197,8 +193,10 @@ class Umt5Encoder(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.bfloat16,
         param_dtype: DTypeLike = jnp.bfloat16,
+        kernel_dtype: DTypeLike | None = None,
     ):
-        numerics = Numerics(dtype, param_dtype)
+        in_blocks = Numerics(dtype, param_dtype, kernel_dtype)
+        numerics = in_blocks.unquantized()
         self.config = config
         self.token_embedding = Embedding(
             config.vocab_size, config.dim, numerics=numerics, rngs=rngs
@@ -207,7 +205,7 @@ class Umt5Encoder(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
         def stack(rngs: nnx.Rngs) -> _Umt5Block:
-            return _Umt5Block(config, numerics=numerics, rngs=rngs)
+            return _Umt5Block(config, numerics=in_blocks, rngs=rngs)
 
         self.blocks = stack(rngs)
         self.norm = WanRMSNorm(config.dim, config.eps, numerics=numerics)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 _Video = Float[Array, "B T height width I"]
 _Kernel = Float[Array, "taps kernel_height kernel_width I O"]
@@ -13,14 +13,17 @@ _Convolved = Float[Array, "B U height width O"]
 
 def linear(
     x: Float[Array, "*B D"],
-    kernel: Float[Array, "D E"],
+    kernel: Shaped[Array, "D E"],
     bias: Float[Array, " E"] | None = None,
     *,
+    scale: Float[Array, " E"] | None = None,
     dtype: DTypeLike,
 ) -> Float[Array, "*B E"]:
     """``x @ kernel + bias`` with operands in ``dtype``, summed in float32, returned in ``dtype``.
 
-    The product and the bias are rounded once, together. float32 operands are multiplied exactly
+    A kernel in int8 or float8 stands for ``kernel * scale``: its values are exact in ``dtype``, and
+    the float32 sums are multiplied by ``scale``. The product, the scale and the bias are rounded
+    once, together. float32 operands are multiplied exactly
     (no TF32 or bf16 passes on accelerators): float32 is the dtype in which parity is proved.
     """
     out = lax.dot_general(
@@ -30,6 +33,8 @@ def linear(
         precision=exact_precision(dtype),
         preferred_element_type=jnp.float32,
     )
+    if scale is not None:
+        out = out * lax.broadcast_in_dim(scale, out.shape, (out.ndim - 1,))
     if bias is not None:
         out = out + lax.broadcast_in_dim(bias.astype(jnp.float32), out.shape, (out.ndim - 1,))
     return out.astype(dtype)

@@ -29,6 +29,7 @@ from skyreels_jax.weights.plan import (
     make_plan,
     source_shape,
 )
+from skyreels_jax.weights.quantize import quantize_all, scales_of
 from skyreels_jax.weights.safetensors_file import TensorSource, TensorSpec
 
 # Puts one finished parameter, given its dotted path, where it will live.
@@ -101,11 +102,12 @@ def load_into(
     """Fill every parameter of an abstract model from ``source``.
 
     Args:
-        model: an abstract model (``nnx.eval_shape``) or its state; only shapes are read.
+        model: an abstract model (``nnx.eval_shape``) or its state; read are its shapes, and which
+            kernels it stores quantised, whose scales come with them.
         rules: the table.
         source: the tensors.
         format: whose names they have.
-        dtype: of the loaded parameters; values are rounded to nearest, ties to even.
+        dtype: of the other loaded parameters; values are rounded to nearest, ties to even.
         ignored: patterns of names that may be in the file and are not read.
         placement: puts a finished parameter on its device or devices.
 
@@ -122,6 +124,7 @@ def load_into(
     layers: dict[str, list[Slot]] = {}
     for slot in plan:
         layers.setdefault(slot.target, []).append(slot)
+    scales = scales_of(variables)
     filled: dict[str, nnx.Variable] = {}
 
     def unfilled(value: np.ndarray, slot: Slot) -> tuple[np.ndarray, Callable[[], np.ndarray], str]:
@@ -132,8 +135,15 @@ def load_into(
 
     with pool() as threads:
         for target, slots in layers.items():
-            value = aligned_empty(shapes[target], dtype)
-            fill_all(threads, (unfilled(value, slot) for slot in slots))
+            if target in scales:
+                value = aligned_empty(shapes[target], variables[target].dtype)
+                scale = aligned_empty(variables[scales[target]].shape, np.float32)
+                quantize_all(threads, (unfilled(value, slot) for slot in slots), scale)
+                placed = jax.block_until_ready(placement(scales[target], scale))
+                filled[scales[target]] = variables[scales[target]].replace(placed)
+            else:
+                value = aligned_empty(shapes[target], dtype)
+                fill_all(threads, (unfilled(value, slot) for slot in slots))
             # Waiting bounds host memory to one parameter where the device copies asynchronously.
             placed = jax.block_until_ready(placement(target, value))
             filled[target] = variables[target].replace(placed)
@@ -159,9 +169,15 @@ def export(
         dtype: to round to; None keeps the state's.
 
     Raises:
-        WeightsError: the table and the model differ; while it is read: a value is not finite.
+        WeightsError: the table and the model differ, or its kernels are quantised; while it is
+            read: a value is not finite.
     """
     variables = parameters(state)
+    if scales_of(variables):
+        raise WeightsError(
+            "the model's kernels are quantised: write the checkpoint that it was loaded from, or "
+            "load it without `weights`"
+        )
     shapes = _shapes(variables)
     plan = make_plan(rules, format, layers_in_model(shapes))
     covered = {slot.target for slot in plan}
@@ -252,7 +268,9 @@ def _verified_plan(
 
 
 def _shapes(variables: Mapping[str, nnx.Variable]) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(variable.shape) for path, variable in variables.items()}
+    """Shapes of the parameters that a file has; scales are made here."""
+    made = set(scales_of(variables).values())
+    return {path: tuple(leaf.shape) for path, leaf in variables.items() if path not in made}
 
 
 def _slot_of(tensor: np.ndarray, source: Source) -> np.ndarray:

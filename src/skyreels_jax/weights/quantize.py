@@ -4,20 +4,25 @@
 of the format (127 for int8, 448 for float8_e4m3fn), so that no value is cut off.
 """
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
 from skyreels_jax.errors import WeightsError
+from skyreels_jax.weights.filling import rounded
 
 # The formats that weights are kept in, by dtype, and the largest value of each.
 LARGEST_VALUES: Final[Mapping[np.dtype, float]] = {
     np.dtype(np.int8): 127.0,
     np.dtype(ml_dtypes.float8_e4m3fn): 448.0,
 }
+
+# What is quantised at a time, in float32.
+_STRIP_BYTES: Final = 1 << 22
 
 
 def quantize(kernel: np.ndarray, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:
@@ -60,3 +65,46 @@ def quantize_with(kernel: np.ndarray, scale: np.ndarray, dtype: DTypeLike) -> np
     if np.dtype(dtype).kind == "i":
         np.rint(values, out=values)
     return values.astype(dtype)
+
+
+def scales_of(variables: Mapping[str, Any]) -> dict[str, str]:
+    """The paths of quantised kernels among a model's parameters, and those of their scales."""
+    return {
+        path: f"{path}_scale"
+        for path, variable in variables.items()
+        if np.dtype(variable.dtype) in LARGEST_VALUES
+    }
+
+
+def quantize_all(
+    threads: ThreadPoolExecutor,
+    outs: Iterable[tuple[np.ndarray, Callable[[], np.ndarray], str]],
+    scale: np.ndarray,
+) -> None:
+    """Fill the layers of a quantised kernel, and its scales, several side by side.
+
+    Args:
+        threads: from :func:`~skyreels_jax.weights.filling.pool`.
+        outs: each layer ``[in, out]`` in order, how to read its floats, and what names them.
+        scale: of all layers ``[layers, out]``, or of the one there is.
+
+    Raises:
+        WeightsError: a file refuses, or a value is not finite; the first in the order given.
+    """
+    layers = list(outs)
+    scales = scale.reshape(len(layers), -1)
+
+    def one(number: int) -> None:
+        out, read, where = layers[number]
+        _quantize_into(out, scales[number], read(), where)
+
+    list(threads.map(one, range(len(layers))))
+
+
+def _quantize_into(out: np.ndarray, scale: np.ndarray, values: np.ndarray, where: str) -> None:
+    """Quantise ``values`` [in, out] in strips of channels, which are whole rows of a file."""
+    channels = max(1, _STRIP_BYTES // (4 * max(1, len(values))))
+    for start in range(0, values.shape[1], channels):
+        strip = slice(start, start + channels)
+        floats = rounded(values[:, strip], np.float32, where)
+        out[:, strip], scale[strip] = quantize(floats, out.dtype)

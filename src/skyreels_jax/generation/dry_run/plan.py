@@ -26,7 +26,7 @@ from skyreels_jax.generation.request.reference import call_counter
 from skyreels_jax.generation.request.resolved import ResolvedRequest, Window
 from skyreels_jax.generation.window_generator import conditioning_noise, frame_schedule_for
 from skyreels_jax.geometry import latent_frames
-from skyreels_jax.memory import Direction, bytes_of, vae_work
+from skyreels_jax.memory import Direction, bytes_of, kernel_dtype, resident_bytes, vae_work
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.prompts import TEXT_LEN
 from skyreels_jax.sampling.denoiser import AbstractInputs, Denoiser, Sampling
@@ -34,6 +34,7 @@ from skyreels_jax.weights.components.clip import stored_image_encoder
 from skyreels_jax.weights.components.transformer import TRANSFORMER
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
+from skyreels_jax.weights.offload import abstract_on_host
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,9 @@ def plan(
         return _plan_module(stage, model, calls, *inputs)
 
     tokens = (Abstract((1, TEXT_LEN), kind) for kind in (jnp.int32, jnp.bool_))
-    yield part("text", stored_text_encoder(layout).abstract(dtype), prompts, *tokens)
+    kernels = kernel_dtype(request.weights)
+    text_encoder = stored_text_encoder(layout).abstract(dtype, kernel_dtype=kernels)
+    yield part("text", text_encoder, prompts, *tokens)
     if on_images:
         encoder = stored_image_encoder(layout).abstract(dtype)
         side = encoder.config.image_size
@@ -162,7 +165,11 @@ def _known_latents(request: ResolvedRequest) -> int:
 def plan_denoising(checkpoint: Checkpoint, request: ResolvedRequest) -> StagePlan:
     """The transformer and the very step that sampling would compile, of the largest window."""
     config = checkpoint.config
-    model = TRANSFORMER.abstract(config, jnp.dtype(request.dtype))
+    kernels = kernel_dtype(request.weights)
+    model = TRANSFORMER.abstract(config, jnp.dtype(request.dtype), kernel_dtype=kernels)
+    weights = resident_bytes(model, offload=request.offload)
+    if request.offload:
+        model = abstract_on_host(model)
     forcing = request.forcing
     denoiser = Denoiser(model, forcing.causal_attention if forcing else checkpoint.block_length)
     schedule = flow_sigmas(request.steps, request.shift)
@@ -200,7 +207,7 @@ def plan_denoising(checkpoint: Checkpoint, request: ResolvedRequest) -> StagePla
         for window, windows in alike.items()
         for traced, times in programs(window, "chunked")
     )
-    return StagePlan("denoise", bytes_of(parameters), analysed(program, parameters), count)
+    return StagePlan("denoise", weights, analysed(program, parameters), count)
 
 
 def analysed(traced: jax.stages.Traced, parameters: Any) -> Work:

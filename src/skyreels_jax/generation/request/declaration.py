@@ -154,12 +154,15 @@ ANSWERS: Final = {
         ("scheduler", "sampler", "samplesolver", "solver"), "the solver is always UniPC"
     ),
     **dict.fromkeys(("batchsize", "numvideosperprompt"), "a call makes one video"),
-    **dict.fromkeys(("device", "vaetiling", "vaedtype", "backend", "keep"), "it is the pipeline's"),
+    **dict.fromkeys(
+        ("device", "vaetiling", "vaedtype", "backend", "keep", "weights", "offload"),
+        "it is the pipeline's",
+    ),
     **dict.fromkeys(
         ("lora", "lorapath", "loraweight", "loramultiplier"), "LoRA files are not read yet"
     ),
     **dict.fromkeys(
-        ("offload", "offloadmodel", "enablemodelcpuoffload", "t5cpu"),
+        ("offloadmodel", "enablemodelcpuoffload", "t5cpu"),
         "not needed: each part leaves memory before the next one comes",
     ),
     "outdir": "name the file with `output`",

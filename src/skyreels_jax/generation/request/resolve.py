@@ -31,7 +31,7 @@ from skyreels_jax.generation.request.settings import (
 )
 from skyreels_jax.geometry import latent_frames, pixel_frames
 from skyreels_jax.media import check_output
-from skyreels_jax.memory import available_memory, estimate
+from skyreels_jax.memory import Estimate, available_memory, estimate
 from skyreels_jax.prompts import NEGATIVE_PROMPT_EN, NEGATIVE_PROMPT_ZH, clean
 
 # As in the original's examples; of short windows less than half.
@@ -193,8 +193,7 @@ def _memory_violations(
     resolved: ResolvedRequest, checkpoint: Checkpoint, memory: int | None
 ) -> list[str]:
     free = available_memory() if memory is None else memory
-    copies = 2 if resolved.batched_guidance and resolved.is_guided else 1
-    needed = estimate(checkpoint.config, resolved.window_shape, dtype=resolved.dtype, copies=copies)
+    needed = needed_memory(resolved, checkpoint)
     if free is None or needed.total <= free:
         return []
     frames = pixel_frames(resolved.window_shape[0])
@@ -204,8 +203,21 @@ def _memory_violations(
         f"{needed.weights / 2**30:.1f}, work {(needed.total - needed.weights) / 2**30:.1f}) and "
         f"{free / 2**30:.1f} GiB are free; use fewer frames, a smaller size"
         + (", `dtype` bfloat16" if resolved.dtype == "float32" else "")
+        + (", `weights` int8" if resolved.weights in (None, "bf16") else "")
         + " or a smaller checkpoint"
     ]
+
+
+def needed_memory(resolved: ResolvedRequest, checkpoint: Checkpoint) -> Estimate:
+    """What denoising a video takes at least, on the device."""
+    return estimate(
+        checkpoint.config,
+        resolved.window_shape,
+        dtype=resolved.dtype,
+        weights=resolved.weights,
+        offload=resolved.offload,
+        copies=2 if resolved.batched_guidance and resolved.is_guided else 1,
+    )
 
 
 def resolve_forcing(

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
@@ -61,9 +61,12 @@ COMPUTE_DTYPES: Final = ("bfloat16", "float32")
 MAX_SEEDS: Final[Mapping[str, int]] = {"jax": 2**32 - 1, "torch": 2**64 - 1}
 NOISES: Final = tuple(MAX_SEEDS)
 DRAW_SEED: Final = -1
+# Names of `models.transformer_config.QUANTIZED_DTYPES`, and bf16, which is `dtype` bfloat16.
+WEIGHTS: Final = ("bf16", "int8", "fp8")
 # Names of `ops.attention.ATTENTION_PATHS`, which a test holds equal: help must not wait for JAX.
 ATTENTION_NAMES: Final = ("xla", "chunked", "cudnn", "splash", "tokamax")
 
+_of_pipeline: Final = partial(setting, group=RUNNING, keyword=False)
 _PRESET: Final = "the checkpoint's"
 _Prompts = str | Sequence[str] | Mapping[int, str]
 
@@ -72,13 +75,14 @@ _Prompts = str | Sequence[str] | Mapping[int, str]
 class PlainSettings:
     """Settings that are resolved as they are asked for, whatever the checkpoint."""
 
-    dtype: str = setting(
-        Choice(COMPUTE_DTYPES),
-        "dtype to compute in",
-        RUNNING,
-        default="bfloat16",
-        unset="bfloat16",
-        keyword=False,
+    dtype: str = _of_pipeline(
+        Choice(COMPUTE_DTYPES), "dtype to compute in", default="bfloat16", unset="bfloat16"
+    )
+    weights: str | None = _of_pipeline(
+        Choice(WEIGHTS), "what kernels of blocks are kept in", unset="`dtype`"
+    )
+    offload: bool = _of_pipeline(
+        Switch(), "stream the blocks' kernels from the host's memory", default=False
     )
     attention: str | None = setting(
         Choice(ATTENTION_NAMES),
@@ -227,11 +231,7 @@ class Request(PlainSettings):
         tasks=("df",),
     )
     causal_block_size: int | None = setting(
-        LATENT_COUNT,
-        "latent frames in a block",
-        FORCING,
-        unset="1",
-        tasks=("df",),
+        LATENT_COUNT, "latent frames in a block", FORCING, unset="1", tasks=("df",)
     )
     addnoise_condition: int | None = setting(
         WholeNumber(0, MAX_STEPS - 1, usual="20 is usual"),
@@ -282,11 +282,7 @@ class Request(PlainSettings):
         default=False,
     )
     output: str | Path | None = setting(
-        File(),
-        "the file to write, if one is to be written",
-        OUTPUT,
-        metavar="FILE.mp4",
-        keyword=False,
+        File(), "the file to write, if any", OUTPUT, metavar="FILE.mp4", keyword=False
     )
 
     def __post_init__(self):

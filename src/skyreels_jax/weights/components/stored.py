@@ -67,6 +67,7 @@ class ComponentSpec(Generic[ConfigT, ModelT]):
         config: ConfigT,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike | None = None,
+        kernel_dtype: DTypeLike | None = None,
     ) -> ModelT:
         """The model as shapes only, which takes no memory and no random numbers.
 
@@ -74,10 +75,13 @@ class ComponentSpec(Generic[ConfigT, ModelT]):
             config: of the model.
             dtype: to compute in.
             param_dtype: to store in; None stores in ``dtype``.
+            kernel_dtype: int8 or float8_e4m3fn, of the blocks' kernels of a model that can have
+                it; None stores them as all else.
         """
         stored = dtype if param_dtype is None else param_dtype
+        kernels = {} if kernel_dtype is None else {"kernel_dtype": kernel_dtype}
         return nnx.eval_shape(
-            lambda: self.model(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=stored)
+            lambda: self.model(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=stored, **kernels)
         )
 
     def save(
@@ -144,10 +148,13 @@ class StoredComponent(Generic[ConfigT, ModelT]):
     rules: tuple[Rule, ...]
 
     def abstract(
-        self, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike | None = None
+        self,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike | None = None,
+        kernel_dtype: DTypeLike | None = None,
     ) -> ModelT:
         """The model as :meth:`ComponentSpec.abstract` gives it."""
-        return self.spec.abstract(self.config, dtype, param_dtype)
+        return self.spec.abstract(self.config, dtype, param_dtype, kernel_dtype)
 
     def verify(self) -> None:
         """Prove that the files hold exactly the model's tensors, reading headers only.
@@ -184,6 +191,7 @@ class StoredComponent(Generic[ConfigT, ModelT]):
         placement: Placement = on_default_device,
         *,
         param_dtype: DTypeLike | None = None,
+        kernel_dtype: DTypeLike | None = None,
     ) -> ModelT:
         """The model with its parameters, one in host memory at a time.
 
@@ -191,12 +199,13 @@ class StoredComponent(Generic[ConfigT, ModelT]):
             dtype: to compute in.
             placement: puts each finished parameter on its device or devices.
             param_dtype: to store in; None stores in ``dtype``.
+            kernel_dtype: int8 or float8_e4m3fn, which the blocks' kernels are quantised to.
 
         Raises:
             WeightsError: the files and the model do not cover each other, or a value is not finite.
         """
         stored = dtype if param_dtype is None else param_dtype
-        model = self.abstract(dtype, stored)
+        model = self.abstract(dtype, stored, kernel_dtype)
         state = load_into(
             model,
             self.rules,
