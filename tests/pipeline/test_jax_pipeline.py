@@ -78,7 +78,7 @@ def by_backend(folder: Path, backend: Backend) -> Components:
     """Parts as :class:`Pipeline` has them."""
     checkpoint = Checkpoint.open(folder)
     float32 = jnp.dtype(jnp.float32)
-    parts = LOADERS[backend](checkpoint, float32, float32, "cpu", "off")
+    parts = LOADERS[backend](checkpoint, float32, float32, "cpu", "off", None)
     image = parts.image_encoder() if checkpoint.config.image_dim else None
     return Components(parts.text_encoder(), parts.vae(), image)
 

@@ -97,6 +97,7 @@ def test_a_quantised_model_is_not_written(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_memory_is_counted():
     checkpoint = Checkpoint.open("mini")
 
@@ -142,6 +143,7 @@ def test_offload_is_refused_where_there_is_no_other_memory():
         Pipeline.from_pretrained("mini", offload=True)
 
 
+@pytest.mark.slow
 def test_weights_are_part_of_what_made_a_video():
     plain, bf16, int8, fp8 = (
         Pipeline.from_pretrained("mini", weights=weights)
@@ -154,6 +156,7 @@ def test_weights_are_part_of_what_made_a_video():
         int8(PROMPT, weights="int8")
 
 
+@pytest.mark.slow
 def test_a_model_in_the_memory_of_the_host_computes_the_same():
     """The CPU has memory of that kind too, if no use for it."""
     checkpoint = Checkpoint.open("mini")

@@ -67,8 +67,13 @@ PACKED: dict[str, Callable[[Tensors, Path], Path]] = {
 }
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize("kind", PACKED)
-@pytest.mark.parametrize("config", [T2V, DF, I2V])
+@pytest.mark.parametrize(
+    "config", [T2V, pytest.param(DF, marks=SLOW), pytest.param(I2V, marks=SLOW)]
+)
 def test_every_repackaging_gives_the_same_transformer(
     tmp_path: Path, kind: str, config: TransformerConfig
 ):
@@ -104,6 +109,7 @@ def single(tmp_path: Path) -> Path:
     return alone
 
 
+@SLOW
 def test_a_file_with_components_gives_the_folders_latents(single: Path, monkeypatch):
     wish: dict[str, Any] = {"num_frames": 5, "steps": 2, "seed": 3}
     prompt = "a red star grows on a black background"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -29,6 +30,7 @@ FLF2V = dataclasses.replace(I2V, pos_embed_seq_len=514)
 CONFIGS = {"t2v": T2V, "df": DF, "i2v": I2V, "flf2v": FLF2V}
 
 
+@cache
 def random_state(config: TransformerConfig, dtype=jnp.float32, seed: int = 0) -> nnx.State:
     """Every parameter normal: biases, norms and modulations too."""
     state = nnx.state(TRANSFORMER.abstract(config))
