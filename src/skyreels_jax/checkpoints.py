@@ -139,8 +139,8 @@ class Checkpoint:
             "text_encoder": text_encoder,
             "image_encoder": image_encoder,
         }
-        layout = _completed(layout, components, given, stored_transformer(layout).config)
-        config = stored_transformer(layout).config
+        config = stored_transformer(layout, source).config
+        layout = _completed(layout, components, given, config)
         guess = guess_preset(
             layout, config, repo=location.repo, preset=preset, marker=source.marker
         )
@@ -239,8 +239,10 @@ class Checkpoint:
 def _with_heads(layout: Layout, preset: str | None) -> Layout:
     """A layout without ``config.json`` has as many heads as the preset that was given."""
     known = PRESETS.get(preset or "")
+    if layout.config or known is None:
+        return layout
     patch = layout.tensors().tensors().get("patch_embedding.weight")
-    if layout.config or known is None or patch is None or patch.shape[:1] != (known.config.dim,):
+    if patch is None or patch.shape[:1] != (known.config.dim,):
         return layout
     key = "num_heads" if layout.format == "original" else "num_attention_heads"
     return replace(layout, config={key: known.config.num_heads})

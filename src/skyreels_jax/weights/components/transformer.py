@@ -27,6 +27,7 @@ from skyreels_jax.weights.plan import (
     leading_ones,
     rule,
 )
+from skyreels_jax.weights.repackaged import UnpackedSource
 from skyreels_jax.weights.safetensors_file import TensorInfo, TensorSpec
 
 # diffusers builds a norm for image queries that its forward never calls, and its own loader ignores
@@ -325,13 +326,19 @@ def transformer_json(config: TransformerConfig, format: Format) -> dict[str, Any
 TRANSFORMER: Final = ComponentSpec(WanModel, transformer_rules, transformer_json, ignored=_IGNORED)
 
 
-def stored_transformer(layout: Layout) -> StoredComponent[TransformerConfig, WanModel]:
-    """The transformer of a folder; only headers are read.
+def stored_transformer(
+    layout: Layout, source: UnpackedSource | None = None
+) -> StoredComponent[TransformerConfig, WanModel]:
+    """The transformer of a folder or file; only headers are read.
+
+    Args:
+        layout: of the checkpoint.
+        source: its tensors, where they have been opened already.
 
     Raises:
         WeightsError: its configuration or a file is unsound, or they contradict each other.
     """
-    source = layout.tensors()
+    source = layout.tensors() if source is None else source
     where = str(layout.config_file)
     _check_told(layout, source.tensors())
     config = _transformer_config(layout.config, source.tensors(), layout.format, where)
