@@ -31,6 +31,7 @@ from skyreels_jax.weights.components.transformer import TRANSFORMER
 from skyreels_jax.weights.components.umt5 import UMT5
 from skyreels_jax.weights.components.vae import VAE
 from skyreels_jax.weights.engine import TensorStream, export
+from skyreels_jax.weights.filling import usable_cores
 from skyreels_jax.weights.pipeline_folder import write_pipeline_files
 from skyreels_jax.weights.safetensors_file import TensorSpec
 
@@ -86,7 +87,7 @@ def run_diffusers(folder: Path, output: Path) -> None:
     from diffusers import AutoencoderKLWan, SkyReelsV2Pipeline
     from diffusers.utils import export_to_video
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(usable_cores())
     vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
     pipe = SkyReelsV2Pipeline.from_pretrained(folder, vae=vae, torch_dtype=torch.bfloat16)
     video = pipe(

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from skyreels_jax.cli.flags import add_component_flags
+from skyreels_jax.cli.flags import add_opening_flags
 from skyreels_jax.weights.plan import FORMATS
 
 _PRECISIONS = ("int8", "fp8", "comfy-fp8")
@@ -39,9 +39,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="store the matrices of blocks in 8 bits: int8 or fp8 with a scale per output channel, "
         "comfy-fp8 in one file as ComfyUI opens it (default: keep)",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
-    parser.add_argument("--preset", help="name of the released checkpoint it is, if known")
-    add_component_flags(parser)
+    add_opening_flags(parser)
     parser.add_argument(
         "--overwrite",
         action="store_true",

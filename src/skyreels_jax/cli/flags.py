@@ -127,10 +127,17 @@ def _add_checkpoint(group: Any) -> None:
     )
     group.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     group.add_argument("--preset", help="which released checkpoint it is, if that is not plain")
-    add_component_flags(group)
+    _add_component_flags(group)
 
 
-def add_component_flags(group: Any) -> None:
+def add_opening_flags(parser: argparse.ArgumentParser) -> None:
+    """How a checkpoint that a verb describes or translates is opened."""
+    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    parser.add_argument("--preset", help="name of the released checkpoint it is, if known")
+    _add_component_flags(parser)
+
+
+def _add_component_flags(group: Any) -> None:
     """Where the components come from that the model lacks, or that others are to replace."""
     group.add_argument(
         "--components",
@@ -242,9 +249,7 @@ def add_resume_flags(parser: argparse.ArgumentParser) -> None:
 def add_info_flags(parser: argparse.ArgumentParser) -> None:
     """Those of ``info``."""
     parser.add_argument("source", metavar="SRC", help="checkpoint folder, file or Hugging Face id")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
-    parser.add_argument("--preset", help="name of the released checkpoint it is, if known")
-    add_component_flags(parser)
+    add_opening_flags(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 

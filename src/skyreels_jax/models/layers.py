@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from skyreels_jax.models.transformer_config import Numerics
+from skyreels_jax.ops.kernels.chunked import even_tile
 from skyreels_jax.ops.linear import linear
 
 XAVIER: Final = nnx.initializers.xavier_uniform()
@@ -255,8 +256,8 @@ def in_row_tiles(layer: nnx.Module, x: Float[Array, "*batch I"]) -> Float[Array,
     ``docs/performance.md`` has both. The result is the same. Accelerators, and gradients, take all
     rows at once.
     """
-    count = -(-math.prod(x.shape[:-1]) // TILE_ROWS)
-    if count <= 1:
+    count = math.prod(x.shape[:-1])
+    if count <= TILE_ROWS:
         return layer(x)
     graph, parameters = nnx.split(layer)
 
@@ -265,10 +266,10 @@ def in_row_tiles(layer: nnx.Module, x: Float[Array, "*batch I"]) -> Float[Array,
 
     def tiles(parameters: nnx.State, x: Array) -> Array:
         rows = x.reshape(-1, x.shape[-1])
-        size = -(-len(rows) // count)
-        filled = jnp.pad(rows, ((0, count * size - len(rows)), (0, 0)))
-        out = jax.lax.map(partial(whole, parameters), filled.reshape(count, size, -1))
-        return out.reshape(count * size, -1)[: len(rows)].reshape(*x.shape[:-1], -1)
+        size = even_tile(count, TILE_ROWS)
+        filled = jnp.pad(rows, ((0, -count % size), (0, 0)))
+        out = jax.lax.map(partial(whole, parameters), filled.reshape(-1, size, rows.shape[1]))
+        return out.reshape(len(filled), -1)[:count].reshape(*x.shape[:-1], -1)
 
     tiled = jax.custom_jvp(
         lambda parameters, x: jax.lax.platform_dependent(parameters, x, cpu=tiles, default=whole)

@@ -1,7 +1,6 @@
 """A whole validation: both sides, each in a process of its own, then the report."""
 
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ from skyreels_jax.parity.verdict import (
     video_name,
     write_side_by_side,
 )
+from skyreels_jax.weights.filling import usable_cores
 
 _PACKAGES: Final = ("skyreels-jax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers")
 
@@ -135,7 +135,7 @@ def _environment() -> dict[str, str]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(usable_cores()),
         "jax device": jax.devices()[0].device_kind,
     }
     for package in _PACKAGES:

@@ -32,11 +32,15 @@ _MAX_THREADS: Final = 8
 _ALIGNMENT: Final = 64
 
 
+def usable_cores() -> int:
+    """How many cores this process may use; where the system does not tell, all that there are."""
+    known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+
+
 def pool() -> ThreadPoolExecutor:
     """Threads to read and fill with, as many as this process may use cores, up to eight."""
-    known = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-    return ThreadPoolExecutor(min(_MAX_THREADS, cores), "weights")
+    return ThreadPoolExecutor(min(_MAX_THREADS, usable_cores()), "weights")
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:

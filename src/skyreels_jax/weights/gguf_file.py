@@ -16,23 +16,11 @@ import numpy as np
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.files import open_regular
 from skyreels_jax.weights.gguf_header import PLAIN_TYPES, GgufHeader, StoredBlocks
+from skyreels_jax.weights.repackaged import transformers_name
 from skyreels_jax.weights.safetensors_file import TensorInfo
 
 # Elements that are dequantised at a time; what that takes stays in cache.
 _AT_ONCE: Final = 1 << 16
-# What a text encoder's names become, in this order: llama.cpp's for a T5 to transformers'.
-_T5_NAMES: Final = (
-    ("token_embd.", "shared."),
-    ("enc.output_norm.", "encoder.final_layer_norm."),
-    ("enc.blk.", "encoder.block."),
-    (".attn_rel_b.", ".layer.0.SelfAttention.relative_attention_bias."),
-    (".attn_norm.", ".layer.0.layer_norm."),
-    (".attn_", ".layer.0.SelfAttention."),
-    (".ffn_norm.", ".layer.1.layer_norm."),
-    (".ffn_gate.", ".layer.1.DenseReluDense.wi_0."),
-    (".ffn_up.", ".layer.1.DenseReluDense.wi_1."),
-    (".ffn_down.", ".layer.1.DenseReluDense.wo."),
-)
 
 
 class GgufSource:
@@ -115,14 +103,8 @@ def _name_of(path: Path, architecture: str | None) -> Callable[[str], str]:
     if architecture is None or architecture == "wan":
         return str
     if architecture in ("t5", "t5encoder"):
-        return _t5_name
+        return transformers_name
     raise WeightsError(
         f"{path} is a GGUF file of the architecture {architecture!r:.80}; wan (the transformer) "
         "and t5encoder (the text encoder) are read"
     )
-
-
-def _t5_name(name: str) -> str:
-    for old, new in _T5_NAMES:
-        name = name.replace(old, new, 1)
-    return name

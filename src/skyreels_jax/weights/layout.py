@@ -25,7 +25,7 @@ from typing import Final, Literal, get_args
 from skyreels_jax import files
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.weights.low_precision import dequantized
-from skyreels_jax.weights.open_file import SHARD, open_tensors, series_of
+from skyreels_jax.weights.open_file import SHARD, open_tensors, series_names, series_of
 from skyreels_jax.weights.plan import Format, natural
 from skyreels_jax.weights.relatives import refuse_config, refuse_relatives, refuse_tensors
 from skyreels_jax.weights.repackaged import Held, Packed, UnpackedSource, packed_in, refuse_gguf
@@ -297,7 +297,9 @@ def safetensors_of(folder: Path, *, without: Collection[str] = ()) -> TensorSour
     if not present and not index:
         refuse_gguf(folder)
         raise WeightsError(f"{folder} holds no *.safetensors files: expected the transformer's")
-    missing = (_numbered(present) | set(index.values())) - present.keys()
+    series = {(m[1], m[3]) for m in map(SHARD.fullmatch, present) if m}
+    expected = {name for one in series for name in series_names(*one)} | set(index.values())
+    missing = expected - present.keys()
     if missing:
         named = f"{indices[0].name} names" if indices else "the numbering asks for"
         raise WeightsError(f"{folder}: {named} files that are missing: {_listed(missing)}")
@@ -331,16 +333,6 @@ def _read_index(file: Path) -> dict[str, str]:
                 "file in the same folder"
             )
     return weight_map
-
-
-def _numbered(names: Mapping[str, Path]) -> set[str]:
-    """All files of each ``stem-00001-of-00012`` series of which one is there."""
-    series = {(m[1], int(m[3])) for m in map(SHARD.fullmatch, names) if m}
-    return {
-        f"{stem}-{k:05d}-of-{count:05d}.safetensors"
-        for stem, count in series
-        for k in range(1, count + 1)
-    }
 
 
 def _listed(names: Collection[str]) -> str:

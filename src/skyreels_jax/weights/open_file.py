@@ -13,17 +13,17 @@ from skyreels_jax.weights.gguf_file import GgufSource
 from skyreels_jax.weights.low_precision import dequantized
 from skyreels_jax.weights.plan import natural
 from skyreels_jax.weights.safetensors_file import (
-    LFS_POINTER,
+    FIRST_BYTES,
     SafetensorsSource,
     TensorInfo,
     TensorSource,
+    refuse_lfs_pointer,
 )
 from skyreels_jax.weights.torch_file import PthSource
 
 # Endings of files that may hold tensors.
 WEIGHT_SUFFIXES: Final = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".gguf")
 SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
-_START: Final = 64
 
 
 class _NamedUnder:
@@ -78,7 +78,7 @@ def _flat(path: Path, start: bytes) -> TensorSource:
     """A file of a format without nested mappings."""
     if start.startswith(b"GGUF"):
         return GgufSource(path)
-    if path.suffix.casefold() == ".safetensors" or start[8:9] == b"{" or start == LFS_POINTER:
+    if path.suffix.casefold() == ".safetensors" or start[8:9] == b"{":
         return SafetensorsSource(series_of(path))
     if path.suffix.casefold() in (".pth", ".pt", ".ckpt"):
         return PthSource(path)
@@ -92,13 +92,12 @@ def _first_bytes(path: Path) -> bytes:
     """What a file begins with, where that is no page of text."""
     try:
         with open_regular(path, error=WeightsError) as stream:
-            start = stream.read(_START)
+            start = stream.read(FIRST_BYTES)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
     if not start:
         raise WeightsError(f"{path} is empty: its download or copy failed")
-    if start.startswith(LFS_POINTER):
-        raise WeightsError(f"{path} is a Git LFS pointer: fetch the file (git lfs pull)")
+    refuse_lfs_pointer(path, start)
     if start[8:9] != b"{" and start.lstrip()[:1] == b"<":
         raise WeightsError(
             f"{path} is a web page and not a file of tensors: its download gave a page that asks "
@@ -107,17 +106,21 @@ def _first_bytes(path: Path) -> bytes:
     return start
 
 
+def series_names(stem: str, count: str) -> list[str]:
+    """All names of a numbered series, by what :data:`SHARD` finds in one of them."""
+    return [f"{stem}-{k:05d}-of-{count}.safetensors" for k in range(1, int(count) + 1)]
+
+
 def series_of(path: Path) -> list[Path]:
     """All files of the numbered series that ``path`` is one of; itself alone if of none."""
     match = SHARD.fullmatch(path.name)
     if match is None:
         return [path]
-    stem, count = match[1], int(match[3])
-    # Not more names than there are files, whatever the number says.
+    names = series_names(match[1], match[3])
     there = {other.name for other in path.parent.iterdir()}
-    names = [f"{stem}-{k:05d}-of-{match[3]}.safetensors" for k in range(1, count + 1)]
     if missing := [name for name in names if name not in there]:
         raise WeightsError(
-            f"{path} is one of {count} files, of which {len(missing)} are missing: {missing[0]}"
+            f"{path} is one of {len(names)} files, of which {len(missing)} are missing: "
+            f"{missing[0]}"
         )
     return [path.with_name(name) for name in names]

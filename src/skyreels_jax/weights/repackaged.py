@@ -86,11 +86,16 @@ def packed_in(names: Iterable[str]) -> list[Packed]:
     return list(found)
 
 
-def _unwrapped(name: str) -> str:
-    """A name without what training and llama.cpp did to it."""
+def transformers_name(name: str) -> str:
+    """What transformers calls a tensor of T5 that has llama.cpp's name; any other name as it is."""
     if (block := _LLAMA_CPP_BLOCK.fullmatch(name)) and block[2] in _LLAMA_CPP:
         return f"encoder.block.{block[1]}.layer.{_LLAMA_CPP[block[2]]}.weight"
-    return _WRAPPERS.sub("", _LLAMA_CPP_OTHERS.get(name, name))
+    return _LLAMA_CPP_OTHERS.get(name, name)
+
+
+def _unwrapped(name: str) -> str:
+    """A name without what training and llama.cpp did to it."""
+    return _WRAPPERS.sub("", transformers_name(name))
 
 
 class UnpackedSource:

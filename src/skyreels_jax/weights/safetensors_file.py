@@ -38,7 +38,9 @@ DTYPES: Final[Mapping[str, np.dtype]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-LFS_POINTER: Final = b"version https://git-lfs"
+_LFS_POINTER: Final = b"version https://git-lfs"
+# As many bytes of a file as tell what it is.
+FIRST_BYTES: Final = 64
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,16 @@ class SafetensorsSource:
         return np.asarray(raw).view(info.dtype).reshape(info.shape)
 
 
+def refuse_lfs_pointer(file: Path, start: bytes) -> None:
+    """Refuse what Git LFS puts in a large file's place, by its :data:`FIRST_BYTES`.
+
+    Raises:
+        WeightsError: it is such a pointer; says how to get the file.
+    """
+    if start.startswith(_LFS_POINTER):
+        raise WeightsError(f"{file} is a Git LFS pointer: fetch the file (git lfs pull)")
+
+
 def _read_header(file: Path) -> tuple[dict[str, _Location], dict[str, str]]:
     """Read and check one file's header: where the tensors are, and the texts of its metadata.
 
@@ -164,9 +176,8 @@ def _read_header(file: Path) -> tuple[dict[str, _Location], dict[str, str]]:
         with open_regular(file, error=WeightsError) as stream:
             size = stream.seek(0, 2)
             stream.seek(0)
-            start = stream.read(len(LFS_POINTER))
-            if start == LFS_POINTER:
-                raise WeightsError(f"{file} is a Git LFS pointer: fetch the file (git lfs pull)")
+            start = stream.read(FIRST_BYTES)
+            refuse_lfs_pointer(file, start)
             if size < 8:
                 raise WeightsError(f"{file} is truncated: {size} bytes hold no header")
             (length,) = struct.unpack("<Q", start[:8])

@@ -17,7 +17,12 @@ import numpy as np
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.files import open_regular
 from skyreels_jax.weights.pickle_values import PickledTensor, Storage
-from skyreels_jax.weights.safetensors_file import LFS_POINTER, Allowance, TensorInfo
+from skyreels_jax.weights.safetensors_file import (
+    FIRST_BYTES,
+    Allowance,
+    TensorInfo,
+    refuse_lfs_pointer,
+)
 from skyreels_jax.weights.stored_zip import Member, check_crc, read_directory
 from skyreels_jax.weights.tensor_pickle import read_pickle
 
@@ -177,9 +182,8 @@ def _mapped(file: Path) -> memoryview:
     """The whole file, after a look at its first bytes."""
     try:
         with open_regular(file, error=WeightsError) as stream:
-            start = stream.read(len(LFS_POINTER))
-        if start == LFS_POINTER:
-            raise WeightsError(f"{file} is a Git LFS pointer: fetch the file (git lfs pull)")
+            start = stream.read(FIRST_BYTES)
+        refuse_lfs_pointer(file, start)
         if start[:1] == b"\x80":
             raise WeightsError(
                 f"{file} is a bare pickle, as PyTorch wrote before version 1.6: load it with torch "
