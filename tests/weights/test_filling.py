@@ -77,6 +77,23 @@ def test_a_large_tensor_is_cut_for_the_threads_and_nothing_is_left_out(monkeypat
     np.testing.assert_array_equal(out, values)
 
 
+def test_a_convolution_is_filled_in_few_strips(monkeypatch):
+    """Taken tap by tap, the VAE of the released size took 140 s of a generation's 250."""
+    strips = []
+
+    def counted(values: np.ndarray) -> bool:
+        strips.append(values.nbytes)
+        return all_finite(values)
+
+    monkeypatch.setattr(filling, "all_finite", counted)
+    values = np.random.default_rng(0).standard_normal((96, 96, 3, 3, 3)).astype(np.float32)
+    out = aligned_empty((3, 3, 3, 96, 96), np.float32)
+    fill(out.transpose(4, 3, 0, 1, 2), values, "x")
+    np.testing.assert_array_equal(out, values.transpose(2, 3, 4, 1, 0))
+    assert sum(strips) == values.nbytes
+    assert len(strips) == 2  # a mebibyte each; tap by tap they were 27,648
+
+
 def test_of_several_tensors_the_first_that_is_bad_is_named():
     good, bad = np.ones((4, 4), np.float32), np.full((4, 4), np.nan, np.float32)
     outs = [

@@ -88,9 +88,7 @@ def _fill_strips(out: np.ndarray, values: np.ndarray, where: str) -> None:
         out[...] = rounded(values, out.dtype, where)
         return
     if values.ndim > 2:
-        # Of convolutions; each of their rows is a matrix.
-        for row, of_file in zip(out, values, strict=True):
-            _fill_strips(row, of_file, where)
+        _fill_convolution(out, values, where)
         return
     itemsize = out.dtype.itemsize
     columns = min(values.shape[1], max(1, _STRIP_BYTES // (_STRIP_ROWS * itemsize)))
@@ -106,6 +104,18 @@ def _fill_strips(out: np.ndarray, values: np.ndarray, where: str) -> None:
             if not all_finite(strip):
                 rounded(values, out.dtype, where)
             out[here] = strip
+
+
+def _fill_convolution(out: np.ndarray, values: np.ndarray, where: str) -> None:
+    """Fill by strips of whole output channels: a loop over its taps would never end."""
+    channels = max(1, _STRIP_BYTES // max(1, values[:1].size * out.dtype.itemsize))
+    for start in range(0, len(values), channels):
+        # An overflow to infinity is reported below, by name.
+        with np.errstate(over="ignore"):
+            strip = values[start : start + channels].astype(out.dtype)
+        if not all_finite(strip):
+            rounded(values, out.dtype, where)
+        out[start : start + channels] = strip
 
 
 def rounded(values: np.ndarray, dtype: DTypeLike | None, where: str) -> np.ndarray:
