@@ -86,12 +86,12 @@ def test_a_convolution_is_filled_in_few_strips(monkeypatch):
         return all_finite(values)
 
     monkeypatch.setattr(filling, "all_finite", counted)
-    values = np.random.default_rng(0).standard_normal((96, 96, 3, 3, 3)).astype(np.float32)
-    out = aligned_empty((3, 3, 3, 96, 96), np.float32)
+    values = np.random.default_rng(0).standard_normal((128, 128, 3, 3, 3)).astype(np.float32)
+    out = aligned_empty((3, 3, 3, 128, 128), np.float32)
     fill(out.transpose(4, 3, 0, 1, 2), values, "x")
     np.testing.assert_array_equal(out, values.transpose(2, 3, 4, 1, 0))
     assert sum(strips) == values.nbytes
-    assert len(strips) == 2  # a mebibyte each; tap by tap they were 27,648
+    assert len(strips) == 2  # a mebibyte each; tap by tap they were 49,152
 
 
 def test_of_several_tensors_the_first_that_is_bad_is_named():
