@@ -1,12 +1,13 @@
 """Who runs the encoders and the VAE: JAX, or PyTorch."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, TypedDict, Unpack, get_args
 
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from skyreels_jax.checkpoints import Checkpoint
@@ -22,6 +23,7 @@ from skyreels_jax.components.protocols import Autoencoder, ImageEncoder, TextEnc
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request.declaration import refuse_unknown
 from skyreels_jax.generation.request.settings import COMPUTE_DTYPES, WEIGHTS
+from skyreels_jax.memory import kernel_dtype
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.torch_side.components import (
     TorchAutoencoder,
@@ -30,8 +32,14 @@ from skyreels_jax.torch_side.components import (
 )
 from skyreels_jax.torch_side.modules import require_torch
 from skyreels_jax.weights.components.clip import stored_image_encoder
+from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
+from skyreels_jax.weights.engine import Placement, on_default_device
+from skyreels_jax.weights.lora.binding import Lora
+from skyreels_jax.weights.lora.source import with_loras
+from skyreels_jax.weights.lora.stack import LoraLike
+from skyreels_jax.weights.offload import on_host, require_host_memory
 
 # The transformer is in JAX with either; `hybrid` takes the extra `torch`.
 Backend = Literal["jax", "hybrid"]
@@ -61,6 +69,8 @@ class ChosenOptions:
             them in ``dtype``, which ``bf16`` says too where that is bfloat16.
         offload: whether the kernels of the transformer's blocks stay in the host's memory and
             stream through the device layer by layer.
+        loras: files that are added to the transformer, each alone or with its scale:
+            ``["style.safetensors", ("motion.safetensors", 0.8)]``.
     """
 
     dtype: str = "bfloat16"
@@ -72,6 +82,35 @@ class ChosenOptions:
     vae_dtype: str = "float32"
     weights: str | None = None
     offload: bool = False
+    loras: Sequence[LoraLike] = ()
+
+    @property
+    def kernels(self) -> DTypeLike | None:
+        """What the blocks' kernels are quantised to, if they are."""
+        return kernel_dtype(self.weights)
+
+    @property
+    def placement(self) -> Placement:
+        """Where the transformer's parameters are put."""
+        return on_host if self.offload else on_default_device
+
+    def loaders(self, checkpoint: Checkpoint) -> "ComponentLoaders":
+        """How to load the components of a checkpoint but its transformer.
+
+        Raises:
+            UnsupportedError: PyTorch is not installed where it is asked for, or the device has no
+                memory of its own to offload from.
+        """
+        if self.offload:
+            require_host_memory()
+        kinds = jnp.dtype(self.dtype), jnp.dtype(self.vae_dtype)
+        how = self.device, self.vae_tiling, self.kernels
+        return LOADERS[self.backend](checkpoint, *kinds, *how)
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """What kernels are quantised to, if they are; what is without it has its old names."""
+        return () if self.kernels is None else (f"weights {self.weights}",)
 
 
 class PipelineOptions(TypedDict, total=False):
@@ -86,6 +125,7 @@ class PipelineOptions(TypedDict, total=False):
     vae_dtype: str
     weights: str | None
     offload: bool
+    loras: Sequence[LoraLike]
 
 
 OPTIONS: Final = tuple(entry.name for entry in fields(ChosenOptions))
@@ -202,3 +242,14 @@ LOADERS: Final[
         ],
     ]
 ] = {"jax": _jax_loaders, "hybrid": _hybrid_loaders}
+
+
+def verify_checkpoint(checkpoint: Checkpoint, loras: tuple[Lora, ...]) -> None:
+    """Prove by headers that a checkpoint holds all that a generation takes; reads its tokenizer.
+
+    Raises:
+        WeightsError: a component is missing, unsound or incomplete, or a LoRA does not fit.
+    """
+    Tokenizer.from_folder(checkpoint.tokenizer)
+    checkpoint.verify()
+    with_loras(stored_transformer(checkpoint.layout), loras)

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Generic, TypedDict, TypeVar
@@ -22,6 +22,8 @@ from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.engine import Placement, on_default_device
 from skyreels_jax.weights.layout import ComponentName, Layout, read_object
+from skyreels_jax.weights.lora.binding import Lora
+from skyreels_jax.weights.lora.source import with_loras
 from skyreels_jax.weights.model_file import components_in, read_model, with_components
 from skyreels_jax.weights.pipeline_folder import About, needed_components
 from skyreels_jax.weights.relatives import refuse_names
@@ -278,6 +280,7 @@ def load_transformer(
     param_dtype: DTypeLike | None = None,
     kernel_dtype: DTypeLike | None = None,
     placement: Placement = on_default_device,
+    loras: Sequence[Lora] = (),
 ) -> WanModel:
     """Load a checkpoint's transformer; host memory holds each parameter once.
 
@@ -287,11 +290,13 @@ def load_transformer(
         param_dtype: to store in; None stores in ``dtype``.
         kernel_dtype: int8 or float8_e4m3fn, which the blocks' kernels are quantised to.
         placement: puts each finished parameter on its device or devices.
+        loras: added in float32 before the values are rounded.
 
     Raises:
-        WeightsError: if the folder and the model do not cover each other, or a value is not finite.
+        WeightsError: if the folder and the model do not cover each other, a LoRA does not fit, or a
+            value is not finite.
     """
-    stored = stored_transformer(checkpoint.layout)
+    stored = with_loras(stored_transformer(checkpoint.layout), loras)
     return stored.load(dtype, placement, param_dtype=param_dtype, kernel_dtype=kernel_dtype)
 
 

@@ -7,6 +7,7 @@ its stage: memory then holds one large model at a time.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -17,10 +18,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from skyreels_jax.backends import (
-    LOADERS,
     OPTIONS,
     PipelineOptions,
     check_options,
+    verify_checkpoint,
 )
 from skyreels_jax.checkpoints import OPENING, Checkpoint, Opening, load_transformer
 from skyreels_jax.components.lazy import (
@@ -47,14 +48,15 @@ from skyreels_jax.generation.video import (
     write_mp4,
 )
 from skyreels_jax.generation.window_generator import WindowGenerator
-from skyreels_jax.memory import component_sizes, kernel_dtype
-from skyreels_jax.prompts import Tokenizer
+from skyreels_jax.memory import component_sizes
 from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.sampling.progress import Clock, NoProgress, Progress
 from skyreels_jax.shapes import Frames, HostLatents
+from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.convert_folder import convert_folder
-from skyreels_jax.weights.engine import on_default_device
-from skyreels_jax.weights.offload import on_host, require_host_memory
+from skyreels_jax.weights.lora.binding import Lora
+from skyreels_jax.weights.lora.source import reload, with_loras
+from skyreels_jax.weights.lora.stack import WithLoras, as_loras, identities, named, plan_exchange
 from skyreels_jax.weights.pipeline_folder import require_components
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ class _OpeningAndOptions(Opening, PipelineOptions, total=False):
     """What :meth:`Pipeline.from_pretrained` takes by name."""
 
 
-class Pipeline:
+class Pipeline(WithLoras):
     """Makes videos from one checkpoint.
 
     ::
@@ -83,7 +85,7 @@ class Pipeline:
         weights: what their blocks' kernels are kept in; ``None`` is ``dtype``.
         offload: whether the transformer's stay in the host's memory.
         components: encoders and VAE, each loaded when it is first used.
-        verify: proves by headers that the checkpoint is complete, once; raises a WeightsError.
+        loras: what is added to the transformer; change it by :meth:`load_lora` and its opposite.
     """
 
     def __init__(self, checkpoint: Checkpoint, **options: Unpack[PipelineOptions]):
@@ -98,23 +100,19 @@ class Pipeline:
             RequestError: an option is unknown or does not go with the others.
             UnsupportedError: the hybrid backend's PyTorch is not installed.
         """
-        chosen = check_options(**options)
-        dtype, backend = chosen.dtype, chosen.backend
-        self.checkpoint = checkpoint
-        self.dtype = dtype
-        self._backend = backend
+        chosen = self._chosen = check_options(**options)
+        self.checkpoint, self.dtype = checkpoint, (dtype := chosen.dtype)
         kinds = jnp.dtype(dtype), jnp.dtype(chosen.vae_dtype)
+        sized = checkpoint.layout, checkpoint.config, *kinds
         self.weights, self.offload = chosen.weights, chosen.offload
-        if chosen.offload:
-            require_host_memory()
-        kernels = kernel_dtype(chosen.weights)
-        loaders = LOADERS[backend](checkpoint, *kinds, chosen.device, chosen.vae_tiling, kernels)
+        loaders = chosen.loaders(checkpoint)
+        self.loras = as_loras(chosen.loras)
         # What has been proved need not be proved for every video; a refusal is not remembered.
-        self.verify = cache(partial(_verify_checkpoint, checkpoint))
+        self._verify = cache(partial(verify_checkpoint, checkpoint))
         stored = None
         if (prompt_cache := chosen.prompt_cache) is not None:
             made_by = (checkpoint.text_encoder, checkpoint.tokenizer)
-            how = (backend, dtype, *self._quantized)
+            how = (chosen.backend, dtype, *chosen.quantized)
             stored = partial(PromptCache.open, prompt_cache, made_by, how)
         text_encoder = LazyTextEncoder(loaders.text_encoder, cache=stored)
         vae, image_encoder = LazyAutoencoder(loaders.vae), LazyImageEncoder(loaders.image_encoder)
@@ -129,12 +127,7 @@ class Pipeline:
                 "transformer": self._denoiser,
                 "vae": vae,
             },
-            partial(
-                component_sizes,
-                *(checkpoint.layout, checkpoint.config, *kinds),
-                weights=chosen.weights,
-                offload=chosen.offload,
-            ),
+            partial(component_sizes, *sized, weights=chosen.weights, offload=chosen.offload),
             chosen.keep,
         )
 
@@ -199,6 +192,7 @@ class Pipeline:
         chosen = {"dtype": self.dtype, "weights": self.weights, "offload": self.offload}
         request = Request.of({"prompt": prompt, **settings}, **chosen)
         resolved = resolve(request, self.checkpoint, memory=self._residency.free_memory())
+        resolved = replace(resolved, loras=named(self.loras))
         for warning in resolved.warnings:
             logger.warning("%s", warning)
         return resolved
@@ -267,8 +261,8 @@ class Pipeline:
 
     def __repr__(self) -> str:
         checkpoint = self.checkpoint
-        kept = "".join(f", {name}" for name in self._quantized)
-        made = f"{checkpoint.task}, {self.dtype}{kept}, backend {self._backend}"
+        kept = "".join(f", {name}" for name in self._chosen.quantized)
+        made = f"{checkpoint.task}, {self.dtype}{kept}, backend {self._chosen.backend}"
         return f"<Pipeline {checkpoint.folder}: {made}>"
 
     def _generator(
@@ -285,12 +279,31 @@ class Pipeline:
         """A hash of all weights and settings that decide a video."""
         layout = self.checkpoint.layout
         key = [] if layout.weights_key is None else [f"weights_key {layout.weights_key}"]
-        return fingerprint(layout.deciding_files, self.dtype, *key, *self._quantized)
+        return fingerprint(
+            layout.deciding_files,
+            self.dtype,
+            *key,
+            *self._chosen.quantized,
+            *identities(self.loras),
+        )
 
-    @property
-    def _quantized(self) -> tuple[str, ...]:
-        """What kernels are quantised to, if they are; what is without it has its old names."""
-        return () if kernel_dtype(self.weights) is None else (f"weights {self.weights}",)
+    def verify(self) -> None:
+        """Prove by headers that the checkpoint is complete and that LoRAs fit it, once.
+
+        Raises:
+            WeightsError: a component is missing, unsound or incomplete, or a LoRA does not fit.
+        """
+        self._verify(self.loras)
+
+    def _exchange_loras(self, loras: tuple[Lora, ...]) -> None:
+        stored, denoiser = stored_transformer(self.checkpoint.layout), self._denoiser
+        merged, tensors = plan_exchange(stored, self.loras, loras)
+        # If it fails half-way, the transformer is read anew when it is needed.
+        loaded, denoiser.loaded = denoiser.loaded, None
+        if loaded is not None:
+            how = jnp.dtype(self.dtype), self._chosen.placement, self._chosen.kernels
+            reload(loaded.model, merged, tensors, *how)
+        self.loras, denoiser.loaded = loras, loaded
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: DTypeLike | None = None, overwrite: bool = False
@@ -298,6 +311,7 @@ class Pipeline:
         """Write all parts in diffusers' layout, for diffusers and transformers to load.
 
         One tensor at a time, from the checkpoint's files to the new ones; nothing is kept loaded.
+        LoRAs are added to the transformer that is written.
 
         Args:
             folder: to make; it appears complete or not at all.
@@ -311,7 +325,7 @@ class Pipeline:
         require_components(self.checkpoint.layout, self.checkpoint.config)
         convert_folder(
             self.checkpoint.layout,
-            self.checkpoint.config,
+            with_loras(stored_transformer(self.checkpoint.layout), self.loras),
             Path(folder),
             format="diffusers",
             about=self.checkpoint.about,
@@ -327,18 +341,9 @@ class Pipeline:
         """
         model = load_transformer(
             self.checkpoint,
+            loras=self.loras,
             dtype=jnp.dtype(self.dtype),
-            kernel_dtype=kernel_dtype(self.weights),
-            placement=on_host if self.offload else on_default_device,
+            kernel_dtype=self._chosen.kernels,
+            placement=self._chosen.placement,
         )
         return Denoiser(model, self.checkpoint.block_length, self._programs)
-
-
-def _verify_checkpoint(checkpoint: Checkpoint) -> None:
-    """Prove by headers that a checkpoint holds all that a generation takes; reads its tokenizer.
-
-    Raises:
-        WeightsError: a component is missing, unsound or incomplete.
-    """
-    Tokenizer.from_folder(checkpoint.tokenizer)
-    checkpoint.verify()

@@ -14,6 +14,7 @@ from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.cli.main import build_parser
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.testing.random_checkpoint import Kind
+from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.convert_folder import convert_folder
 from skyreels_jax.weights.layout import read_layout, safetensors_of
 from skyreels_jax.weights.pipeline_folder import About
@@ -232,7 +233,8 @@ def test_a_broken_source_leaves_no_target(tmp_path):
     edit_tensors(source / "model.safetensors", **{"head.head.bias": None})
     with pytest.raises(WeightsError, match=r"head\.head\.bias"):
         layout = read_layout(source)
-        convert_folder(layout, T2V, tmp_path / "b", format="diffusers", about=ABOUT)
+        stored = stored_transformer(layout)
+        convert_folder(layout, stored, tmp_path / "b", format="diffusers", about=ABOUT)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 

@@ -51,13 +51,14 @@ def run(args: argparse.Namespace) -> int:
     """Convert, and print what was written, copied and left out."""
     # Its help should not wait for JAX.
     from skyreels_jax.checkpoints import OPENING, Checkpoint
+    from skyreels_jax.weights.components.transformer import stored_transformer
     from skyreels_jax.weights.convert_folder import convert_folder
 
     opening: dict[str, Any] = {name: getattr(args, name) for name in OPENING}
     checkpoint = Checkpoint.open(args.source, **opening)
     result = convert_folder(
         checkpoint.layout,
-        checkpoint.config,
+        stored_transformer(checkpoint.layout),
         args.target,
         format=args.format,
         about=checkpoint.about,

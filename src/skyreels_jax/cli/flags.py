@@ -4,6 +4,7 @@ A verb's module is imported only when it runs: its help, and what is misspelt, n
 """
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -127,6 +128,15 @@ def _add_checkpoint(group: Any) -> None:
     )
     group.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     group.add_argument("--preset", help="which released checkpoint it is, if that is not plain")
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=lora_of,
+        metavar="FILE[:SCALE]",
+        help="a LoRA that is added to the transformer, at scale 1 if none is given; repeated, "
+        "several add up (docs/lora.md)",
+    )
     _add_component_flags(group)
 
 
@@ -152,6 +162,24 @@ def _add_component_flags(group: Any) -> None:
     group.add_argument(
         "--weights-key", metavar="NAME", help="which mapping of a file with several is the model"
     )
+
+
+def lora_of(text: str) -> list[Any]:
+    """A LoRA as the command line spells it: the absolute path of its file, and its scale.
+
+    What is the name of a file is that, colons and all; else the scale stands after the last colon.
+    """
+    name, colon, scale = text.rpartition(":")
+    if colon and name and not os.path.exists(text):
+        try:
+            number = float(scale)
+        except ValueError:
+            pass
+        else:
+            if not math.isfinite(number):
+                raise argparse.ArgumentTypeError(f"{text!r}: the scale {scale} is not finite")
+            return [os.path.abspath(name), number]
+    return [os.path.abspath(text), 1.0]
 
 
 def _add_running(group: Any) -> None:

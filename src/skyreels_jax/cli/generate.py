@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Final
 
 from skyreels_jax.checkpoints import Checkpoint
@@ -26,7 +27,10 @@ from skyreels_jax.generation.store import SavedLatents
 from skyreels_jax.ops.attention import ATTENTION_PATHS, this_device
 from skyreels_jax.ops.kernels.contract import AttentionCall
 from skyreels_jax.outputs import locked
+from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.components.vae import stored_vae
+from skyreels_jax.weights.lora.source import bound_to
+from skyreels_jax.weights.lora.stack import as_loras, named
 
 # A dry run tells what does not fit by itself, stage by stage.
 UNLIMITED: Final = sys.maxsize
@@ -81,9 +85,14 @@ def resolve_and_print(
 
     ``memory`` is what the transformer may take, in bytes; ``None`` for what is free.
     """
+    loras = as_loras([tuple(lora) for lora in args.lora])
     request = resolve(request_of(args), checkpoint, memory=memory)
+    request = replace(request, loras=named(loras))
     for line in describe(checkpoint, request):
         print(line, flush=True)
+    for lora in loras:
+        bound = bound_to(stored_transformer(checkpoint.layout), lora.path)
+        print(f"LoRA {lora.path}, scale {lora.scale:g}: {bound.summary()}", flush=True)
     _say(unused_flags(args, len(request.windows)))
     check_attention(checkpoint, request)
     return request

@@ -34,6 +34,7 @@ from skyreels_jax.outputs import fallback_folders, free_name, state_of
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.sampling.progress import Clock, Timings
 from skyreels_jax.shapes import Frames
+from skyreels_jax.weights.lora.stack import as_loras
 
 # Pictures in a strip, which are all that a preview keeps of a window.
 _STRIP: Final = 8
@@ -42,6 +43,7 @@ _OPTIONS: Final[Mapping[str, tuple[type, ...]]] = {
     **dict.fromkeys(("model", "backend", "dtype", "vae_tiling", "vae_dtype"), (str,)),
     **dict.fromkeys(OPENING, (str, type(None))),
     "no_prompt_cache": (bool,),
+    "lora": (list,),
 }
 # Those of them that may be paths.
 _PATHS: Final = ("model", "components", "vae", "text_encoder", "image_encoder")
@@ -72,6 +74,7 @@ def open_pipeline(options: Mapping[str, Any]) -> Pipeline:
         vae_dtype=options["vae_dtype"],
         weights=options["weights"],
         offload=bool(options["offload"]),
+        loras=as_loras([tuple(lora) for lora in options["lora"]]),
     )
 
 
@@ -114,7 +117,7 @@ def check_how(job: FolderStore) -> None:
     Raises:
         RequestError: a value is missing or of another type, or names a file elsewhere.
     """
-    usual = {"keep_latents": False, "keep_job": False, "elsewhere": None}
+    usual = {"keep_latents": False, "keep_job": False, "elsewhere": None, "lora": []}
     how = {**usual, **dict.fromkeys(OPENING), **job.how}
     for name, kinds in _HOW.items():
         if type(how.get(name, ...)) not in kinds:

@@ -38,6 +38,7 @@ VERBS: Final[Mapping[str, str]] = {
     "generate": "make a video from a prompt, and an image where the checkpoint takes one",
     "resume": "go on with a video that was interrupted",
     "convert": "translate a checkpoint into the other format or another dtype",
+    "lora": "inspect, convert, merge and extract LoRA files",
     "data": "write videos with captions, to train on",
     "train": "train a model from a TOML file, or go on with it",
     "validate": "compare the JAX model with PyTorch's, layer by layer and frame by frame",

@@ -15,6 +15,7 @@ _MAKING: Final = (
     "keep_latents",
     "preview",
     "no_prompt_cache",
+    "lora",
 )
 
 
@@ -34,7 +35,7 @@ def unused_flags(args: argparse.Namespace, windows: int = 1) -> Iterator[str]:
     """A note for the flags that do nothing; ``windows`` is the number of the video's windows."""
     if args.resume_latents:
         names = [*(name for name in declared() if name not in ("dtype", "output")), *_MAKING]
-        given = [f"`{name}`" for name in names if getattr(args, name) not in (None, False)]
+        given = [f"`{name}`" for name in names if getattr(args, name) not in (None, False, [])]
         if given:
             verb = "does" if len(given) == 1 else "do"
             yield f"`resume_latents` decodes what is finished: {', '.join(given)} {verb} nothing"

@@ -83,6 +83,7 @@ def from_json(record: Mapping[str, Any], images: Mapping[str, Any]) -> ResolvedR
             for name, source in _typed(values.pop("sources"), dict).items()
         },
         "warnings": tuple(_listed(values.pop("warnings"), str)),
+        "loras": tuple(map(_lora, _listed(values.pop("loras", [])))),
         **{name: images.get(name) for name in IMAGES},
     }
     for name in ("height", "width", "num_frames", "steps", "guidance_scale", "shift"):
@@ -149,6 +150,11 @@ def _given_video(values: object) -> GivenVideo:
     return GivenVideo(
         Path(_typed(path, str)), frames, float(fps), _optional(given.get("sound"), _text)
     )
+
+
+def _lora(value: object) -> tuple[str, float]:
+    name, scale = _listed(value)
+    return _typed(name, str), _number(scale)
 
 
 def _cache(values: object) -> CacheSettings:

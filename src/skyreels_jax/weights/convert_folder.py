@@ -8,9 +8,10 @@ from pathlib import Path
 from jax.typing import DTypeLike
 
 from skyreels_jax.errors import RequestError
+from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.weights.components.clip import image_processor_json, stored_image_encoder
-from skyreels_jax.weights.components.transformer import stored_transformer
+from skyreels_jax.weights.components.stored import StoredComponent
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.layout import MODEL_INDEX, PATHS, Layout
@@ -36,7 +37,7 @@ class Conversion:
 
 def convert_folder(
     source: Layout,
-    config: TransformerConfig,
+    stored: StoredComponent[TransformerConfig, WanModel],
     target: Path,
     *,
     format: Format,
@@ -54,7 +55,7 @@ def convert_folder(
 
     Args:
         source: the folder to read.
-        config: of its transformer.
+        stored: its transformer, with LoRAs if they are to be written into it.
         target: the folder to make.
         format: to write.
         about: what a pipeline folder of diffusers says of itself.
@@ -70,13 +71,14 @@ def convert_folder(
     """
     if weights == "comfy-fp8" and format != "original":
         raise RequestError("ComfyUI reads the original's names: add --format original")
+    config = stored.config
     _check_apart(source.folder, target)
     alone = source.transformer == source.folder and not source.components
     nested = format == "diffusers" and not alone
     result = Conversion()
     with new_folder(target, overwrite=overwrite, marked=True) as partial:
         transformer = partial / "transformer" if nested else partial
-        files = stored_transformer(source).write(transformer, format, dtype=dtype, weights=weights)
+        files = stored.write(transformer, format, dtype=dtype, weights=weights)
         if nested:
             files.append(write_card(partial, config, about))
         of_files = source.is_file or any(path.is_file() for path in source.components.values())

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from skyreels_jax.errors import RequestError, WeightsError
-from skyreels_jax.files import read_json, temporary_beside, write_json, write_text
+from skyreels_jax.files import read_json, temporary_beside, whole_file, write_json, write_text
 from skyreels_jax.interrupt import deferred
 from skyreels_jax.outputs import free_name
 from skyreels_jax.weights.engine import TensorStream
@@ -120,6 +120,29 @@ def _swap(partial: Path, folder: Path) -> None:
                 replaced.rename(folder)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_tensor_file(file: Path, tensors: TensorStream, *, overwrite: bool = False) -> None:
+    """Stream tensors into one safetensors file, which appears whole or not at all.
+
+    Args:
+        file: to write.
+        tensors: one is held at a time; their metadata goes into the header.
+        overwrite: replace a file that is there.
+
+    Raises:
+        RequestError: something is there and may not be replaced.
+        WeightsError: the file system refuses, or the values are not what the specs announce.
+    """
+    try:
+        with whole_file(file, replace=overwrite) as temporary:
+            _write_shard(temporary, tensors.specs, iter(tensors.values), tensors.metadata)
+    except FileExistsError as error:
+        raise RequestError(
+            f"{file} is there already: choose another name, or `overwrite`"
+        ) from error
+    except OSError as error:
+        raise WeightsError(f"{file} cannot be written: {error}") from error
 
 
 def write_config(file: Path, value: Mapping[str, object]) -> None:

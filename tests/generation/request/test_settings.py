@@ -178,7 +178,7 @@ def test_the_name_that_was_meant_is_said(name: str):
         ("negative_prompt_embeds", "text is encoded here"),
         ("size", "give `height` and `width`"),
         ("scheduler", "always UniPC"),
-        ("lora", "LoRA files are not read yet"),
+        ("lora", "LoRA files are the pipeline's"),
         ("video_size", "give `height` and `width`"),
     ],
 )

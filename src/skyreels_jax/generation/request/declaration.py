@@ -159,7 +159,8 @@ ANSWERS: Final = {
         "it is the pipeline's",
     ),
     **dict.fromkeys(
-        ("lora", "lorapath", "loraweight", "loramultiplier"), "LoRA files are not read yet"
+        ("lora", "loras", "lorapath", "loraweight", "loramultiplier", "lorascale"),
+        "LoRA files are the pipeline's: `lora` FILE[:SCALE], or loras= in Python",
     ),
     **dict.fromkeys(
         ("offloadmodel", "enablemodelcpuoffload", "t5cpu"),

@@ -152,7 +152,8 @@ class ResolvedRequest(PlainSettings):
 
     ``model`` names the checkpoint and ``task`` what it was made for; ``prompts`` has one for each
     window; ``forcing`` is ``None`` where the task is another; ``sources`` says of each setting
-    where it came from; ``warnings`` are for the user. The rest is as in
+    where it came from; ``warnings`` are for the user; ``loras`` names what was added to the
+    transformer, and how much of it. The rest is as in
     :class:`~skyreels_jax.generation.request.settings.Request`.
     """
 
@@ -176,6 +177,7 @@ class ResolvedRequest(PlainSettings):
     cache: CacheSettings
     sources: Mapping[str, str]
     warnings: tuple[str, ...]
+    loras: tuple[tuple[str, float], ...] = ()
 
     def value_of(self, name: str) -> Any:
         """The resolved value of a setting."""
@@ -253,12 +255,14 @@ class ResolvedRequest(PlainSettings):
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the video, as JSON values; images by their size."""
-        skipped = {"prompts", "sources", "warnings"}
+        skipped = {"prompts", "sources", "warnings", *(() if self.loras else ("loras",))}
         values = {
             entry.name: getattr(self, entry.name)
             for entry in dataclasses.fields(self)
             if entry.name not in skipped
         }
+        if self.loras:
+            values["loras"] = [{"file": name, "scale": scale} for name, scale in self.loras]
         values["prompt"] = self.prompt if len(set(self.prompts)) == 1 else list(self.prompts)
         values["cache"] = dataclasses.asdict(self.cache)
         values["forcing"] = None if self.forcing is None else dataclasses.asdict(self.forcing)
