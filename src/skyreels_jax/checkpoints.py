@@ -22,6 +22,7 @@ from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.engine import Placement, on_default_device
 from skyreels_jax.weights.layout import ComponentName, Layout, read_object
+from skyreels_jax.weights.lora.beside import put_beside
 from skyreels_jax.weights.lora.binding import Lora
 from skyreels_jax.weights.lora.source import with_loras
 from skyreels_jax.weights.model_file import components_in, read_model, with_components
@@ -290,14 +291,18 @@ def load_transformer(
         param_dtype: to store in; None stores in ``dtype``.
         kernel_dtype: int8 or float8_e4m3fn, which the blocks' kernels are quantised to.
         placement: puts each finished parameter on its device or devices.
-        loras: added in float32 before the values are rounded.
+        loras: added in float32 before the values are rounded; beside quantised kernels.
 
     Raises:
         WeightsError: if the folder and the model do not cover each other, a LoRA does not fit, or a
             value is not finite.
     """
-    stored = with_loras(stored_transformer(checkpoint.layout), loras)
-    return stored.load(dtype, placement, param_dtype=param_dtype, kernel_dtype=kernel_dtype)
+    plain = stored_transformer(checkpoint.layout)
+    stored = with_loras(plain, loras, kernel_dtype=kernel_dtype)
+    model = stored.load(dtype, placement, param_dtype=param_dtype, kernel_dtype=kernel_dtype)
+    if loras:
+        put_beside(model, stored, dtype, placement, kernel_dtype)
+    return model
 
 
 def _defaults(layout: Layout, config: TransformerConfig, guess: Guess) -> Defaults:

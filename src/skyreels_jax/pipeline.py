@@ -54,8 +54,9 @@ from skyreels_jax.sampling.progress import Clock, NoProgress, Progress
 from skyreels_jax.shapes import Frames, HostLatents
 from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.convert_folder import convert_folder
+from skyreels_jax.weights.lora.beside import exchange
 from skyreels_jax.weights.lora.binding import Lora
-from skyreels_jax.weights.lora.source import reload, with_loras
+from skyreels_jax.weights.lora.source import with_loras
 from skyreels_jax.weights.lora.stack import WithLoras, as_loras, identities, named, plan_exchange
 from skyreels_jax.weights.pipeline_folder import require_components
 
@@ -297,12 +298,12 @@ class Pipeline(WithLoras):
 
     def _exchange_loras(self, loras: tuple[Lora, ...]) -> None:
         stored, denoiser = stored_transformer(self.checkpoint.layout), self._denoiser
-        merged, tensors = plan_exchange(stored, self.loras, loras)
+        how = jnp.dtype(self.dtype), self._chosen.placement, self._chosen.kernels
+        merged, tensors = plan_exchange(stored, self.loras, loras, self._chosen.kernels)
         # If it fails half-way, the transformer is read anew when it is needed.
         loaded, denoiser.loaded = denoiser.loaded, None
         if loaded is not None:
-            how = jnp.dtype(self.dtype), self._chosen.placement, self._chosen.kernels
-            reload(loaded.model, merged, tensors, *how)
+            exchange(loaded.model, merged, tensors, *how)
         self.loras, denoiser.loaded = loras, loaded
 
     def save_pretrained(

@@ -43,7 +43,14 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]):
 
 
 @pytest.mark.parametrize(
-    "how", [{"dtype": "float32"}, {}, {"weights": "int8"}, {"weights": "fp8"}], ids=str
+    "how",
+    [
+        {"weights": "int8"},
+        {},
+        pytest.param({"dtype": "float32"}, marks=pytest.mark.slow),
+        pytest.param({"weights": "fp8"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_loaded_at_the_start_or_later_and_taken_off_again(folder: Path, lora: Path, how: dict):
     pipe = Pipeline.from_pretrained(folder, **how, keep=True)
@@ -62,6 +69,7 @@ def test_loaded_at_the_start_or_later_and_taken_off_again(folder: Path, lora: Pa
     assert_same(parameters(pipe), before)
 
 
+@pytest.mark.slow
 def test_a_video_changes_compiles_nothing_and_comes_back(folder: Path, lora: Path):
     pipe = Pipeline.from_pretrained(folder, dtype="float32", keep=True)
     first = pipe("a cat", **SETTINGS)

@@ -51,8 +51,12 @@ class Linear(nnx.Module):
 
     Where ``numerics.kernels`` says so, the kernel is stored as int8 or float8 and stands for
     ``kernel * kernel_scale`` with a float32 scale of each output channel. It is all zeros until it
-    is loaded.
+    is loaded. A LoRA can then stand beside it: ``lora_down [in, rank]``, ``lora_up [rank, out]``,
+    ``None`` where there is none.
     """
+
+    lora_down: nnx.Param | None
+    lora_up: nnx.Param | None
 
     def __init__(
         self,
@@ -72,13 +76,18 @@ class Linear(nnx.Module):
             self.kernel = nnx.Param(jnp.zeros(shape, numerics.kernels))
             self.kernel_scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_features,), numerics.params)) if use_bias else None
+        self.lora_down = self.lora_up = None
         self.dtype = numerics.compute
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         """Along the last axis of ``x``."""
         bias = None if self.bias is None else self.bias[...]
         scale = None if self.kernel_scale is None else self.kernel_scale[...]
-        return linear(x, self.kernel[...], bias, scale=scale, dtype=self.dtype)
+        lora = None
+        if self.lora_down is not None and self.lora_up is not None:
+            lora = self.lora_down[...], self.lora_up[...]
+        kernel = self.kernel[...]
+        return linear(x, kernel, bias, scale=scale, low_rank=lora, dtype=self.dtype)
 
 
 class Mlp(nnx.Module):

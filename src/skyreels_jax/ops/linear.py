@@ -17,27 +17,39 @@ def linear(
     bias: Float[Array, " E"] | None = None,
     *,
     scale: Float[Array, " E"] | None = None,
+    low_rank: tuple[Float[Array, "D R"], Float[Array, "R E"]] | None = None,
     dtype: DTypeLike,
 ) -> Float[Array, "*B E"]:
     """``x @ kernel + bias`` with operands in ``dtype``, summed in float32, returned in ``dtype``.
 
     A kernel in int8 or float8 stands for ``kernel * scale``: its values are exact in ``dtype``, and
-    the float32 sums are multiplied by ``scale``. The product, the scale and the bias are rounded
-    once, together. float32 operands are multiplied exactly
-    (no TF32 or bf16 passes on accelerators): float32 is the dtype in which parity is proved.
+    the float32 sums are multiplied by ``scale``. ``low_rank`` are two matrices of which the product
+    is added to that kernel, without ever being made: ``(x @ down) @ up``, of which ``x @ down`` is
+    rounded to ``dtype``. The products, the scale and the bias are rounded once, together. float32
+    operands are multiplied exactly (no TF32 or bf16 passes on accelerators): float32 is the dtype
+    in which parity is proved.
     """
-    out = lax.dot_general(
+    out = _product(x, kernel, dtype)
+    if scale is not None:
+        out = out * lax.broadcast_in_dim(scale, out.shape, (out.ndim - 1,))
+    if low_rank is not None:
+        down, up = low_rank
+        out = out + _product(_product(x, down, dtype), up, dtype)
+    if bias is not None:
+        out = out + lax.broadcast_in_dim(bias.astype(jnp.float32), out.shape, (out.ndim - 1,))
+    return out.astype(dtype)
+
+
+def _product(
+    x: Float[Array, "*B D"], kernel: Shaped[Array, "D E"], dtype: DTypeLike
+) -> Float[Array, "*B E"]:
+    return lax.dot_general(
         x.astype(dtype),
         kernel.astype(dtype),
         (((x.ndim - 1,), (0,)), ((), ())),
         precision=exact_precision(dtype),
         preferred_element_type=jnp.float32,
     )
-    if scale is not None:
-        out = out * lax.broadcast_in_dim(scale, out.shape, (out.ndim - 1,))
-    if bias is not None:
-        out = out + lax.broadcast_in_dim(bias.astype(jnp.float32), out.shape, (out.ndim - 1,))
-    return out.astype(dtype)
 
 
 def exact_precision(dtype: DTypeLike) -> lax.Precision:

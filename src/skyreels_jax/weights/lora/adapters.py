@@ -84,6 +84,16 @@ class Adapter:
             return "DoRA" if self.kind is LORA else f"{self.kind.name} with DoRA"
         return f"{self.kind.name} with a middle" if "mid" in self.keys else self.kind.name
 
+    def factors(self, parts: Parts) -> tuple[np.ndarray, np.ndarray]:
+        """``down`` [rank, in] and ``up`` [out, rank] of a plain product, its factor in ``up``."""
+        up = _matrix(self._own_rows(parts["up"])) * np.float32(self.factor)
+        return _matrix(parts["down"]), up
+
+    def _own_rows(self, up: np.ndarray) -> np.ndarray:
+        k, n = self.place.rows  # Of a fused linear, some are this tensor's.
+        rows = len(up) // n
+        return up[k * rows : (k + 1) * rows]
+
     def change(self, parts: Parts, weight: np.ndarray) -> np.ndarray:
         """What is added to ``weight`` (float32) at scale 1.
 
@@ -91,10 +101,7 @@ class Adapter:
             parts: values of ``keys``, float32.
             weight: the tensor that the adapter is of, as the checkpoint has it.
         """
-        k, n = self.place.rows
-        if n > 1:  # Of a fused linear: these rows are this tensor's.
-            rows = parts["up"].shape[0] // n
-            parts = {**parts, "up": parts["up"][k * rows : (k + 1) * rows]}
+        parts = {k: self._own_rows(v) if k == "up" else v for k, v in parts.items()}
         if self.kind is SET_WEIGHT:
             return parts["set_weight"].reshape(weight.shape) - weight
         delta = self.kind.delta(parts, weight.shape) * np.float32(self.factor)

@@ -7,20 +7,22 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 from jax.typing import DTypeLike
 
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.weights.components.stored import StoredComponent
-from skyreels_jax.weights.engine import Placement, load_into, on_default_device
+from skyreels_jax.weights.engine import parameters
+from skyreels_jax.weights.lora.adapters import Adapter
 from skyreels_jax.weights.lora.binding import BoundLora, Lora, bind
 from skyreels_jax.weights.lora.file import open_lora
 from skyreels_jax.weights.lora.names import ModelNames
-from skyreels_jax.weights.plan import layers_in_file, make_plan
+from skyreels_jax.weights.plan import Slot, Source, layers_in_file, make_plan
+from skyreels_jax.weights.quantize import scales_of
 from skyreels_jax.weights.safetensors_file import TensorInfo, TensorSource
 
 StoredTransformer = StoredComponent[TransformerConfig, WanModel]
+LowRank = tuple[np.ndarray, np.ndarray]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ class LoraSource:
         source: the transformer's, under the names of its files.
         loras: each with its scale.
         is_rounded: whether the sums are rounded to the dtype that the source has them in.
+        quantized: tensors that will be; what can stand beside them is not added.
     """
 
     def __init__(
@@ -40,13 +43,43 @@ class LoraSource:
         loras: Sequence[tuple[BoundLora, float]],
         *,
         is_rounded: bool = False,
+        quantized: Collection[str] = (),
     ):
         self._source, self._loras, self._is_rounded = source, loras, is_rounded
+        self._quantized = frozenset(quantized)
 
     @property
     def touched(self) -> frozenset[str]:
-        """The tensors that adapters are of."""
-        return frozenset(name for lora, _ in self._loras for name in lora.by_tensor)
+        """The tensors to which something is added."""
+        there = {name for lora, _ in self._loras for name in lora.by_tensor}
+        return frozenset(name for name in there if any(self._adapters(name, are_beside=False)))
+
+    def beside(self, name: str) -> LowRank | None:
+        """What stands beside a tensor that will be quantised, of all LoRAs together.
+
+        Returns:
+            ``down`` [rank, in] and ``up`` [out, rank], float32, scales and alphas within.
+
+        Raises:
+            WeightsError: a LoRA has values that are not finite.
+        """
+        pairs = []
+        for lora, scale, adapter in self._adapters(name, are_beside=True):
+            parts = {part: lora.file.read(adapter.keys[part]) for part in ("down", "up")}
+            down, up = adapter.factors(parts)
+            pairs.append((down, np.float32(scale) * up))
+        if not pairs:
+            return None
+        downs, ups = zip(*pairs, strict=True)
+        return np.concatenate(downs), np.concatenate(ups, axis=1)
+
+    def _adapters(
+        self, name: str, *, are_beside: bool
+    ) -> Iterator[tuple[BoundLora, float, Adapter]]:
+        for lora, scale in self._loras:
+            for adapter in lora.by_tensor.get(name, ()):
+                if (adapter.is_low_rank and name in self._quantized) == are_beside:
+                    yield lora, scale, adapter
 
     def check_values(self) -> None:
         """Read every value of the LoRAs; raises a WeightsError for one that is not finite."""
@@ -79,12 +112,11 @@ class LoraSource:
 
     def _changes(self, name: str, stored: np.ndarray) -> Iterator[np.ndarray]:
         weight = None
-        for lora, scale in self._loras:
-            for adapter in lora.by_tensor.get(name, ()):
-                keys = {part: key for part, key in adapter.keys.items() if part != "alpha"}
-                parts = {part: lora.file.read(key) for part, key in keys.items()}
-                weight = np.asarray(stored, np.float32) if weight is None else weight
-                yield np.float32(scale) * adapter.change(parts, weight)
+        for lora, scale, adapter in self._adapters(name, are_beside=False):
+            keys = {part: key for part, key in adapter.keys.items() if part != "alpha"}
+            parts = {part: lora.file.read(key) for part, key in keys.items()}
+            weight = np.asarray(stored, np.float32) if weight is None else weight
+            yield np.float32(scale) * adapter.change(parts, weight)
 
 
 def bound_to(stored: StoredTransformer, path: Path) -> BoundLora:
@@ -97,74 +129,39 @@ def bound_to(stored: StoredTransformer, path: Path) -> BoundLora:
     return bind(open_lora(path), names)
 
 
-def proven(stored: StoredTransformer, loras: Sequence[Lora]) -> StoredTransformer:
+def proven(
+    stored: StoredTransformer, loras: Sequence[Lora], kernel_dtype: DTypeLike | None = None
+) -> StoredTransformer:
     """As :func:`with_loras`, and all values of the LoRAs have been read and are finite.
 
     Raises:
         WeightsError: as :func:`with_loras`, or a value is NaN or infinite.
     """
-    merged = with_loras(stored, loras)
+    merged = with_loras(stored, loras, kernel_dtype=kernel_dtype)
     if isinstance(merged.source, LoraSource):
         merged.source.check_values()
     return merged
 
 
-def reload(
-    model: nnx.Module,
-    stored: StoredTransformer,
-    tensors: Collection[str],
-    dtype: DTypeLike,
-    placement: Placement = on_default_device,
-    kernel_dtype: DTypeLike | None = None,
-) -> None:
-    """Read the parameters of some tensors anew into a loaded model, one in host memory at a time.
-
-    Args:
-        model: of these files; its other parameters stay as they are.
-        stored: the files, with or without LoRAs.
-        tensors: names of tensors in the files.
-        dtype: to store in.
-        placement: puts a finished parameter on its device or devices.
-        kernel_dtype: what the blocks' kernels are quantised to, if they are.
-
-    Raises:
-        WeightsError: a value is not finite; the parameters before it are new already.
-    """
-    tensors = set(tensors)
-    layers = layers_in_file(stored.source.tensors(), stored.format)
-    plan = make_plan(stored.rules, stored.format, layers)
-    targets = {slot.target for slot, source in plan.items() if source.name in tensors}
-    abstract = nnx.to_flat_state(nnx.state(stored.abstract(dtype, dtype, kernel_dtype)))
-    for target in targets:
-        # Of a quantised kernel its scale too.
-        own = [(path, leaf) for path, leaf in abstract if _is_of(target, path)]
-        state = load_into(
-            nnx.from_flat_state(own),
-            [rule for rule in stored.rules if rule.target == target],
-            stored.source,
-            stored.format,
-            dtype=dtype,
-            # Only this parameter's tensors are read; the others are no business of this table.
-            ignored=(r".*",),
-            placement=placement,
-        )
-        nnx.update(model, state)
-
-
-def _is_of(target: str, path: Sequence[object]) -> bool:
-    return ".".join(map(str, path)) in (target, f"{target}_scale")
-
-
 def with_loras(
-    stored: StoredTransformer, loras: Sequence[Lora], *, is_rounded: bool = False
+    stored: StoredTransformer,
+    loras: Sequence[Lora],
+    *,
+    is_rounded: bool = False,
+    kernel_dtype: DTypeLike | None = None,
 ) -> StoredTransformer:
     """A transformer whose tensors have LoRAs added, in float32, as they are read.
+
+    To tensors that will be quantised only what is no product of two matrices is added (DoRA, LoKr,
+    whole differences). Products would lose what lies below half a step of a channel's scale; they
+    are for :func:`skyreels_jax.weights.lora.beside.put_beside`.
 
     Args:
         stored: the transformer in its files.
         loras: each adds ``scale`` times what its adapters add to the files' weights alone, so that
             their order does not matter.
         is_rounded: whether each sum is rounded to the dtype of the files, for files to be written.
+        kernel_dtype: what the blocks' kernels will be quantised to, if they will.
 
     Raises:
         WeightsError: a file is unsound or does not fit this transformer; says everything wrong.
@@ -176,7 +173,22 @@ def with_loras(
         logger.info("LoRA %s, scale %g: %s", lora.file.path, scale, lora.summary())
         for note in lora.notes():
             _warn_once(note)
-    return replace(stored, source=LoraSource(stored.source, bound, is_rounded=is_rounded))
+    quantized = {source.name for _, source in quantized_tensors(stored, kernel_dtype)}
+    source = LoraSource(stored.source, bound, is_rounded=is_rounded, quantized=quantized)
+    return replace(stored, source=source)
+
+
+def quantized_tensors(
+    stored: StoredTransformer, kernel_dtype: DTypeLike | None
+) -> Iterator[tuple[Slot, Source]]:
+    """Where a transformer has quantised kernels, and of which tensors of its files they are."""
+    if kernel_dtype is None:
+        return
+    kept = scales_of(parameters(stored.abstract(kernel_dtype=kernel_dtype)))
+    plan = make_plan(
+        stored.rules, stored.format, layers_in_file(stored.source.tensors(), stored.format)
+    )
+    yield from ((slot, source) for slot, source in plan.items() if slot.target in kept)
 
 
 def touched(stored: StoredTransformer) -> frozenset[str]:

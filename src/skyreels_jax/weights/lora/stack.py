@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from jax.typing import DTypeLike
+
 from skyreels_jax.errors import RequestError
 from skyreels_jax.weights.lora.binding import Lora
 from skyreels_jax.weights.lora.file import content_hash
@@ -88,7 +90,10 @@ class WithLoras:
 
 
 def plan_exchange(
-    stored: StoredTransformer, before: Sequence[Lora], after: Sequence[Lora]
+    stored: StoredTransformer,
+    before: Sequence[Lora],
+    after: Sequence[Lora],
+    kernel_dtype: DTypeLike | None = None,
 ) -> tuple[StoredTransformer, frozenset[str]]:
     """What a loaded transformer reads anew to have other LoRAs; nothing is changed yet.
 
@@ -96,6 +101,7 @@ def plan_exchange(
         stored: the transformer in its files, without LoRAs.
         before: the LoRAs that the model has.
         after: those that it is to have.
+        kernel_dtype: what the blocks' kernels are quantised to, if they are.
 
     Returns:
         The transformer with the new LoRAs, and the names of the tensors that the old or the new
@@ -105,5 +111,6 @@ def plan_exchange(
     Raises:
         WeightsError: a LoRA does not fit, or is unsound.
     """
-    merged = proven(stored, after)
-    return merged, touched(merged) | touched(with_loras(stored, before))
+    merged = proven(stored, after, kernel_dtype)
+    old = with_loras(stored, before, kernel_dtype=kernel_dtype)
+    return merged, touched(merged) | touched(old)
