@@ -106,12 +106,13 @@ def is_cheap(words: list[str]) -> bool:
     if words[:2] == ["skyreels-jax", "generate"]:
         given = dict(zip(words, words[1:], strict=False))
         return given.get("--model", "mini") in ("mini", "mini-i2v")
-    return words[:2] in (["skyreels-jax", "doctor"], ["skyreels-jax", "data"])
+    return words[:2] in ([["skyreels-jax", verb] for verb in ("doctor", "data", "batch")])
 
 
+CHECKED_PAGES = ("batch", "long_video", "quality", "training")
 COMMANDS = [
     pytest.param(words, id=" ".join(words[:6]))
-    for name in ("README.md", "docs/long_video.md", "docs/quality.md", "docs/training.md")
+    for name in ("README.md", *(f"docs/{page}.md" for page in CHECKED_PAGES))
     for words in documents.commands(PAGES[name])
     if is_cheap(words)
 ]
@@ -126,7 +127,7 @@ def test_a_command_runs(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("SKYREELS_JAX_CACHE", str(tmp_path / "caches"))
     shutil.copytree(documents.ROOT / "examples", tmp_path / "examples")
     # Shorter than on the page: what is looked at is that it goes through.
-    shorter = ["--steps", "1"] if words[1] == "generate" else []
+    shorter = ["--steps", "1"] if words[1] in ("generate", "batch") else []
     shorter += ["--count", "2"] if words[1] == "data" else []
     with contextlib.chdir(tmp_path):
         assert main([*words[1:], *shorter]) == 0

@@ -19,7 +19,7 @@ from skyreels_jax.files import LATENTS_SUFFIX, reason_of, require_regular, tempo
 # Most bytes of a file's name, on every file system that is common.
 _MAX_NAME_BYTES: Final = 255
 # How long a lock is waited for.
-_LOCK_SECONDS: Final = 0.2
+LOCK_SECONDS: Final = 0.2
 
 
 def check_names(paths: Iterable[Path]) -> None:
@@ -119,10 +119,11 @@ def _largest_file() -> int | None:
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
+def locked(path: Path, what: str, seconds: float = LOCK_SECONDS) -> Iterator[None]:
     """Keep other processes from working on ``path``, which need not exist, for the body.
 
-    The lock is the operating system's: it ends with the process, however that ends.
+    The lock is the operating system's: it ends with the process, however that ends. Another's is
+    waited for so many ``seconds``.
 
     Raises:
         RequestError: another process has it.
@@ -136,7 +137,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
     lock = FileLock(file)
     try:
         # Not zero: who held it may be about to remove the file.
-        lock.acquire(timeout=_LOCK_SECONDS, poll_interval=_LOCK_SECONDS / 4)
+        lock.acquire(timeout=seconds, poll_interval=LOCK_SECONDS / 4)
     except Timeout as error:
         raise RequestError(
             f"{what} {path} is being worked on by another process: wait for it, or name another"

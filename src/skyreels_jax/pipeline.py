@@ -191,12 +191,15 @@ class Pipeline(WithLoras):
             RequestError: with everything about the request that is wrong.
         """
         chosen = {"dtype": self.dtype, "weights": self.weights, "offload": self.offload}
-        request = Request.of({"prompt": prompt, **settings}, **chosen)
-        resolved = resolve(request, self.checkpoint, memory=self._residency.free_memory())
-        resolved = replace(resolved, loras=named(self.loras))
+        resolved = self.resolve_request(Request.of({"prompt": prompt, **settings}, **chosen))
         for warning in resolved.warnings:
             logger.warning("%s", warning)
         return resolved
+
+    def resolve_request(self, request: Request) -> ResolvedRequest:
+        """Decide every setting of a request, as :meth:`resolve`, logging nothing."""
+        resolved = resolve(request, self.checkpoint, memory=self._residency.free_memory())
+        return replace(resolved, loras=named(self.loras))
 
     def stream(
         self,
@@ -276,17 +279,12 @@ class Pipeline(WithLoras):
             self.components, self._denoiser.get, request, clock=clock, store=store
         )
 
-    def fingerprint(self) -> str:
-        """A hash of all weights and settings that decide a video."""
+    def fingerprint(self, *, times: bool = True) -> str:
+        """A hash of all that decides a video; without ``times``, the same on every machine."""
         layout = self.checkpoint.layout
         key = [] if layout.weights_key is None else [f"weights_key {layout.weights_key}"]
-        return fingerprint(
-            layout.deciding_files,
-            self.dtype,
-            *key,
-            *self._chosen.quantized,
-            *identities(self.loras),
-        )
+        decided = self.dtype, *key, *self._chosen.quantized, *identities(self.loras)
+        return fingerprint(layout.deciding_files, *decided, times=times)
 
     def verify(self) -> None:
         """Prove by headers that the checkpoint is complete and that LoRAs fit it, once.

@@ -53,23 +53,22 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s --prompt TEXT [--model DIR_OR_ID] [--output FILE.mp4] [flags below]"
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    _add_output(add_video_flags(parser, prompted=True)[OUTPUT])
+
+
+def add_video_flags(parser: argparse.ArgumentParser, *, prompted: bool) -> Mapping[str, Any]:
+    """What decides a video: checkpoint, settings, how to compute; gives the groups of flags."""
     _add_checkpoint(parser.add_argument_group("checkpoint"))
     groups = {
         name: parser.add_argument_group(name)
         for name in (SHOWN, DIMENSIONS, SAMPLING, FORCING, RUNNING, OUTPUT)
     }
-    prompts = groups[SHOWN].add_mutually_exclusive_group()
+    if prompted:
+        _add_prompts(groups[SHOWN].add_mutually_exclusive_group())
     for setting in declared().values():
-        if setting.name in ("dtype", "output"):
+        if setting.name in ("dtype", "output", "prompt"):
             continue
-        _add_setting(prompts if setting.name == "prompt" else groups[setting.group], setting)
-        if setting.name == "prompt":
-            prompts.add_argument(
-                "--prompt-file",
-                type=Path,
-                metavar="FILE",
-                help="lines of `frame: prompt`: each holds from the first window that begins there",
-            )
+        _add_setting(groups[setting.group], setting)
         if setting.name == "cache":
             groups[RUNNING].add_argument(
                 "--teacache",
@@ -79,7 +78,17 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
                 help="the same as --cache teacache",
             )
     _add_running(groups[RUNNING])
-    _add_output(groups[OUTPUT])
+    return groups
+
+
+def _add_prompts(group: Any) -> None:
+    _add_setting(group, declared()["prompt"])
+    group.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="lines of `frame: prompt`: each holds from the first window that begins there",
+    )
 
 
 def _add_setting(group: Any, setting: Setting) -> None:
@@ -287,7 +296,7 @@ def add_doctor_flags(parser: argparse.ArgumentParser) -> None:
 
 
 # Verbs that have something to be silent about.
-QUIET_VERBS: Final = ("generate", "resume", "convert", "data", "train")
+QUIET_VERBS: Final = ("generate", "resume", "batch", "convert", "data", "train")
 
 
 @contextmanager

@@ -8,36 +8,32 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
 import av
-import numpy as np
 
 from skyreels_jax.checkpoints import OPENING, Checkpoint
-from skyreels_jax.cli.products import PROGRAM, Products, is_ours, place_video, write_derived
+from skyreels_jax.cli.products import Products, place_video, with_strips, write_derived
 from skyreels_jax.cli.report import console_progress, summarise
+from skyreels_jax.components.lazy import Keep
 from skyreels_jax.errors import RequestError, SkyReelsError, Stopped
 from skyreels_jax.files import LATENTS_SUFFIX, reason_of
 from skyreels_jax.generation.job_folder import FolderStore
 from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.store import SavedLatents
 from skyreels_jax.generation.video import settings_of, write_mp4
-from skyreels_jax.geometry import pixel_frames
 from skyreels_jax.hub import enable_compilation_cache, prompt_cache_folder
 from skyreels_jax.interrupt import StopRequest, deferred, stop_requested
-from skyreels_jax.media import RgbImage, contact_sheet, write_image, write_settings
+from skyreels_jax.media import write_settings
 from skyreels_jax.outputs import fallback_folders, free_name, state_of
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.sampling.progress import Clock, Timings
-from skyreels_jax.shapes import Frames
 from skyreels_jax.weights.lora.stack import as_loras
 
-# Pictures in a strip, which are all that a preview keeps of a window.
-_STRIP: Final = 8
 # Flags that decide the pipeline, which a job remembers, and the types of their values.
 _OPTIONS: Final[Mapping[str, tuple[type, ...]]] = {
     **dict.fromkeys(("model", "backend", "dtype", "vae_tiling", "vae_dtype"), (str,)),
@@ -52,6 +48,7 @@ _HOW: Final[Mapping[str, tuple[type, ...]]] = {
     **_OPTIONS,
     **dict.fromkeys(("weights", "output"), (str,)),
     **dict.fromkeys(("metadata", "sidecar", "preview", "keep_job", "keep_latents"), (bool,)),
+    "made_from": (dict, type(None)),
 }
 # What is turned into one line that says how to go on.
 _FAILURES: Final = (SkyReelsError, OSError, MemoryError, RuntimeError, av.FFmpegError)
@@ -59,8 +56,13 @@ _FAILURES: Final = (SkyReelsError, OSError, MemoryError, RuntimeError, av.FFmpeg
 logger = logging.getLogger(__name__)
 
 
-def open_pipeline(options: Mapping[str, Any]) -> Pipeline:
-    """A pipeline with the caches of the command line; nothing of its weights is read."""
+def open_pipeline(options: Mapping[str, Any], *, keep: Keep = False) -> Pipeline:
+    """A pipeline with the caches of the command line; nothing of its weights is read.
+
+    Args:
+        options: flags, or what a job remembers of them.
+        keep: whether its components stay in memory for the next video.
+    """
     enable_compilation_cache()
     opening: Mapping[str, Any] = {name: options[name] for name in OPENING}
     checkpoint = Checkpoint.open(options["model"], **opening)
@@ -68,7 +70,7 @@ def open_pipeline(options: Mapping[str, Any]) -> Pipeline:
         checkpoint,
         backend=options["backend"],
         dtype=options["dtype"],
-        keep=False,
+        keep=keep,
         prompt_cache=None if options["no_prompt_cache"] else prompt_cache_folder(),
         vae_tiling=options["vae_tiling"],
         vae_dtype=options["vae_dtype"],
@@ -79,9 +81,16 @@ def open_pipeline(options: Mapping[str, Any]) -> Pipeline:
 
 
 def begin(
-    args: argparse.Namespace, pipeline: Pipeline, request: ResolvedRequest, products: Products
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    request: ResolvedRequest,
+    products: Products,
+    made_from: Mapping[str, str] | None = None,
 ) -> FolderStore:
-    """The job of a video that is made from the start."""
+    """The job of a video that is made from the start.
+
+    ``made_from`` says in the file of settings what beside them decides the video.
+    """
     products.check_request(request, overwrite=args.overwrite)
     pipeline.verify()
     assert products.job is not None
@@ -98,6 +107,7 @@ def begin(
         "preview": args.preview,
         "keep_job": args.keep_job,
         "keep_latents": args.keep_latents,
+        "made_from": None if made_from is None else dict(made_from),
     }
     there = state_of(args.output)
     confirmed = [there] if there is not None and args.overwrite else []
@@ -117,8 +127,8 @@ def check_how(job: FolderStore) -> None:
     Raises:
         RequestError: a value is missing or of another type, or names a file elsewhere.
     """
-    usual = {"keep_latents": False, "keep_job": False, "elsewhere": None, "lora": []}
-    how = {**usual, **dict.fromkeys(OPENING), **job.how}
+    usual = {"keep_latents": False, "keep_job": False, "elsewhere": None, "made_from": None}
+    how = {**usual, "lora": [], **dict.fromkeys(OPENING), **job.how}
     for name, kinds in _HOW.items():
         if type(how.get(name, ...)) not in kinds:
             raise RequestError(
@@ -145,9 +155,19 @@ def output_of(job: FolderStore) -> Path:
 
 
 def go_on(pipeline: Pipeline, job: FolderStore, finished: int = 0) -> int:
+    """Finish a job, of which so many windows are ``finished``, and say so; 0."""
+    output, timings = finish(pipeline, job, finished)
+    _say_written(output, job.request.output_frames, job.request.fps, timings)
+    return 0
+
+
+def finish(pipeline: Pipeline, job: FolderStore, finished: int = 0) -> tuple[Path, Timings]:
     """Make what is missing of a job, of which so many windows are ``finished``, and its video.
 
     What stops it says how to go on.
+
+    Returns:
+        Where the video is, and what took how long.
     """
     request = job.request
     # A window that is not finished is lost in any case: alone, it is given up at once.
@@ -175,8 +195,7 @@ def go_on(pipeline: Pipeline, job: FolderStore, finished: int = 0) -> int:
         raise SkyReelsError(f"{_in_words(error)}; {_how_to_go_on(job)}") from error
     if not job.how["keep_job"]:
         job.remove()
-    _say_written(output, request.output_frames, request.fps, clock.timings)
-    return 0
+    return output, clock.timings
 
 
 def _how_to_go_on(job: FolderStore) -> str:
@@ -202,9 +221,9 @@ def _place(job: FolderStore) -> Path:
         assert latents is not None
         keep_latents(SavedLatents(latents, settings_of(request)), output)
     if job.how["sidecar"]:
-        write_derived(
-            output.with_suffix(".json"), lambda path: write_settings(path, settings_of(request))
-        )
+        made_from = {} if job.how["made_from"] is None else {"made_from": job.how["made_from"]}
+        settings = settings_of(request) | made_from
+        write_derived(output.with_suffix(".json"), lambda path: write_settings(path, settings))
     return output
 
 
@@ -276,7 +295,7 @@ def _write(pipeline: Pipeline, job: FolderStore, clock: Clock) -> None:
     job.partial.unlink(missing_ok=True)
     frames = pipeline.stream(request, store=job, clock=clock)
     if job.how["preview"]:
-        frames = _with_strips(frames, request, Products(Path(job.how["output"]), None).preview)
+        frames = with_strips(frames, request, Products(Path(job.how["output"]), None).preview)
     written = write_mp4(
         frames,
         job.partial,
@@ -287,39 +306,6 @@ def _write(pipeline: Pipeline, job: FolderStore, clock: Clock) -> None:
     )
     if written != request.output_frames:
         raise AssertionError(f"{written} frames written, {request.output_frames} promised")
-
-
-def _with_strips(
-    frames: Iterable[Frames], request: ResolvedRequest, name: Callable[[int], Path]
-) -> Iterator[Frames]:
-    """The same frames; a strip of pictures of each window is written when its last has come."""
-    begin = 0 if request.video is None else request.output_frames - request.num_frames
-    ends = [begin + pixel_frames(window.start + window.frames) for window in request.windows]
-    spans = list(zip([0, *ends], ends, strict=False))
-    number, shown, pictures = 0, 0, list[Frames]()
-    for some in frames:
-        for frame in some:
-            first, end = spans[number]
-            chosen = np.linspace(first, end - 1, min(_STRIP, end - first)).round().astype(int)
-            if shown in chosen:
-                pictures.append(frame[None])
-            shown += 1
-            if shown == end:
-                strip = contact_sheet(np.concatenate(pictures), count=_STRIP, columns=_STRIP)
-                _write_strip(name(number), strip)
-                pictures, number = [], min(number + 1, len(spans) - 1)
-        yield some
-
-
-def _write_strip(path: Path, strip: RgbImage) -> None:
-    """Write a picture that only shows how far things are: what refuses it is said, no more."""
-    if state_of(path) is not None and not is_ours(path):
-        logger.warning("%s is somebody's: no picture of the window is written", path)
-        return
-    try:
-        write_image(path, strip, made_by=PROGRAM)
-    except OSError as error:
-        logger.warning("%s cannot be written: %s", path, reason_of(error))
 
 
 def _say_stopping() -> None:

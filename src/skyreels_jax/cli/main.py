@@ -1,8 +1,8 @@
 """``skyreels-jax``: one command with verbs.
 
-Exit codes: 0 done; 2 the request, the checkpoint or the machine does not allow it (one line on
-standard error says why); 130 stopped by Ctrl-C, 143 by SIGTERM, both without leaving half files.
-Anything else is a bug and shows its traceback.
+Exit codes: 0 done; 1 rows of a batch failed; 2 the request, the checkpoint or the machine does not
+allow it (one line on standard error says why); 130 stopped by Ctrl-C, 143 by SIGTERM, both without
+leaving half files. Anything else is a bug and shows its traceback.
 """
 
 import argparse
@@ -37,6 +37,7 @@ CLOSED_PIPE: Final = 141
 VERBS: Final[Mapping[str, str]] = {
     "generate": "make a video from a prompt, and an image where the checkpoint takes one",
     "resume": "go on with a video that was interrupted",
+    "batch": "make a video of each row of a file of JSON lines, with one model load",
     "convert": "translate a checkpoint into the other format or another dtype",
     "lora": "inspect, convert, merge and extract LoRA files",
     "data": "write videos with captions, to train on",

@@ -8,26 +8,30 @@ this program: the user did not name them.
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 from PIL import Image
 
 from skyreels_jax.errors import RequestError
-from skyreels_jax.files import LATENTS_SUFFIX, read_json, take_name, whole_file
+from skyreels_jax.files import LATENTS_SUFFIX, read_json, reason_of, take_name, whole_file
 from skyreels_jax.generation.job_folder import FolderStore, exists_already
 from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.store import SavedLatents
-from skyreels_jax.geometry import LATENT_CHANNELS
-from skyreels_jax.media import check_output
+from skyreels_jax.geometry import LATENT_CHANNELS, pixel_frames
+from skyreels_jax.media import RgbImage, check_output, contact_sheet, write_image
 from skyreels_jax.outputs import check_names, check_place, check_space, free_name, state_of
+from skyreels_jax.shapes import Frames
 
 JOB_SUFFIX: Final = ".job"
 # What made it, as settings of a video and pictures name it.
 PROGRAM: Final = "skyreels-jax"
+# Pictures in a strip, which are all that a preview keeps of a window.
+_STRIP: Final = 8
 # Bytes of a pixel of a finished video: twice what pictures of a camera take.
 _BYTES_A_PIXEL: Final = 0.1
 # Of everything else: records, settings, pictures.
@@ -216,3 +220,36 @@ def _names_for(job: FolderStore, target: Path) -> Iterator[Path]:
 
 def _disk(folder: Path) -> int:
     return folder.stat().st_dev
+
+
+def with_strips(
+    frames: Iterable[Frames], request: ResolvedRequest, name: Callable[[int], Path]
+) -> Iterator[Frames]:
+    """The same frames; a strip of pictures of each window is written when its last has come."""
+    begin = 0 if request.video is None else request.output_frames - request.num_frames
+    ends = [begin + pixel_frames(window.start + window.frames) for window in request.windows]
+    spans = list(zip([0, *ends], ends, strict=False))
+    number, shown, pictures = 0, 0, list[Frames]()
+    for some in frames:
+        for frame in some:
+            first, end = spans[number]
+            chosen = np.linspace(first, end - 1, min(_STRIP, end - first)).round().astype(int)
+            if shown in chosen:
+                pictures.append(frame[None])
+            shown += 1
+            if shown == end:
+                strip = contact_sheet(np.concatenate(pictures), count=_STRIP, columns=_STRIP)
+                _write_strip(name(number), strip)
+                pictures, number = [], min(number + 1, len(spans) - 1)
+        yield some
+
+
+def _write_strip(path: Path, strip: RgbImage) -> None:
+    """Write a picture that only shows how far things are: what refuses it is said, no more."""
+    if state_of(path) is not None and not is_ours(path):
+        logger.warning("%s is somebody's: no picture of the window is written", path)
+        return
+    try:
+        write_image(path, strip, made_by=PROGRAM)
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", path, reason_of(error))

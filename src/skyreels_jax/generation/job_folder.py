@@ -16,8 +16,9 @@ been.
 import hashlib
 import json
 import logging
+import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ from skyreels_jax.shapes import HostLatents
 # Windows of format 1 have no checksum.
 _FORMAT: Final = 2
 _UNCHECKED: Final = 1
-_RECORD: Final = "job.json"
+RECORD: Final = "job.json"
 _PARTIAL: Final = "partial.mp4"
 # What does not decide a window, or may be at another place when a job goes on.
 _NOT_DECIDING: Final = ("sources", "warnings", "notices", "video")
@@ -116,7 +117,7 @@ class FolderStore:
             RequestError: it is no job folder, or one of another version.
         """
         require_job(folder)
-        path = folder / _RECORD
+        path = folder / RECORD
         record = read_json(path)
         try:
             version = record["format"]
@@ -269,7 +270,7 @@ class FolderStore:
     def _write_record(self, folder: Path) -> None:
         others = [str(other.resolve()) for other in self._folders if other != folder]
         write_json(
-            folder / _RECORD,
+            folder / RECORD,
             {
                 "format": self.format,
                 "request": self.record,
@@ -282,29 +283,54 @@ class FolderStore:
     def _is_same(self, folder: Path) -> bool:
         """Whether another folder is a job of the same request: nothing else is read or removed."""
         try:
-            raw = read_json(folder / _RECORD)["request"]
+            raw = read_json(folder / RECORD)["request"]
             return FolderStore(folder, self.request, {}, dict(raw))._digest == self._digest
         except (RequestError, KeyError, TypeError, ValueError):
             return False
 
     def _remove_from(self, folder: Path) -> None:
-        remove_temporary(folder)
-        own = [_RECORD, _PARTIAL, *(f"{name}.png" for name in IMAGES)]
         windows = (self._path(folder, window) for window in self.request.windows)
-        for file in (*(folder / name for name in own), *windows):
-            file.unlink(missing_ok=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        _remove_files(folder, windows)
 
     @staticmethod
     def _path(folder: Path, window: Window) -> Path:
         return folder / f"window-{window.number:04d}.safetensors"
 
 
+def _remove_files(folder: Path, windows: Iterable[Path]) -> None:
+    """Remove a job's files, and its folder if nothing else is in it; raises OSError."""
+    remove_temporary(folder)
+    own = [RECORD, _PARTIAL, *(f"{name}.png" for name in IMAGES)]
+    for file in (*(folder / name for name in own), *windows):
+        file.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def remove_unrecorded(folder: Path) -> None:
+    """Remove what is left of a job that was killed while it was begun or removed, if anything is.
+
+    A job has its record from when its folder is complete until its video is.
+
+    Raises:
+        RequestError: it has a record, or something else is there.
+    """
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir() or (folder / RECORD).exists():
+        raise RequestError(exists_already(folder))
+    try:
+        _remove_files(folder, folder.glob("window-[0-9]*.safetensors"))
+    except OSError as error:
+        raise RequestError(f"{folder} cannot be removed: {reason_of(error)}") from error
+    if folder.exists():
+        raise RequestError(f"{folder} is no job, and there are files in it: move it away")
+
+
 def require_job(folder: Path) -> None:
     """Refuse a folder that has no record of a job; raises a RequestError."""
-    if not (folder / _RECORD).is_file():
-        raise RequestError(f"{folder} is no job folder: it has no {_RECORD}")
+    if not (folder / RECORD).is_file():
+        raise RequestError(f"{folder} is no job folder: it has no {RECORD}")
 
 
 def exists_already(folder: Path) -> str:
