@@ -27,7 +27,7 @@ from skyreels_jax.weights.lora.binding import Lora
 from skyreels_jax.weights.lora.source import with_loras
 from skyreels_jax.weights.model_file import components_in, read_model, with_components
 from skyreels_jax.weights.pipeline_folder import About, needed_components
-from skyreels_jax.weights.relatives import refuse_names
+from skyreels_jax.weights.relatives import refuse_names, refuse_shapes
 
 _T = TypeVar("_T")
 logger = logging.getLogger(__name__)
@@ -133,6 +133,9 @@ class Checkpoint:
         location = locate(path_or_id, revision)
         layout = _with_heads(read_model(location.folder, key=weights_key), preset)
         source = layout.tensors()
+        if not layout.config:
+            shapes = {name: info.shape for name, info in source.tensors().items()}
+            refuse_shapes(layout.folder, shapes)
         if preset is None:
             files = [(f"the name of {file.name}", file.name) for file in layout.files()]
             names = names_of(layout, location.repo, source.marker)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tests.cli.commands import Command
 from tests.fabricate import Checkpoints
 
@@ -106,11 +107,8 @@ def test_asked_to_stop_it_leaves_a_file_that_plays(checkpoints, out: Path, undis
     assert not list(out.rglob(".*"))
 
 
-@pytest.fixture
-def broken_off(
-    command: Command, checkpoints, out: Path, undisturbed, monkeypatch: pytest.MonkeyPatch
-):
-    """A job whose disk was full when frame 20 was to be written."""
+def break_off(command: Command, monkeypatch: pytest.MonkeyPatch, words: list[str]):
+    """Make a job whose disk is full when frame 20 is to be written."""
     true = media.VideoWriter.append
 
     def full(self: media.VideoWriter, frames: np.ndarray) -> None:
@@ -120,11 +118,36 @@ def broken_off(
 
     with monkeypatch.context() as patch:
         patch.setattr(media.VideoWriter, "append", full)
-        outcome = command(*words(checkpoints, out, "--preview", "--sidecar"))
+        return command(*words)
+
+
+@pytest.fixture
+def broken_off(
+    command: Command, checkpoints, out: Path, undisturbed, monkeypatch: pytest.MonkeyPatch
+):
+    outcome = break_off(command, monkeypatch, words(checkpoints, out, "--preview", "--sidecar"))
     assert outcome.code == 2
     assert "No space left" in outcome.err
     assert f"go on with: skyreels-jax resume {out / 'x.job'}" in outcome.err
     return out / "x.job"
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_with_the_components_it_began_with(
+    command: Command, checkpoints, out: Path, undisturbed, monkeypatch: pytest.MonkeyPatch
+):
+    (vae,) = (checkpoints("t2v", "diffusers") / "vae").glob("*.safetensors")
+    loud = out.parent / "loud.safetensors"
+    tensors = load_file(vae)
+    save_file({k: 1.1 * v if k.endswith("gamma") else v for k, v in tensors.items()}, loud)
+    asked = words(checkpoints, out, "--vae", str(loud))
+    assert command(*asked).code == 0
+    expected = media.read_video(out / "x.mp4")[0]
+    assert not np.array_equal(expected, undisturbed)
+    (out / "x.mp4").unlink()
+    assert break_off(command, monkeypatch, asked).code == 2
+    assert command("resume", out / "x.job").code == 0
+    np.testing.assert_array_equal(media.read_video(out / "x.mp4")[0], expected)
 
 
 def test_a_full_disk_says_what_is_kept_and_how_to_go_on(

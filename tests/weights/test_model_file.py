@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from tests.fabricate import Checkpoints
+from tests.weights import gguf_files
 from tests.weights.tiny import DF, I2V, T2V, random_state, save
 
 from skyreels_jax import Pipeline
@@ -17,7 +19,11 @@ from skyreels_jax.checkpoints import Checkpoint, load_transformer
 from skyreels_jax.cli.main import main
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.presets import PRESETS
+from skyreels_jax.recognition import guess_preset
+from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.engine import parameters
+from skyreels_jax.weights.layout import Layout
 from skyreels_jax.weights.torch_file import PthSource
 
 F = np.float32
@@ -180,8 +186,105 @@ def test_other_inputs_are_other_models(tmp_path: Path, changed: dict[str, int], 
     values = tensors_of(tmp_path / "m", config)
     patch = values["patch_embedding.weight"]
     values["patch_embedding.weight"] = np.zeros((patch.shape[0], changed["in_dim"], 1, 2, 2), F)
+    (tmp_path / "folder").mkdir()
+    file = saved(values, tmp_path / "folder" / "a.safetensors")
+    for place in (file, file.parent):
+        with pytest.raises(WeightsError, match=says):
+            Checkpoint.open(place)
+
+
+VAES: dict[str, tuple[str, dict[str, tuple[int, ...]], str]] = {
+    "Wan 2.2": (
+        "a.safetensors",
+        {"encoder.downsamples.0.downsamples.0.residual.2.weight": (4, 4, 3, 3, 3)},
+        "the VAE of Wan 2.2",
+    ),
+    "Wan 2.2 of diffusers": (
+        "a.safetensors",
+        {"encoder.down_blocks.0.resnets.0.conv1.weight": (4, 4, 3, 3, 3)},
+        "the VAE of Wan 2.2",
+    ),
+    "images": (
+        "a.safetensors",
+        {"encoder.down_blocks.0.resnets.0.conv1.weight": (4, 4, 3, 3)},
+        "a VAE of images",
+    ),
+    "Qwen": ("qwen_image_vae.safetensors", {}, "the VAE of Qwen-Image"),
+}
+
+
+@pytest.mark.parametrize("kind", VAES)
+def test_vaes_of_other_models_are_named(
+    checkpoints: Checkpoints, single: Path, tmp_path: Path, kind: str
+):
+    name, shapes, says = VAES[kind]
+    names = (checkpoints("t2v", "diffusers") / "vae").glob("*.safetensors")
+    values = load_file(next(iter(names)))
+    values |= {tensor: np.zeros(shape, F) for tensor, shape in shapes.items()}
     with pytest.raises(WeightsError, match=says):
-        Checkpoint.open(saved(values, tmp_path / "a.safetensors"))
+        Checkpoint.open(single, preset="mini", vae=saved(values, tmp_path / name))
+
+
+def test_a_text_encoder_under_llama_cpps_names_is_the_same(
+    checkpoints: Checkpoints, single: Path, tmp_path: Path
+):
+    folder = checkpoints("t2v", "diffusers")
+    (stored,) = (folder / "text_encoder").glob("*.safetensors")
+    theirs = {name: value.astype(F) for name, value in load_file(stored).items()}
+    tensors = {llama_cpps(n): ("F32", v.shape, v.tobytes()) for n, v in theirs.items()}
+    file = gguf_files.write(tmp_path / "umt5.gguf", tensors, gguf_files.architecture("t5encoder"))
+    layout = Checkpoint.open(single, preset="mini", text_encoder=file, components=folder).layout
+    opened = stored_text_encoder(layout)
+    opened.verify()
+    loaded = parameters(opened.load(jnp.float32))
+    expected = stored_text_encoder(Checkpoint.open(folder).layout).load(jnp.float32)
+    for path, value in parameters(expected).items():
+        np.testing.assert_array_equal(value.get_value(), loaded[path].get_value(), path)
+    spoiled = {name.replace("attn_q", "attn_z"): value for name, value in tensors.items()}
+    with pytest.raises(WeightsError):
+        bad = gguf_files.write(tmp_path / "bad.gguf", spoiled, gguf_files.architecture("t5encoder"))
+        Checkpoint.open(single, preset="mini", text_encoder=bad)
+
+
+def llama_cpps(name: str) -> str:
+    """transformers' name of a tensor of T5's encoder, as llama.cpp's converter writes it."""
+    parts = {
+        "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b",
+        **{f"layer.0.SelfAttention.{one}": f"attn_{one}" for one in "qkvo"},
+        "layer.0.layer_norm": "attn_norm",
+        "layer.1.DenseReluDense.wi_0": "ffn_gate",
+        "layer.1.DenseReluDense.wi_1": "ffn_up",
+        "layer.1.DenseReluDense.wo": "ffn_down",
+        "layer.1.layer_norm": "ffn_norm",
+    }
+    if name in ("shared.weight", "encoder.embed_tokens.weight"):
+        return "token_embd.weight"
+    if name == "encoder.final_layer_norm.weight":
+        return "enc.output_norm.weight"
+    _, _, block, rest = name.split(".", 3)
+    return f"enc.blk.{block}.{parts[rest.removesuffix('.weight')]}.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("skyreels_i2v_14B_720p_fp16", "SkyReels-V2-I2V-14B-720P"),
+        ("SkyReels-14B-540P-I2V-e5m2", "SkyReels-V2-I2V-14B-540P"),
+        ("wan2.1_i2v_480p_14B_bf16", "Wan2.1-I2V-14B-480P"),
+        ("Wan2_1-I2V-14B-720P_fp8_e4m3fn", "Wan2.1-I2V-14B-720P"),
+    ],
+)
+def test_a_files_name_tells_the_resolution(tmp_path: Path, name: str, preset: str):
+    config = PRESETS[preset].config
+    path = tmp_path / f"{name}.safetensors"
+    path.touch()
+    found = guess_preset(Layout(path, "original", path, {}, {}), config)
+    assert found.preset is not None
+    assert found.preset.name == preset
+    # A name that tells nothing is an assumption, which is said.
+    bare = tmp_path / "model.safetensors"
+    bare.touch()
+    assert "assumed" in guess_preset(Layout(bare, "original", bare, {}, {}), config).reason
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from skyreels_jax.weights.layout import (
 )
 from skyreels_jax.weights.open_file import WEIGHT_SUFFIXES, open_tensors
 from skyreels_jax.weights.plan import Format
-from skyreels_jax.weights.relatives import refuse_foreign, refuse_shapes, refuse_vae
+from skyreels_jax.weights.relatives import refuse_foreign, refuse_vae
 from skyreels_jax.weights.repackaged import Held, Packed, UnpackedSource, packed_in
 
 # What may be given beside a transformer; the tokenizer comes with the text encoder or in a folder.
@@ -66,10 +66,7 @@ def read_model(path: Path, *, key: str | None = None) -> Layout:
         cast(ComponentName, one.component): path for one in packed if one.component != "transformer"
     }
     config = _config_beside(path, format)
-    layout = Layout(path, format, path, config, components, weights_key=key)
-    tensors = layout.tensors().tensors()
-    refuse_shapes(path, {name: info.shape for name, info in tensors.items()})
-    return layout
+    return Layout(path, format, path, config, components, weights_key=key)
 
 
 def _config_beside(path: Path, format: Format) -> Mapping[str, object]:
