@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from tests.fabricate import Checkpoints
 
+pytestmark = pytest.mark.slow
+
 # Runs commands, and says how often anything was compiled by each: anew, or from the cache on disk.
 PROGRAM = """
 import json, sys

@@ -75,6 +75,7 @@ def test_a_table_is_printed_and_no_weight_read(
     assert "NaN or infinite" in done.errors[0]
 
 
+@pytest.mark.slow
 def test_with_pytorch_around_only_the_transformer_is_analysed(
     command: Command, checkpoints: Checkpoints, out: Path
 ):
@@ -85,7 +86,7 @@ def test_with_pytorch_around_only_the_transformer_is_analysed(
     assert "takes at least 0.00 GiB" in outcome.out
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_what_does_not_fit_is_refused_with_its_numbers(
     command: Command, checkpoints: Checkpoints, out: Path, monkeypatch, dtype: str
 ):
@@ -109,6 +110,7 @@ def test_a_device_that_does_not_tell_gets_no_verdict(
     assert outcome.out.splitlines()[-1].endswith("does not tell what is free")
 
 
+@pytest.mark.slow
 def test_tiles_show_in_the_table(command: Command, checkpoints: Checkpoints, out: Path):
     wide = ("--width", "448", "--num-frames", "1", "--vae-tiling", "on")
     rows = table(run(command, checkpoints("t2v", "original"), out, *wide))

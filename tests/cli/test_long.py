@@ -55,7 +55,8 @@ def undisturbed(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFacto
     return media.read_video(out / "x.mp4")[0]
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [20])
 def test_kills_at_random_moments_lose_nothing(checkpoints, out: Path, undisturbed, times: int):
     moments = random.Random(5)
     kills = finished = 0
@@ -86,7 +87,9 @@ def test_kills_at_random_moments_lose_nothing(checkpoints, out: Path, undisturbe
     assert finished
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_asked_to_stop_it_leaves_a_file_that_plays(checkpoints, out: Path, undisturbed, number):
     # So many steps that the second window is under way when the signal comes.
     process = start(words(checkpoints, out, "--steps", "400"))
@@ -165,7 +168,15 @@ def test_a_full_disk_says_what_is_kept_and_how_to_go_on(
     assert media.read_settings(out / "x.mp4")["prompt"] == ["a fox", *["a crow"] * 3]
 
 
-@pytest.mark.parametrize("damage", ["cut", "bit", "another window's", "of another request"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "bit",
+        "of another request",
+        pytest.param("cut", marks=pytest.mark.slow),
+        pytest.param("another window's", marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_window_is_named_and_made_anew(
     command: Command, broken_off: Path, out: Path, undisturbed, caplog, damage: str
 ):

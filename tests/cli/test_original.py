@@ -22,7 +22,9 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("script", ["generate_video_df", "generate_video"])
+@pytest.mark.parametrize(
+    "script", ["generate_video_df", pytest.param("generate_video", marks=pytest.mark.slow)]
+)
 def test_a_video_is_where_the_original_writes_it(
     checkpoints: Checkpoints, tmp_path: Path, script: str
 ):

@@ -43,7 +43,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("skyreels_jax.cli.resume.open_pipeline", fail, raising=False)
 
 
-@pytest.mark.parametrize("stem", ["x" * 230, "影" * 83])
+@pytest.mark.parametrize("stem", [pytest.param("x" * 230, marks=pytest.mark.slow), "影" * 83])
 def test_a_long_name_is_written(command: Command, words: Words, out: Path, stem: str):
     outcome = command(*words, "--output", out / f"{stem}.mp4")
     assert outcome.code == 0, outcome.err

@@ -15,8 +15,16 @@ TABLE = read_table()
 EXACTLY = TABLE["environment"] == environment()
 
 
+# Those that take longest, and whose ways others of the table go too.
+_SLOW = {
+    *("original-layout-vae-tiling-bfloat16", "t2v", "block-causal", "flf2v", "file-long", "file"),
+    *("long-by-pixels", "start-image-noised"),
+}
+
+
 def marked(request: NamedRequest) -> Any:
-    return pytest.param(request, id=request.name)
+    marks = pytest.mark.slow if request.name in _SLOW else ()
+    return pytest.param(request, id=request.name, marks=marks)
 
 
 @pytest.fixture(scope="module")
