@@ -100,6 +100,7 @@ def test_a_diffusion_forcing_checkpoint_makes_videos_from_text_and_from_an_image
     assert np.mean(text.frames[0] != image.frames[0]) > 0.5
 
 
+@pytest.mark.slow
 def test_a_long_video_with_the_settings_of_diffusion_forcing(checkpoints: Checkpoints):
     pipeline = HybridPipeline(checkpoints("df", "original"), None, "cpu", jnp.float32)
     wishes: dict[str, Any] = {"height": 32, "width": 48, "seed": 1, "num_frames": 21}

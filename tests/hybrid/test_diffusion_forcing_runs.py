@@ -121,7 +121,13 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name.startswith("long, blocks") else ())
+        for name in CASES
+    ],
+)
 def test_a_video_is_that_of_diffusers(ours, theirs, case: str):
     expected = theirs(case)
     assert expected.std() > 20  # there is something to see

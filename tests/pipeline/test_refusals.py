@@ -19,6 +19,7 @@ SMALL = {"height": 32, "width": 48, "num_frames": 5, "steps": 2, "seed": 1}
 TOO_MUCH = 2**46
 
 
+@pytest.mark.slow
 def test_a_folder_without_its_last_part_is_refused_before_the_first_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

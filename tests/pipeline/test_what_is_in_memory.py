@@ -73,6 +73,7 @@ def test_the_transformer_is_gone_before_a_file_is_decoded(
     assert watch.loads == [(name, set()) for name in ("Umt5Encoder", "WanModel", "WanVae")]
 
 
+@pytest.mark.slow
 def test_two_windows_keep_the_transformer_beside_the_vae_which_is_loaded_once(
     checkpoints: Checkpoints, watch: Watch
 ):
@@ -96,6 +97,7 @@ def test_what_is_kept_is_loaded_once(checkpoints: Checkpoints, watch: Watch):
     np.testing.assert_array_equal(first.frames, again.frames)
 
 
+@pytest.mark.slow
 def test_without_keeping_a_second_video_loads_again_and_compiles_nothing(
     checkpoints: Checkpoints, watch: Watch
 ):
@@ -124,6 +126,7 @@ def test_by_default_components_stay_where_there_is_room(
     np.testing.assert_array_equal(first.frames, again.frames)
 
 
+@pytest.mark.slow
 def test_what_was_kept_makes_room_for_a_video_that_takes_it(
     checkpoints: Checkpoints, watch: Watch, monkeypatch, caplog
 ):

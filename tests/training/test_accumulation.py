@@ -57,7 +57,8 @@ def after_a_step(accumulate: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([np.ravel(value) for _, value in sorted(state.params.items())])
 
 
-@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [2, 4])
 def test_parts_of_a_video_batch_are_the_batch(parts: int):
     whole = after_a_step(1)
     assert np.max(np.abs(after_a_step(parts) - whole)) < TOLERANCE

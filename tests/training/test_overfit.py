@@ -90,6 +90,7 @@ def error(found: jax.Array, clip: jax.Array) -> float:
     return float(jnp.sqrt(jnp.mean(jnp.square(found - clip)) / jnp.mean(jnp.square(clip))))
 
 
+@pytest.mark.slow
 def test_one_clip_is_learned_in_sixty_steps(clip):
     _, losses = trained(clip)
     # Measured: 2.10 to 0.51.

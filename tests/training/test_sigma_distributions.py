@@ -114,6 +114,7 @@ def test_frames_by_themselves_are_independent():
     assert np.max(np.abs(correlation)) < 0.06
 
 
+@pytest.mark.slow
 def test_a_mixture_is_of_both_kinds():
     mixed = Mixed(ShiftedUniform(), NonDecreasing(), 0.25)
     sigma = np.asarray(mixed.sample(jax.random.key(4), 4000, 5))

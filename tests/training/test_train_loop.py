@@ -93,6 +93,7 @@ def test_a_killed_run_goes_on_bit_for_bit(config, whole, tmp_path):
     assert [line[0] for line in logged[0] if line[1] is not None] == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(config, whole, tmp_path):
     other = tmp_path / "run.toml"
     other.write_text(CONFIG.replace("steps = 20", "steps = 20\nseed = 1"))

@@ -13,6 +13,7 @@ from skyreels_jax.training.transformer_recipe import Objective
 from skyreels_jax.training.transformer_task import draw_probabilities
 
 
+@pytest.mark.slow
 def test_shares_are_those_of_videos():
     objective = Objective(frames=0.2, continued=0.4)
     sigma = np.asarray(objective.distribution().sample(jax.random.key(0), 8000, 5))

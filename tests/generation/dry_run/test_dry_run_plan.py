@@ -234,7 +234,14 @@ def test_the_state_of_denoising_is_its_latents_solver_and_texts(checkpoints):
     assert state(guidance_scale=1.0) < texts < state()
 
 
-@pytest.mark.parametrize("size", [(256, 256), (544, 960), (720, 1280)])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (544, 960),
+        pytest.param((256, 256), marks=pytest.mark.slow),
+        pytest.param((720, 1280), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_the_estimate_of_the_vae_is_what_the_compiler_counts(direction: Direction, size):
     """Of the released shape; never less, or tiles would come too late."""
@@ -246,6 +253,7 @@ def test_the_estimate_of_the_vae_is_what_the_compiler_counts(direction: Directio
     assert planned.work.total / vae_work(WAN_VAE, direction, size[0], size[1] // 2) > 1.5
 
 
+@pytest.mark.slow
 def test_a_plan_in_tiles_is_that_of_its_tiles():
     model = nnx.eval_shape(lambda: WanVae(SMALL_VAE, rngs=nnx.Rngs(0)))
     weights = bytes_of(nnx.state(model, nnx.Param))
