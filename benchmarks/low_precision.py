@@ -5,11 +5,16 @@ and the transformer's bytes, in bfloat16 as users have it. It exits with 1 where
 """
 
 import argparse
+import dataclasses
 import sys
 from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from benchmarks.measure import head, interleaved, row, versions
+from flax import nnx
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.evaluation.scores import from_text, held_out_scenes, score
@@ -31,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp8": {"weights": "fp8"},
 }
 LEAST_DB = {"int8": 35.0, "fp8": 28.0}
+MOST_TIMES = 1.3  # of a step in bfloat16, for int8
 MOST_POINTS = 2.0  # of the judge, below float32
 
 
@@ -40,12 +46,52 @@ def of_latents(found: np.ndarray, exact: np.ndarray) -> float:
     return 10 * np.log10(np.ptp(exact) ** 2 / error) if error else np.inf
 
 
+def time_step(layers: int) -> bool:
+    """Print a step of the T2V-1.3B width with 2,550 tokens by kind; whether a bound is missed."""
+    config = dataclasses.replace(T2V_1_3B, num_layers=layers)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, 16, 5, 34, 60), np.float32))
+    context = jnp.asarray(rng.standard_normal((1, config.text_len, config.text_dim), np.float32))
+
+    def leaf(abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        tile = 0.02 * rng.standard_normal(2**16)
+        if jnp.dtype(abstract.dtype) == jnp.int8:
+            tile = rng.integers(-127, 128, 2**16)
+        return jnp.asarray(np.resize(tile, abstract.shape), abstract.dtype)
+
+    calls = {}
+    for name, kind in {"bf16": None, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}.items():
+        graph, state = nnx.split(TRANSFORMER.abstract(config, "bfloat16", kernel_dtype=kind))
+        state = jax.tree.map(leaf, state)
+
+        def step(state, context, graph=graph):
+            return nnx.merge(graph, state)(x, jnp.full((1,), 500.0), context)
+
+        def prepare(state, context, graph=graph):
+            return nnx.merge(graph, state).prepare_context(context)
+
+        prepared = jax.jit(prepare)(state, context)
+        compiled = jax.jit(step).lower(state, prepared).compile()
+        calls[name] = partial(
+            lambda f, *given: f(*given).block_until_ready(), compiled, state, prepared
+        )
+    taken = interleaved(calls, 5)
+    print(versions())
+    head("weights", f"seconds of a step, {layers} layers", "of bf16")
+    for name, one in taken.items():
+        row(name, f"{one.clock:.2f}", f"{one.clock / taken['bf16'].clock:.2f}")
+    return taken["int8"].clock > MOST_TIMES * taken["bf16"].clock
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="mini")
+    parser.add_argument("--step", type=int, metavar="LAYERS", help="time only a step of so many")
     parser.add_argument("--count", type=int, default=100, help="scenes for the judge; 0 for none")
     args = parser.parse_args()
     enable_compilation_cache()
+    if args.step:
+        sys.exit(time_step(args.step))
     missed, exact, best = [], [], 0.0
     print("| weights | frames dB | latents dB | judge: all three |\n|---|---|---|---|")
     for name, options in KINDS.items():
