@@ -164,6 +164,13 @@ CASES = {
 }
 
 
+SLOW = {
+    *("asynchronous, blocks of 1", "asynchronous, blocks of 5", "block-causal, blocks of 2"),
+    *("long", "retained", "the same, retained", "blocks later than all steps", "without guidance"),
+    *("guidance below 1, synchronous, odd", "nothing may change", "end image, asynchronous"),
+}
+
+
 def ours(pipe: Pipeline, case: Case, folder: Path, shift: float) -> np.ndarray:
     given: dict[str, Any] = {"image": picture(6), "last_image": picture(40)}
     if "video" in case.given:
@@ -216,12 +223,12 @@ def originals(
 
 
 def runs() -> list[Any]:
-    """All cases of the random model; those of ``mini`` are slow."""
+    """Some cases of the random model; the others and those of ``mini`` are slow."""
     return [
         pytest.param(
             *(name, case),
             id=f"{name}: {title}",
-            marks=[pytest.mark.slow] if name == "mini" else [],
+            marks=[pytest.mark.slow] if name == "mini" or title in SLOW else [],
         )
         for name in ("random", "mini")
         for title, case in CASES.items()
@@ -265,7 +272,13 @@ TEA = {
 }
 
 
-@pytest.mark.parametrize("case", TEA.values(), ids=TEA.keys())
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=title, marks=[pytest.mark.slow] if title in SLOW else [])
+        for title, case in TEA.items()
+    ],
+)
 def test_teacache_decides_as_the_original(pipeline, tmp_path, monkeypatch, case):
     known = pipeline("random")
     preset = PRESETS["SkyReels-V2-DF-1.3B-540P"]
