@@ -16,8 +16,8 @@ test: $(STAMPS)-dev lint types
 	@git diff --quiet HEAD 2>/dev/null && test -z "$$(git status --porcelain)" \
 	  && git rev-parse HEAD > $(VENV)/.green || true
 
-# What make test leaves out, too.
-test-all: $(STAMPS)-dev lint types
+# What make test leaves out, too; some of it takes Ray.
+test-all: $(STAMPS)-ray lint types
 	$(BIN)/python -m pytest -n 2
 
 # The committed example holds its plots and videos inside the page.
@@ -58,6 +58,10 @@ $(STAMPS)-core: $(BIN)/python pyproject.toml constraints.txt
 
 $(STAMPS)-dev: $(STAMPS)-core
 	$(PIP) -e '.[torch,validation,train,dev]'
+	touch $@
+
+$(STAMPS)-ray: $(STAMPS)-dev
+	$(PIP) -e '.[ray]'
 	touch $@
 
 clean:

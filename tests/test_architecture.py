@@ -26,7 +26,17 @@ FILES = sorted((SOURCE / PACKAGE).rglob("*.py"))
 # made (random checkpoints in the original's layout hold .pth files).
 TORCH_ROOMS = {"torch_side", "testing"}
 TORCH_SIDE = {"torch", "diffusers", "transformers", "accelerate"}
-OPTIONAL = {"matplotlib", "skimage", "gradio", "optax", "orbax", "grain", "msgspec", "tensorboardX"}
+OPTIONAL = {
+    "matplotlib",
+    "skimage",
+    "gradio",
+    "optax",
+    "orbax",
+    "grain",
+    "msgspec",
+    "tensorboardX",
+    "ray",
+}
 
 Edges = Mapping[str, set[str]]
 

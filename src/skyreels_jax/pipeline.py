@@ -196,9 +196,10 @@ class Pipeline(WithLoras):
             logger.warning("%s", warning)
         return resolved
 
-    def resolve_request(self, request: Request) -> ResolvedRequest:
+    def resolve_request(self, request: Request, memory: int | None = None) -> ResolvedRequest:
         """Decide every setting of a request, as :meth:`resolve`, logging nothing."""
-        resolved = resolve(request, self.checkpoint, memory=self._residency.free_memory())
+        memory = self._residency.free_memory() if memory is None else memory
+        resolved = resolve(request, self.checkpoint, memory=memory)
         return replace(resolved, loras=named(self.loras))
 
     def stream(

@@ -7,7 +7,7 @@ command goes on where it was interrupted, and several processes share the rows b
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -62,6 +62,19 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N",
         help="try rows that failed so many times more, after all others (default: 0)",
     )
+    sharing.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="who makes rows: this process, or the workers of a Ray cluster, which takes the extra "
+        "`ray` (default: local)",
+    )
+    sharing.add_argument(
+        "--workers",
+        type=_count,
+        metavar="N",
+        help="processes of the engine ray (default: one for each GPU of the cluster, else one)",
+    )
     groups = add_video_flags(parser, prompted=False)
     groups["output"].add_argument(
         "--no-metadata", action="store_true", help="leave the settings out of the video files"
@@ -80,23 +93,27 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SkyReelsError: before anything is made: rows cannot be made, and each is said why.
     """
-    from skyreels_jax.cli.batch_work import RowWorker, make_alone
+    from skyreels_jax.cli.batch_work import RowWorker
     from skyreels_jax.generation.batch_rows import choose_shard, read_rows
 
     shard = choose_shard(args.shard, os.environ)
     rows, problems = read_rows(args.rows, *RowWorker.settings(args))
     mine = shard.of(rows)
-    worker = RowWorker(args)
+    engine = _engine(args)
+    worker = RowWorker(args, elsewhere=args.engine == "ray")
     todo, others = _not_done(worker, mine)
     _refuse_bad(args.rows, problems | others, len(rows) + len(problems))
     print(f"{args.rows}: {len(rows)} rows; {shard} has {len(mine)}", flush=True)
-    done = len(mine) - len(todo)
+    waiting = {row.id for row in todo}
+    done = [row for row in mine if row.id not in waiting]
     if args.dry_run:
-        print(f"{done} are done, {len(todo)} would be made:")
+        print(f"{len(done)} are done, {len(todo)} would be made:")
         for row in todo:
             print(f"  {row}: {worker.output_of(row)}")
         return 0
     worker.prepare()
+    for row in done:
+        worker.tidy(row)
     failed: list[RowOutcome] = []
     made = 0
     try:
@@ -104,13 +121,13 @@ def run(args: argparse.Namespace) -> int:
             if attempt and todo:
                 print(f"{len(todo)} rows failed: attempt {attempt + 1} of {1 + args.retries}")
             failed = []
-            for outcome in make_alone(worker, todo):
+            for outcome in engine(worker, todo):
                 print(outcome, file=sys.stderr if outcome.failure else sys.stdout, flush=True)
                 made += outcome.failure is None
                 failed += [outcome] if outcome.failure else []
             todo = [outcome.row for outcome in failed]
     finally:
-        print(f"{made} made, {done} were done before, {len(failed)} failed", flush=True)
+        print(f"{made} made, {len(done)} were done before, {len(failed)} failed", flush=True)
     if failed:
         for outcome in failed:
             print(outcome, file=sys.stderr)
@@ -120,6 +137,21 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return _SOME_FAILED if failed else 0
+
+
+def _engine(
+    args: argparse.Namespace,
+) -> "Callable[[RowWorker, Sequence[BatchRow]], Iterator[RowOutcome]]":
+    """Who makes rows."""
+    if args.engine == "ray":
+        from skyreels_jax.cli.batch_ray import cluster_of
+
+        return cluster_of(args)
+    from skyreels_jax.cli.batch_work import make_alone
+
+    if args.workers is not None:
+        raise RequestError("`workers` are those of `engine` ray; here --shard divides the rows")
+    return make_alone
 
 
 def _not_done(

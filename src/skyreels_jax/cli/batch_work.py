@@ -3,16 +3,17 @@
 import argparse
 import hashlib
 import json
+import os
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from skyreels_jax.cli.generate import check_attention
+from skyreels_jax.cli.generate import UNLIMITED, check_attention
 from skyreels_jax.cli.job import begin, check_how, finish, open_pipeline
 from skyreels_jax.cli.products import JOB_SUFFIX, Products, is_ours
 from skyreels_jax.components.lazy import fingerprint
@@ -22,6 +23,7 @@ from skyreels_jax.generation.batch_rows import BatchRow, differing
 from skyreels_jax.generation.job_folder import RECORD, FolderStore, remove_unrecorded
 from skyreels_jax.generation.job_record import IMAGES, to_json
 from skyreels_jax.generation.request.declaration import in_flags, one_line
+from skyreels_jax.generation.request.kinds import File, Picture
 from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import keywords
 from skyreels_jax.generation.video import settings_of
@@ -57,23 +59,30 @@ class RowWorker:
         pipeline: opened; its weights are read when the first row is made.
     """
 
-    def __init__(self, args: argparse.Namespace, *, patience: float = LOCK_SECONDS):
+    def __init__(
+        self, args: argparse.Namespace, *, patience: float = LOCK_SECONDS, elsewhere: bool = False
+    ):
         """Open the checkpoint; nothing of its weights is read.
 
         Args:
             args: flags of ``batch``.
             patience: seconds to wait for another process that works on a row.
+            elsewhere: rows are made on other machines: what this one's device can is not asked.
         """
         self.pipeline = open_pipeline(vars(args), keep="auto")
-        self._args, self._patience = args, patience
+        self._args, self._patience, self._elsewhere = args, patience, elsewhere
         self._folder = args.folder.expanduser().absolute()
         self._said: set[str] = set()
 
     @staticmethod
     def settings(args: argparse.Namespace) -> tuple[dict[str, object], dict[str, object]]:
         """Defaults of rows, and settings of the pipeline, that the flags spell."""
-        given = {name: getattr(args, name) for name in keywords() if name != "prompt"}
-        defaults = {name: value for name, value in given.items() if value is not None}
+        defaults: dict[str, object] = {}
+        for name, setting in keywords().items():
+            value = None if name == "prompt" else getattr(args, name)
+            if value is not None:
+                is_file = isinstance(setting.kind, File | Picture)
+                defaults[name] = os.path.abspath(value) if is_file else value
         chosen = {"dtype": args.dtype, "weights": args.weights, "offload": bool(args.offload)}
         return defaults, chosen
 
@@ -88,9 +97,15 @@ class RowWorker:
             RequestError: the row cannot be made, or files are there that it would replace.
             UnsupportedError: the attention path cannot run here.
         """
+        request = self._resolved(row)
+        return self._is_done(row, request, self._made_from(request))
+
+    def _resolved(self, row: BatchRow) -> ResolvedRequest:
+        if self._elsewhere:
+            return self.pipeline.resolve_request(row.request, memory=UNLIMITED)
         request = self.pipeline.resolve_request(row.request)
         check_attention(self.pipeline.checkpoint, request)
-        return self._is_done(row, request, self._made_from(request))
+        return request
 
     def prepare(self) -> None:
         """Prove the checkpoint complete, make the folder, and remove what nobody finishes.
@@ -109,6 +124,13 @@ class RowWorker:
             state = state_of(left)
             if state is not None and time.time() - state[1] / 1e9 > _ABANDONED:
                 left.unlink(missing_ok=True)
+
+    def tidy(self, row: BatchRow) -> None:
+        """Remove what is left of the job of a row that is done, if its process was killed then."""
+        job_folder = self.output_of(row).with_suffix(JOB_SUFFIX)
+        if job_folder.is_dir():
+            with suppress(RequestError), locked(job_folder, "job", self._patience):
+                remove_unrecorded(job_folder)
 
     def make(self, row: BatchRow) -> RowOutcome:
         """Make the video of a row, going on where an earlier run has left it; failures are said.
@@ -136,7 +158,7 @@ class RowWorker:
         with ExitStack() as held:
             held.enter_context(locked(output, "output", self._patience))
             held.enter_context(locked(job_folder, "job", self._patience))
-            request = self.pipeline.resolve_request(row.request)
+            request = self._resolved(row)
             made_from = self._made_from(request)
             # Again: who held the lock may have finished it.
             if self._is_done(row, request, made_from):

@@ -97,7 +97,7 @@ def begin(
     output = args.output.parent.resolve() / args.output.name
     how = {name: getattr(args, name) for name in _OPTIONS} | {
         # Resuming may happen elsewhere.
-        **{name: _absolute(getattr(args, name)) for name in _PATHS},
+        **absolute_paths(args),
         "weights": pipeline.fingerprint(),
         "output": str(output),
         # Where the job is, if it is not beside the video: nowhere else does it write the video.
@@ -114,11 +114,13 @@ def begin(
     return FolderStore.create(products.job, request, how, confirmed)
 
 
-def _absolute(path_or_id: str | None) -> str | None:
-    """What names a file or folder here as an absolute path; what does not as it is."""
-    if path_or_id is None or not Path(path_or_id).expanduser().exists():
-        return path_or_id
-    return str(Path(path_or_id).expanduser().resolve())
+def absolute_paths(args: argparse.Namespace) -> dict[str, str | None]:
+    """Flags that may name files or folders: those that do as absolute paths, others as given."""
+    given: dict[str, str | None] = {name: getattr(args, name) for name in _PATHS}
+    for name, value in given.items():
+        if value is not None and (path := Path(value).expanduser()).exists():
+            given[name] = str(path.resolve())
+    return given
 
 
 def check_how(job: FolderStore) -> None:

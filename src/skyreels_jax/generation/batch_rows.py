@@ -89,7 +89,7 @@ def read_rows(
         if not text.strip():
             continue
         try:
-            row = _row(line, text, path.parent, defaults, chosen)
+            row = _row(line, text, path.absolute().parent, defaults, chosen)
             # Names that differ in case alone are one on some file systems.
             key = unicodedata.normalize("NFC", row.id).casefold()
             if (first := lines_of_ids.setdefault(key, line)) != line:
