@@ -1,6 +1,7 @@
 """``skyreels-jax batch``: rows become the files that ``generate`` makes, once each."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from skyreels_jax.pipeline import Pipeline
 SMALL = ("--height", "32", "--width", "48", "--num-frames", "5", "--steps", "2")
 ROWS = [
     {"id": "fox", "prompt": "a fox", "seed": 7},
-    {"prompt": "a crow", "guidance_scale": 1},
+    {"prompt": "a crow", "guidance_scale": 3},
     {"id": "hen", "prompt": "a hen"},
 ]
 
@@ -84,16 +85,13 @@ def test_a_batch_makes_what_generate_makes_and_makes_it_once(
     assert batch.files == names
     assert "3 made, 0 were done before, 0 failed" in outcome.out
     # The same bytes as a single run with the seed that stands beside the video.
-    for name, prompt, flags in (("fox", "a fox", ()), (crow, "a crow", ("--guidance-scale", "1"))):
-        seed = json.loads((batch.out / f"{name}.json").read_text())["seed"]
-        words = ("--model", batch.model, *SMALL, *flags, "--prompt", prompt, "--seed", str(seed))
-        single = tmp_path / f"{name}.mp4"
-        assert command("generate", *words, "--sidecar", "--output", single).code == 0
-        assert single.read_bytes() == (batch.out / single.name).read_bytes()
-        settings = json.loads((batch.out / f"{name}.json").read_text())
-        made_from = settings.pop("made_from")
-        assert settings == json.loads(single.with_suffix(".json").read_text())
-        assert sorted(made_from) == ["backend", "vae_dtype", "vae_tiling", "weights"]
+    settings = json.loads((batch.out / f"{crow}.json").read_text())
+    words = ("--model", batch.model, *SMALL, "--guidance-scale", "3", "--prompt", "a crow")
+    words += ("--seed", str(settings["seed"]), "--sidecar", "--output", tmp_path / "crow.mp4")
+    assert command("generate", *words).code == 0
+    assert (tmp_path / "crow.mp4").read_bytes() == (batch.out / f"{crow}.mp4").read_bytes()
+    assert sorted(settings.pop("made_from")) == ["backend", "vae_dtype", "vae_tiling", "weights"]
+    assert settings == json.loads((tmp_path / "crow.json").read_text())
     # Negative twin: another seed is another video.
     assert (batch.out / "fox.mp4").read_bytes() != (batch.out / "hen.mp4").read_bytes()
     before, loaded = batch.states, len(loads)
@@ -199,3 +197,51 @@ def test_what_a_row_is_given_decides_it_by_its_content(batch: Batch, out: Path, 
     outcome = batch()
     assert outcome.code == 2
     assert "was made with image" in outcome.err
+
+
+@pytest.mark.usefixtures("no_model")
+def test_jobs_that_a_killed_process_left_are_gone_on_with_or_removed(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+):
+    batch.write(ROWS[:1])
+    job = batch.out / "fox.job"
+
+    def killed(pipeline, job, finished=0):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_work, "finish", killed)
+        assert batch().code == 130
+    assert (job / "job.json").is_file()
+    # It is of this row as it is: another is refused, the same is gone on with.
+    batch.write([{**ROWS[0], "seed": 8}])
+    outcome = batch()
+    assert outcome.code == 2
+    assert f"{job} is begun with seed 7, now 8" in outcome.err
+    batch.write(ROWS[:1])
+    begin = batch_work.begin
+    monkeypatch.setattr(batch_work, "begin", None)
+    assert batch().code == 0
+    assert batch.files == ["fox.json", "fox.mp4"]
+    monkeypatch.setattr(batch_work, "begin", begin)
+    # Killed while it was removed.
+    job.mkdir()
+    (job / "window-0000.safetensors").write_bytes(b"half")
+    assert "0 made, 1 were done before" in batch().out
+    assert batch.files == ["fox.json", "fox.mp4"]
+    # Killed before its video was: somebody's file beside is not removed.
+    job.mkdir()
+    for name in ("window-0000.safetensors", "notes.txt"):
+        (job / name).write_bytes(b"x")
+    (batch.out / "fox.mp4").unlink()
+    outcome = batch()
+    assert outcome.code == 1
+    assert "there are files in it" in outcome.err
+    assert [path.name for path in job.iterdir()] == ["notes.txt"]
+
+
+def test_what_ray_takes_is_said(batch: Batch, monkeypatch: pytest.MonkeyPatch):
+    assert "--workers are those of --engine ray" in batch("--workers", "2").errors[0]
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "pip install 'skyreels-jax[ray]'" in batch("--engine", "ray").errors[0]
+    assert batch.files == []

@@ -1,5 +1,6 @@
 """Batches whose processes are killed at random moments: every video is made, once, as alone."""
 
+import contextlib
 import json
 import random
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,15 +34,17 @@ class Batch:
     out: Path
     engine: tuple[str, ...] = ()
     logs: list[Path] = field(default_factory=list)
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, *flags: str) -> subprocess.Popen[bytes]:
         log = self.out.parent / f"log-{len(self.logs)}.txt"
         self.logs.append(log)
         words = [sys.executable, "-m", "skyreels_jax", "batch", str(self.rows), str(self.out)]
+        words += [*FLAGS, *self.engine, *flags]
         with log.open("wb") as said:
-            return subprocess.Popen(
-                [*words, *FLAGS, *self.engine, *flags], stdout=said, stderr=subprocess.STDOUT
-            )
+            process = subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT)
+        self.processes.append(process)
+        return process
 
     @property
     def made(self) -> Counter[str]:
@@ -67,13 +71,17 @@ def row(number: int) -> dict[str, object]:
 
 
 @pytest.fixture
-def batch(tmp_path: Path, out: Path) -> Batch:
+def batch(tmp_path: Path, out: Path) -> Iterator[Batch]:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row(number)) + "\n" for number in range(ROWS)))
     for name in BLOCKED:
         (out / f"{name}.job").mkdir()
         (out / f"{name}.job" / "notes.txt").write_text("somebody's")
-    return Batch(file, out)
+    batch = Batch(file, out)
+    yield batch
+    for process in batch.processes:
+        process.kill()
+        process.wait()
 
 
 def is_whole(batch: Batch, codes: list[int], command: Command, tmp_path: Path) -> None:
