@@ -26,7 +26,7 @@ def case(kind: str):
     return model, x, context, image, y
 
 
-@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+@pytest.mark.parametrize("kind", ["i2v", pytest.param("t2v", marks=pytest.mark.slow)])
 def test_the_result_is_that_of_all_rows(kind):
     model, x, context, image, y = case(kind)
     t = jnp.array([100.0, 500.0])

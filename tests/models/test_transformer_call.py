@@ -43,7 +43,7 @@ def i2v():
     return random_model(config), inputs(config, SHAPE, 0, per_frame=True)
 
 
-@pytest.mark.parametrize("kind", ["df", "i2v"])
+@pytest.mark.parametrize("kind", ["i2v", pytest.param("df", marks=pytest.mark.slow)])
 def test_a_prepared_context_gives_the_same_bits(kind, request):
     model, arguments = request.getfixturevalue(kind)
     whole = run_jax(model, arguments)

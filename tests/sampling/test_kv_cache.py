@@ -39,7 +39,14 @@ CASES: dict[str, tuple[tuple[int, ...], bool | None, tuple[int, int]]] = {
     "given frames under fresh noise": ((7, 2, 3, 3, 2), False, (22, 24)),
     "given frames under one noise": ((7, 2, 3, 3, 2), True, (15, 24)),
 }
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+FAST = ("blocks of two", "other blocks in the table", "given frames under one noise")
+each_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=title, marks=() if title in FAST else pytest.mark.slow)
+        for title, case in CASES.items()
+    ],
+)
 
 
 @pytest.fixture(scope="module")
