@@ -11,6 +11,7 @@ from tests.weights.lora.files import linears, low_rank, random, stored, weights,
 
 from skyreels_jax.checkpoints import Checkpoint, load_transformer
 from skyreels_jax.models.transformer import WanModel
+from skyreels_jax.weights.lora import source
 from skyreels_jax.weights.lora.binding import Lora
 from skyreels_jax.weights.lora.source import with_loras
 
@@ -104,10 +105,17 @@ def test_a_faint_lora_is_not_lost_to_eight_bits(folder: Path, tmp_path: Path):
     assert difference(output(merged) - eight, change) > 0.5  # measured 1.28
 
 
-def test_what_is_no_product_is_added_before(folder: Path, tmp_path: Path):
+def test_what_is_no_product_is_added_before_and_said(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    source._warn_once.cache_clear()
     module = "diffusion_model.blocks.0.self_attn.q"
     tensors = low_rank({module: (32, 32)}) | {f"{module}.dora_scale": random(32, 1) + 2}
     lora = Lora(write(tmp_path / "x.safetensors", tensors))
     model, bare = loaded(folder, jnp.int8, (lora,)), loaded(folder, jnp.int8)
     assert model.blocks.self_attn.q.lora_down is None
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "LoRA x.safetensors: 1 DoRA cannot stand beside 8-bit weights and are added before these "
+        "are quantised"
+    ]
     assert np.any(model.blocks.self_attn.q.kernel[...] != bare.blocks.self_attn.q.kernel[...])

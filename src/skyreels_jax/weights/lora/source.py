@@ -1,6 +1,7 @@
 """A transformer's tensors with LoRAs added, one tensor in memory at a time."""
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -174,6 +175,14 @@ def with_loras(
         for note in lora.notes():
             _warn_once(note)
     quantized = {source.name for _, source in quantized_tensors(stored, kernel_dtype)}
+    for lora, _ in bound:
+        there = (a for a in lora.adapters if a.place.tensor in quantized and not a.is_low_rank)
+        kinds = Counter(adapter.label for adapter in there)
+        if named := ", ".join(f"{count} {label}" for label, count in kinds.items()):
+            _warn_once(
+                f"LoRA {lora.file.path.name}: {named} cannot stand beside 8-bit weights and are "
+                "added before these are quantised"
+            )
     source = LoraSource(stored.source, bound, is_rounded=is_rounded, quantized=quantized)
     return replace(stored, source=source)
 
