@@ -34,7 +34,7 @@ class StagedForward(NamedTuple):
         blocks: the expensive part, from tokens to tokens.
         head: from tokens to the prediction.
         key_values: the keys and values that the tokens have in all layers,
-            ``[layers, B, L, N, K]`` each.
+            ``[layers, B, F, P, N, K]`` each.
     """
 
     latents: Velocity

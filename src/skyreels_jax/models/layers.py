@@ -233,7 +233,7 @@ def scan_layers(
 
     tied = jax.custom_jvp(
         lambda carry, layers, shared: jax.lax.scan(
-            lambda carry, index: step(carry, _tied_layer(layers, index), shared),
+            lambda carry, index: step(carry, layer_at(layers, index), shared),
             carry,
             jnp.arange(count),
         )
@@ -243,8 +243,8 @@ def scan_layers(
     return tied(carry, layers, shared)
 
 
-def _tied_layer(layers: _Layer, index: Int[Array, ""]) -> _Layer:
-    """One layer's arrays, of a stack that depends on the turn of the loop."""
+def layer_at(layers: _Layer, index: Int[Array, ""]) -> _Layer:
+    """One layer's arrays, of a stack that depends on the turn of the loop (:func:`scan_layers`)."""
     stack, index = jax.lax.optimization_barrier((layers, index))
     return jax.tree.map(
         lambda leaf: _on_device(jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)), stack

@@ -1,5 +1,6 @@
 """The SkyReels-V2 transformer: Wan 2.1 with a timestep for every latent frame."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,16 +21,21 @@ from skyreels_jax.models.layers import (
     scan_layers,
     silu,
 )
+from skyreels_jax.models.parallelism import SINGLE_DEVICE, LayerInputs, Parallelism, SharedInputs
+from skyreels_jax.models.transformer_attention import (
+    AttentionFunctions,
+    CrossContext,
+    FrameKeyValues,
+    PastFrames,
+    last_counts,
+)
 from skyreels_jax.models.transformer_config import Numerics, TransformerConfig
 from skyreels_jax.models.transformer_layers import (
-    CrossContext,
     FrameTokens,
     Head,
     ImageEmbedding,
-    KeyValues,
     PatchEmbedding,
     WanAttentionBlock,
-    last_counts,
 )
 from skyreels_jax.ops.attention import PastKeyValues
 from skyreels_jax.ops.masks import BlockCausal
@@ -37,20 +43,12 @@ from skyreels_jax.ops.positions import RopeTable, rope_table, sinusoidal_embeddi
 from skyreels_jax.shapes import Latents, Timesteps
 
 
-class _SharedByLayers(NamedTuple):
-    """What every block takes: projected time embedding, positions, length of the past."""
+class _Computation(NamedTuple):
+    """How blocks are computed: who sees whom, a path of attention, and on what devices."""
 
-    e0: Float[Array, "B steps 6 D"]
-    rope: RopeTable
-    past_length: Int[Array, ""] | None
-
-
-class _OfLayer(NamedTuple):
-    """What one block takes; stacked over the layers."""
-
-    parameters: nnx.State
-    context: CrossContext
-    past: KeyValues | None
+    mask: BlockCausal | None
+    attention: str | None
+    parallelism: Parallelism
 
 
 class WanModel(nnx.Module):
@@ -158,26 +156,32 @@ class WanModel(nnx.Module):
         *,
         block_length: int | None = None,
         attention: str | None = None,
-        past: PastKeyValues | None = None,
+        past: PastFrames | None = None,
+        parallelism: Parallelism = SINGLE_DEVICE,
     ) -> StagedForward:
         """Cut a call into stages, between which a step cache may come.
 
         Arguments and errors are those of a call, with a prepared context. With ``past`` the frames
-        of ``x`` follow others, of which it has the keys and values ``[layers, B, S, N, K]``; both
-        are whole blocks of block-causal attention, but for the video's last.
+        of ``x`` follow others, of which it has the keys and values; both are whole blocks of
+        block-causal attention, but for the video's last. ``parallelism`` says where the work is
+        done.
         """
         self.config.check_video(x, t, y)
-        e, e0 = self.embed_time(t, fps)
-        tokens, grid = self.embed_patches(x, y)
+        e, e0 = parallelism.share(self.embed_time(t, fps))
+        tokens, grid = self.embed_patches(x, y, parallelism)
         mask = None if block_length is None else BlockCausal(tokens.shape[2], block_length)
-        length = None if past is None else past.length
-        shared = _SharedByLayers(e0, self.positions(grid, past), length)
-        given = (context, shared, mask, attention, past)
+        count = None if past is None else past.count
+        shared = SharedInputs(e0, self.positions(grid, past), count)
+        given = (context, shared, _Computation(mask, attention, parallelism), past)
 
-        def key_values() -> KeyValues:
+        def key_values() -> FrameKeyValues:
             states = self.run_blocks(tokens, *given, keep_key_values=True)[1]
             assert states is not None
             return states
+
+        def head(tokens: FrameTokens) -> Latents:
+            patches = parallelism.join(self.head(tokens, e), grid[1] * grid[2])
+            return unpatchify(patches, grid[1:], self.config.patch_size)
 
         return StagedForward(
             x,
@@ -185,66 +189,63 @@ class WanModel(nnx.Module):
             e0,
             tokens,
             blocks=lambda tokens: self.run_blocks(tokens, *given)[0],
-            head=lambda tokens: unpatchify(self.head(tokens, e), grid[1:], self.config.patch_size),
+            head=head,
             key_values=key_values,
         )
 
     def embed_patches(
-        self, x: Latents, y: Float[Array, "B Y F H W"] | None
+        self,
+        x: Latents,
+        y: Float[Array, "B Y F H W"] | None,
+        parallelism: Parallelism = SINGLE_DEVICE,
     ) -> tuple[FrameTokens, tuple[int, int, int]]:
         """Tokens by frame, and how many frames, rows and columns of them there are."""
-        tokens = self.patch_embedding(
+        patches = self.patch_embedding.patches(
             x if y is None else jnp.concatenate([x, y.astype(x.dtype)], axis=1)
         )
-        batch, frames, rows, columns, dim = tokens.shape
-        return tokens.reshape(batch, frames, rows * columns, dim), (frames, rows, columns)
+        batch, frames, rows, columns, width = patches.shape
+        patches = parallelism.cut(patches.reshape(batch, frames, rows * columns, width))
+        return self.patch_embedding.project(patches), (frames, rows, columns)
 
-    def tokens_per_frame(self, height: int, width: int) -> int:
-        """Tokens of one latent frame of ``height`` x ``width``."""
-        _, rows, columns = self.config.patch_size
-        return (height // rows) * (width // columns)
-
-    def positions(self, grid: tuple[int, int, int], past: PastKeyValues | None = None) -> RopeTable:
+    def positions(self, grid: tuple[int, int, int], past: PastFrames | None = None) -> RopeTable:
         """Rotary angles of the tokens of ``grid``, which may follow those of ``past``."""
         if past is None:
             return rope_table(grid, self.config.head_dim)
-        per_frame = grid[1] * grid[2]
-        return rope_table(
-            grid,
-            self.config.head_dim,
-            first=past.length // per_frame,
-            latest=past.key.shape[2] // per_frame,
-        )
+        slots = past.key.shape[2]
+        return rope_table(grid, self.config.head_dim, first=past.count, latest=slots)
 
     def run_blocks(
         self,
         tokens: FrameTokens,
         context: CrossContext,
-        shared: _SharedByLayers,
-        mask: BlockCausal | None,
-        attention: str | None,
-        past: PastKeyValues | None = None,
+        shared: SharedInputs,
+        how: _Computation,
+        past: PastFrames | None = None,
         *,
         keep_key_values: bool = False,
-    ) -> tuple[FrameTokens, KeyValues | None]:
+    ) -> tuple[FrameTokens, FrameKeyValues | None]:
         """Run all blocks in turn; with ``keep_key_values`` those of each are the second result."""
         graph, parameters = nnx.split(self.blocks)
-        stacked = None if past is None else KeyValues(past.key, past.value)
+        stacked = None if past is None else FrameKeyValues(past.key, past.value)
 
         def layer(
-            x: FrameTokens, layer: _OfLayer, shared: _SharedByLayers
-        ) -> tuple[FrameTokens, KeyValues | None]:
+            attend: AttentionFunctions, x: FrameTokens, given: LayerInputs, shared: SharedInputs
+        ) -> tuple[FrameTokens, FrameKeyValues | None]:
             past = None
-            if layer.past is not None and shared.past_length is not None:
-                past = PastKeyValues(layer.past.key, layer.past.value, shared.past_length)
-            block = nnx.merge(graph, layer.parameters)
-            options = {"mask": mask, "implementation": attention, "past": past}
-            x, own = block(x, shared.e0, layer.context, shared.rope, **options)
-            return x, own if keep_key_values else None
+            if given.past is not None and shared.past_frames is not None:
+                past = _in_a_row(given.past, shared.past_frames)
+            block = nnx.merge(graph, given.parameters)
+            options = {"mask": how.mask, "implementation": how.attention, "past": past}
+            x, own = block(x, shared.e0, given.context, shared.rope, attend=attend, **options)
+            if not keep_key_values:
+                return x, None
+            by_frame = (*x.shape[:3], *own.key.shape[2:])
+            return x, FrameKeyValues(own.key.reshape(by_frame), own.value.reshape(by_frame))
 
         if self.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)
-        return scan_layers(layer, tokens, _OfLayer(parameters, context, stacked), shared)
+            layer = partial(jax.checkpoint, prevent_cse=False, static_argnums=0)(layer)
+        layers = LayerInputs(parameters, context, stacked)
+        return how.parallelism.run_layers(layer, tokens, layers, shared)
 
     def embed_time(
         self, t: Timesteps, fps: Int[Array, " B"] | None
@@ -297,6 +298,13 @@ class WanModel(nnx.Module):
         if padding:
             prepared = prepared._replace(text=last_counts(prepared.text, padding))
         return prepared
+
+
+def _in_a_row(past: FrameKeyValues, count: Int[Array, ""]) -> PastKeyValues:
+    """One layer's keys and values of frames as attention takes them: token by token."""
+    batch, _, patches, *heads = past.key.shape
+    key, value = (states.reshape(batch, -1, *heads) for states in past)
+    return PastKeyValues(key, value, count * patches)
 
 
 def unpatchify(

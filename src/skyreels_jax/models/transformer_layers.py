@@ -1,4 +1,4 @@
-"""The layers of the transformer: attentions, embedders, the block and the head.
+"""The layers of the transformer: embedders, the block and the head.
 
 A block is two attentions and a feed-forward, modulated by the timestep of each frame.
 """
@@ -17,7 +17,6 @@ from skyreels_jax.models.layers import (
     Linear,
     Mlp,
     WanLayerNorm,
-    WanRMSNorm,
     gelu_exact,
     gelu_tanh,
     in_row_tiles,
@@ -25,169 +24,21 @@ from skyreels_jax.models.layers import (
     mul_add,
     mul_add_add,
 )
+from skyreels_jax.models.transformer_attention import (
+    AttentionFunctions,
+    CrossContext,
+    KeyValues,
+    WanI2VCrossAttention,
+    WanSelfAttention,
+    WanT2VCrossAttention,
+)
 from skyreels_jax.models.transformer_config import Numerics, TransformerConfig
-from skyreels_jax.ops.attention import PastKeyValues, attention
+from skyreels_jax.ops.attention import PastKeyValues
 from skyreels_jax.ops.linear import linear
 from skyreels_jax.ops.masks import BlockCausal
-from skyreels_jax.ops.positions import RopeTable, rope_apply
-from skyreels_jax.shapes import Context, Tokens
+from skyreels_jax.ops.positions import RopeTable
 
-_Heads = Float[Array, "B L N K"]
 FrameTokens = Float[Array, "B F P D"]
-
-
-class KeyValues(NamedTuple):
-    """Keys (already normalised) and values of one attention, in the compute dtype."""
-
-    key: Float[Array, "*layers B S N K"]
-    value: Float[Array, "*layers B S N K"]
-
-
-class CrossContext(NamedTuple):
-    """What cross-attention needs of a prompt and an image, computed once and used at every step.
-
-    Both are stacked over layers along a leading axis; ``image`` is ``None`` for t2v models.
-    """
-
-    text: KeyValues
-    image: KeyValues | None
-
-
-def last_counts(states: KeyValues, count: int) -> KeyValues:
-    """``states`` of which the last token stands for ``count`` tokens alike.
-
-    Its score must grow by ``log(count)``: keys get a feature with that over the scale of scores,
-    which :func:`_attend_text` meets with a one.
-    """
-    width = states.key.shape[-1]
-    share = jnp.zeros((*states.key.shape[:-1], 1), states.key.dtype)
-    share = share.at[..., -1, :, :].set(math.log(count) * width**0.5)
-    return KeyValues(jnp.concatenate([states.key, share], axis=-1), states.value)
-
-
-def _attend_text(query: _Heads, text: KeyValues, implementation: str | None) -> _Heads:
-    """Attention to text states, whose last may stand for many (:func:`last_counts`)."""
-    width = query.shape[-1]
-    if text.key.shape[-1] == width:
-        return attention(query, *text, implementation=implementation)
-    query = jnp.concatenate([query, jnp.ones((*query.shape[:-1], 1), query.dtype)], axis=-1)
-    # Few keys, wider than their values: no kernel is made for that, and none is needed.
-    return attention(query, *text, scale=width**-0.5, implementation="xla")
-
-
-class _Projections(nnx.Module):
-    """The four linears and two norms that every attention here has.
-
-    Queries and keys are normalised over the full width, before it is split into heads.
-    """
-
-    def __init__(
-        self, dim: int, num_heads: int, eps: float = 1e-6, *, numerics: Numerics, rngs: nnx.Rngs
-    ):
-        self.q = Linear(dim, dim, numerics=numerics, rngs=rngs)
-        self.k = Linear(dim, dim, numerics=numerics, rngs=rngs)
-        self.v = Linear(dim, dim, numerics=numerics, rngs=rngs)
-        self.o = Linear(dim, dim, numerics=numerics, rngs=rngs)
-        self.norm_q = WanRMSNorm(dim, eps, numerics=numerics)
-        self.norm_k = WanRMSNorm(dim, eps, numerics=numerics)
-        self.num_heads = num_heads
-        self.dtype = numerics.compute
-
-    def split(self, x: Context) -> _Heads:
-        return x.reshape(*x.shape[:2], self.num_heads, -1)
-
-    def in_compute_dtype(self, key: _Heads, value: _Heads) -> KeyValues:
-        return KeyValues(key.astype(self.dtype), value.astype(self.dtype))
-
-    def merge(self, heads: _Heads) -> Tokens:
-        return self.o(heads.reshape(*heads.shape[:2], -1))
-
-
-class WanSelfAttention(_Projections):
-    """All video tokens attend to each other, or to those a mask allows, with rotary positions."""
-
-    @jax.named_scope("self_attention")
-    def key_values(self, x: Tokens, rope: RopeTable) -> KeyValues:
-        """Keys and values of ``x`` [B, L, D]: what its tokens, and later ones, attend to."""
-        key = rope_apply(self.split(self.norm_k(self.k(x))), rope)
-        return self.in_compute_dtype(key, self.split(self.v(x)))
-
-    @jax.named_scope("self_attention")
-    def __call__(
-        self,
-        x: Tokens,
-        rope: RopeTable,
-        *,
-        mask: BlockCausal | None = None,
-        implementation: str | None = None,
-        own: KeyValues | None = None,
-        past: PastKeyValues | None = None,
-    ) -> Tokens:
-        """Attend from ``x`` to itself, and to ``past`` where there is one.
-
-        Args:
-            x: modulated tokens ``[B, L, D]``.
-            rope: angles of the tokens.
-            mask: which tokens of ``x`` see each other; ``None`` for all.
-            implementation: name of a path of :mod:`skyreels_jax.ops.attention`; ``None`` chooses.
-            own: :meth:`key_values` of ``x``, where they were computed before.
-            past: keys and values of earlier tokens, seen by all of ``x``.
-        """
-        query = rope_apply(self.split(self.norm_q(self.q(x))), rope).astype(self.dtype)
-        own = self.key_values(x, rope) if own is None else own
-        heads = attention(query, *own, mask=mask, past=past, implementation=implementation)
-        return self.merge(heads)
-
-
-class WanT2VCrossAttention(_Projections):
-    """Video tokens attend to all text tokens: the padding too, since the models learned with it."""
-
-    def prepare(self, text: Context, image: Float[Array, "B I D"] | None = None) -> CrossContext:
-        """Keys and values of ``text`` [B, S, D]; there is no ``image`` to attend to."""
-        assert image is None
-        key = self.split(self.norm_k(self.k(text)))
-        return CrossContext(self.in_compute_dtype(key, self.split(self.v(text))), None)
-
-    @jax.named_scope("cross_attention")
-    def __call__(
-        self, x: Tokens, context: CrossContext, *, implementation: str | None = None
-    ) -> Tokens:
-        """``x`` [B, L, D], normalised; ``context`` is one layer's."""
-        query = self.split(self.norm_q(self.q(x))).astype(self.dtype)
-        return self.merge(_attend_text(query, context.text, implementation))
-
-
-class WanI2VCrossAttention(_Projections):
-    """Two attentions with the same queries, to text and to image tokens, summed."""
-
-    def __init__(
-        self, dim: int, num_heads: int, eps: float = 1e-6, *, numerics: Numerics, rngs: nnx.Rngs
-    ):
-        super().__init__(dim, num_heads, eps, numerics=numerics, rngs=rngs)
-        self.k_img = Linear(dim, dim, numerics=numerics, rngs=rngs)
-        self.v_img = Linear(dim, dim, numerics=numerics, rngs=rngs)
-        self.norm_k_img = WanRMSNorm(dim, eps, numerics=numerics)
-
-    def prepare(self, text: Context, image: Float[Array, "B I D"] | None) -> CrossContext:
-        """Keys and values of ``text`` [B, S, D] and of ``image`` [B, I, D]."""
-        assert image is not None
-        key = self.split(self.norm_k(self.k(text)))
-        image_key = self.split(self.norm_k_img(self.k_img(image)))
-        return CrossContext(
-            self.in_compute_dtype(key, self.split(self.v(text))),
-            self.in_compute_dtype(image_key, self.split(self.v_img(image))),
-        )
-
-    @jax.named_scope("cross_attention")
-    def __call__(
-        self, x: Tokens, context: CrossContext, *, implementation: str | None = None
-    ) -> Tokens:
-        """``x`` [B, L, D], normalised; ``context`` is one layer's."""
-        assert context.image is not None
-        query = self.split(self.norm_q(self.q(x))).astype(self.dtype)
-        text = _attend_text(query, context.text, implementation)
-        image = attention(query, *context.image, implementation=implementation)
-        return self.merge(text.astype(jnp.float32) + image.astype(jnp.float32))
 
 
 class Modulation(NamedTuple):
@@ -237,6 +88,7 @@ class WanAttentionBlock(nnx.Module):
         mask: BlockCausal | None = None,
         implementation: str | None = None,
         past: PastKeyValues | None = None,
+        attend: AttentionFunctions | None = None,
     ) -> _BlockOutput:
         """Run the block; the residual is float32 inside and rounded at the end.
 
@@ -248,18 +100,21 @@ class WanAttentionBlock(nnx.Module):
             mask: which tokens see each other; ``None`` for all.
             implementation: name of a path of :mod:`skyreels_jax.ops.attention`; ``None`` chooses.
             past: this layer's keys and values of earlier frames, seen by all of ``x``.
+            attend: computes attention; ``None`` is :func:`.attention`.
         """
-        batch, frames, patches, dim = x.shape
-        flat = (batch, frames * patches, dim)
+        flat = (x.shape[0], x.shape[1] * x.shape[2], x.shape[3])
+        to_tokens, to_context = attend or AttentionFunctions()
+        how = {"implementation": implementation}
         attn, ffn = self.modulations(e0)
 
         h = mul_add_add(layer_norm(x, eps=self.eps), attn.scale, attn.shift)
         h = h.reshape(flat)
         own = self.self_attn.key_values(h, rope)
-        h = self.self_attn(h, rope, mask=mask, implementation=implementation, own=own, past=past)
+        h = self.self_attn(h, rope, mask=mask, own=own, past=past, attend=to_tokens, **how)
         x = mul_add(x, h.reshape(x.shape), attn.gate)
 
-        h = self.cross_attn(self.norm3(x).reshape(flat), context, implementation=implementation)
+        h = self.norm3(x).reshape(flat)
+        h = self.cross_attn(h, context, attend=to_context, **how)
         x = x + h.reshape(x.shape).astype(jnp.float32)
 
         h = mul_add_add(layer_norm(x, eps=self.eps), ffn.scale, ffn.shift)
@@ -281,11 +136,18 @@ class PatchEmbedding(nnx.Module):
 
     def __call__(self, x: Float[Array, "B C F H W"]) -> Float[Array, "B F rows columns D"]:
         """Latents (and image condition) to one token a patch."""
+        return self.project(self.patches(x))
+
+    def patches(self, x: Float[Array, "B C F H W"]) -> Float[Array, "B F rows columns values"]:
+        """The values of each patch: rows, columns and channels of it in this order."""
         batch, channels, frames, height, width = x.shape
         _, p, q = self.patch_size
         x = x.reshape(batch, channels, frames, height // p, p, width // q, q)
         patches = x.transpose(0, 2, 3, 5, 4, 6, 1)  # [B, F, H', W', p, q, C]
-        patches = patches.reshape(*patches.shape[:4], p * q * channels)
+        return patches.reshape(*patches.shape[:4], p * q * channels)
+
+    def project(self, patches: Float[Array, "*batch values"]) -> Float[Array, "*batch D"]:
+        """A token of each patch."""
         kernel = self.kernel[...]
         return linear(
             patches, kernel.reshape(-1, kernel.shape[-1]), self.bias[...], dtype=self.dtype

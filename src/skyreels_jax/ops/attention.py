@@ -67,7 +67,9 @@ def _serves_all(call: AttentionCall) -> None:
 ATTENTION_PATHS: Final[Mapping[str, AttentionPath]] = MappingProxyType(
     {
         "xla": AttentionPath(reference_attention, _serves_all, takes_past=True),
-        "chunked": AttentionPath(chunked_attention, _serves_all, takes_past=True),
+        "chunked": AttentionPath(
+            chunked_attention, _serves_all, takes_past=True, takes_device=True
+        ),
         "cudnn": AttentionPath(cudnn_attention, cudnn_refusal, takes_past=True),
         "splash": AttentionPath(splash_attention, splash_refusal),
         "tokamax": AttentionPath(tokamax_attention, tokamax_refusal),
@@ -84,6 +86,7 @@ def attention(
     scale: float | None = None,
     past: PastKeyValues | None = None,
     implementation: str | None = None,
+    device: Device | None = None,
 ) -> Float[Array, "B L N V"]:
     """``softmax(scale * query @ key^T) @ value`` for each head, softmax in float32.
 
@@ -95,6 +98,7 @@ def attention(
         scale: positive; ``K ** -0.5`` unless given.
         past: keys and values of tokens before these (``S`` is then ``L``), seen by every query.
         implementation: a name in :data:`ATTENTION_PATHS`; ``None`` asks :func:`choose_path`.
+        device: that the program will run on; ``None`` is the default device of this process.
 
     Raises:
         UnsupportedError: if the named implementation does not exist or cannot serve this call. It
@@ -103,7 +107,7 @@ def attention(
     batch, q_len, heads, width = query.shape
     key_len = key.shape[1] + (0 if past is None else past.key.shape[1])
     dtype = jnp.dtype(query.dtype).name
-    call = AttentionCall(this_device(), dtype, (batch, q_len, heads, width), key_len)
+    call = AttentionCall(device or this_device(), dtype, (batch, q_len, heads, width), key_len)
     name = choose_path(call) if implementation is None else implementation
     if name not in ATTENTION_PATHS:
         raise UnsupportedError(
@@ -116,15 +120,16 @@ def attention(
             f"without a name {choose_path(call)!r} is taken"
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    how = {"device": call.device} if path.takes_device else {}
     with jax.named_scope(f"attention_{name}"):
         if past is None:
-            return path.compute(query, key, value, mask=mask, scale=scale)
+            return path.compute(query, key, value, mask=mask, scale=scale, **how)
         if not path.takes_past:
             raise UnsupportedError(
                 f"attention path {name!r} cannot take keys of earlier tokens; choose one of "
                 f"{', '.join(paths_with_past())}"
             )
-        return path.compute(query, key, value, mask=mask, scale=scale, past=past)
+        return path.compute(query, key, value, mask=mask, scale=scale, past=past, **how)
 
 
 def paths_with_past() -> tuple[str, ...]:
@@ -146,7 +151,11 @@ def choose_path(call: AttentionCall) -> str:
 
 def this_device() -> Device:
     """The default device of this process."""
-    device = jax.devices()[0]
+    return device_of(jax.devices()[0])
+
+
+def device_of(device: jax.Device) -> Device:  # pyright: ignore[reportInvalidTypeForm]
+    """What decides the choice of a path on a device of JAX's, which need not be in this machine."""
     if device.platform != "gpu":
         return Device(device.platform)
     capability = str(getattr(device, "compute_capability", ""))  # "9.0"; "gfx90a" on ROCm

@@ -12,11 +12,13 @@ class BlockCausal:
 
     Inside a block attention is bidirectional. Query token ``i`` may attend key token ``j`` iff
     ``frame(i) // frames_per_block >= frame(j) // frames_per_block`` with
-    ``frame(i) = i // tokens_per_frame``. The last block may be short.
+    ``frame(i) = i // tokens_per_frame``. The last block may be short. Where keys are those of more
+    patches than queries are, a frame has ``keys_per_frame`` of them.
     """
 
     tokens_per_frame: int
     frames_per_block: int
+    keys_per_frame: int | None = None
 
     def __post_init__(self):
         if self.tokens_per_frame < 1 or self.frames_per_block < 1:
@@ -29,19 +31,24 @@ class BlockCausal:
         """Tokens of a full block."""
         return self.tokens_per_frame * self.frames_per_block
 
+    @property
+    def keys_per_block(self) -> int:
+        """Keys of a full block."""
+        return (self.keys_per_frame or self.tokens_per_frame) * self.frames_per_block
+
     def visible_keys(self, query: int, key_len: int) -> int:
         """How many of ``key_len`` keys the query token ``query`` sees: always a prefix."""
-        return min((query // self.tokens_per_block + 1) * self.tokens_per_block, key_len)
+        return min((query // self.tokens_per_block + 1) * self.keys_per_block, key_len)
 
     def allowed(self, queries: Int[Array, " L"], keys: Int[Array, " S"]) -> Bool[Array, "L S"]:
         """The rule for a tile, from the token indices of its rows and of its columns."""
-        size = self.tokens_per_block
-        return (queries // size)[:, None] >= (keys // size)[None, :]
+        blocks = queries // self.tokens_per_block
+        return blocks[:, None] >= (keys // self.keys_per_block)[None, :]
 
     def as_array(self, q_len: int, k_len: int) -> Bool[np.ndarray, "L S"]:
         """The whole mask drawn out, for tests and for the plain reference path."""
-        size = self.tokens_per_block
-        return (np.arange(q_len) // size)[:, None] >= (np.arange(k_len) // size)[None, :]
+        blocks = np.arange(q_len) // self.tokens_per_block
+        return blocks[:, None] >= (np.arange(k_len) // self.keys_per_block)[None, :]
 
 
 Mask = BlockCausal

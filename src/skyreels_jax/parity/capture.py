@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 
 from skyreels_jax.models.transformer import WanModel, unpatchify
-from skyreels_jax.models.transformer_layers import CrossContext, FrameTokens
+from skyreels_jax.models.transformer_attention import CrossContext
+from skyreels_jax.models.transformer_layers import FrameTokens
 from skyreels_jax.ops.masks import BlockCausal
 from skyreels_jax.ops.positions import RopeTable
 from skyreels_jax.parity.activation_sites import (

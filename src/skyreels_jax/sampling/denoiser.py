@@ -23,6 +23,7 @@ from skyreels_jax.diffusion.frame_schedule import FrameSchedule, synchronous_sch
 from skyreels_jax.diffusion.guidance import Guidance
 from skyreels_jax.diffusion.step_cache import CacheState, NoCache, StepCache
 from skyreels_jax.diffusion.unipc import FlowSchedule
+from skyreels_jax.models.parallelism import SINGLE_DEVICE, Parallelism
 from skyreels_jax.ops.attention import paths_with_past
 from skyreels_jax.sampling.progress import Clock, StepMonitor
 from skyreels_jax.sampling.run_plan import ProgramKey, RunPlan, work_items
@@ -107,14 +108,16 @@ class Denoiser:
     Keep one for as long as the model: it is what saves a second video the compilation.
 
     Attributes:
-        model: has ``staged``, ``prepare_context`` and ``tokens_per_frame``, as
+        model: has ``staged`` and ``prepare_context``, as
             :class:`~skyreels_jax.models.transformer.WanModel` does.
         block_length: latent frames a block of block-causal attention, ``None`` for full attention.
+        parallelism: on what devices the model is and runs.
     """
 
     model: nnx.Module
     block_length: int | None = None
     _executables: dict[Hashable, jax.stages.Compiled] = field(default_factory=dict, repr=False)
+    parallelism: Parallelism = SINGLE_DEVICE
 
     def condition(
         self,
@@ -142,15 +145,30 @@ class Denoiser:
         clock = clock or Clock()
 
         def prepare(context: Context, clip_fea: Array | None) -> PreparedContext:
-            arguments = (parameters, context, clip_fea)
+            arguments = (parameters, *self.parallelism.place((context, clip_fea)))
             # What is bound is the graph, this model's in every call.
-            if (key := _shape_key(_prepare, arguments)) not in self._executables:
-                with clock.stage("compile"):
-                    lowered = jax.jit(partial(_prepare, graph)).lower(*arguments)
-                    self._executables[key] = lowered.compile()
-            return self._executables[key](*arguments)
+            prepared = partial(_prepare, graph)
+            return self._compiled(_prepare, prepared, arguments, (), clock)(*arguments)
 
-        return _conditioning(guidance, prepare, (positive, negative), clip_fea, y, fps)
+        conditioning = _conditioning(guidance, prepare, (positive, negative), clip_fea, y, fps)
+        return conditioning._replace(
+            **self.parallelism.place({"y": conditioning.y, "fps": conditioning.fps})
+        )
+
+    def _compiled(
+        self,
+        name: Callable[..., Any],
+        function: Callable[..., Any],
+        arguments: tuple[PyTree, ...],
+        donated: tuple[int, ...],
+        clock: Clock,
+    ) -> jax.stages.Compiled:
+        """The program of a function for such arguments, compiled unless it is there."""
+        if (key := _program_key(name, arguments)) not in self._executables:
+            with clock.stage("compile"):
+                jitted = self.parallelism.jit(function, arguments, donated)
+                self._executables[key] = jitted.lower(*arguments).compile()
+        return self._executables[key]
 
     def run(
         self,
@@ -191,11 +209,8 @@ class Denoiser:
         programs: dict[ProgramKey, jax.stages.Compiled] = {}
         for program, iteration in plan.programs.items():
             arguments = (plan.step, state, iteration)
-            if (key := _shape_key(program.function, arguments)) not in self._executables:
-                with clock.stage("compile"):
-                    lowered = jax.jit(program.function, donate_argnums=1).lower(*arguments)
-                    self._executables[key] = lowered.compile()
-            programs[program] = self._executables[key]
+            function = program.function
+            programs[program] = self._compiled(function, function, arguments, (1,), clock)
         with clock.stage("denoise", schedule.iterations):
             monitor = StepMonitor(clock, schedule)
             for iteration, program in plan.work:
@@ -229,18 +244,20 @@ class Denoiser:
             prepare = partial(_prepare, graph, parameters)
             return _conditioning(sampling.guidance, prepare, (text, text), *others)
 
-        conditioning = jax.eval_shape(condition, parameters, *inputs)
+        conditioning = self.parallelism.place(jax.eval_shape(condition, parameters, *inputs))
         frames = noise.shape[2]
         plan = self._plan(frames, conditioning, sampling, frame_schedule, conditioning_noise)
-        state = jax.eval_shape(plan.start, noise)
+        state = self.parallelism.place(jax.eval_shape(plan.start, noise))
         times = Counter(item.key for item in plan.work)
         largest_first = sorted(
             plan.programs.items(), key=lambda item: (item[0].fills_cache, -item[0].columns)
         )
-        return [
-            (jax.jit(key.function, donate_argnums=1).trace(plan.step, state, given), times[key])
-            for key, given in largest_first
-        ]
+        programs = []
+        for key, given in largest_first:
+            arguments = (plan.step, state, given)
+            jitted = self.parallelism.jit(key.function, arguments, (1,))
+            programs.append((jitted.trace(*arguments), times[key]))
+        return programs
 
     def _plan(
         self,
@@ -259,6 +276,7 @@ class Denoiser:
             sampling.cache,
             self.block_length,
             sampling.attention,
+            self.parallelism,
         )
         reuse = self._plan_reuse(schedule, frames, sampling, noise)
         lines = iterations(schedule, sampling.coefficients, noise)
@@ -282,10 +300,13 @@ class Denoiser:
         return reuse if reuse.computed < reuse.total else None
 
 
-def _shape_key(function: Callable[..., object], arguments: tuple[PyTree, ...]) -> Hashable:
-    """What decides a compiled program: the function, and structure and shapes of its arguments."""
+def _program_key(function: Callable[..., object], arguments: tuple[PyTree, ...]) -> Hashable:
+    """What decides a compiled program: the function; structure, shapes and places of arguments."""
     leaves, structure = jax.tree.flatten(arguments)
-    return function, structure, tuple((np.shape(leaf), leaf.dtype) for leaf in leaves)
+    # Arrays of the host have no place of their own.
+    places = (getattr(leaf, "sharding", None) for leaf in leaves)
+    shapes = ((np.shape(leaf), leaf.dtype) for leaf in leaves)
+    return function, structure, tuple(zip(shapes, places, strict=True))
 
 
 def _prepare(

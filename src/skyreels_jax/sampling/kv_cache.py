@@ -4,21 +4,28 @@ Which blocks, and when, is :mod:`skyreels_jax.diffusion.block_reuse`; the reason
 docs/adr/0003-reuse-of-finished-blocks.md.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from skyreels_jax.models.transformer_layers import KeyValues
+from skyreels_jax.models.transformer_attention import FrameKeyValues
 
-# One entry for each model call of an iteration, ``[layers, B, slots, N, K]``; empty without reuse.
-KVCache = tuple[KeyValues, ...]
+# One entry for each model call of an iteration; empty without reuse.
+KVCache = tuple[FrameKeyValues, ...]
 
 
-def allocate(block: KVCache, blocks: int) -> KVCache:
-    """Zeros with slots for ``blocks`` blocks, each of the shapes of ``block``."""
+def allocate(
+    block: KVCache,
+    blocks: int,
+    make: Callable[[tuple[int, ...], DTypeLike], Array] = jnp.zeros,
+) -> KVCache:
+    """Zeros by ``make`` with a slot for each frame of ``blocks`` blocks, shaped as ``block``."""
 
     def zeros(leaf: Array | jax.ShapeDtypeStruct) -> Array:
-        return jnp.zeros((*leaf.shape[:2], blocks * leaf.shape[2], *leaf.shape[3:]), leaf.dtype)
+        return make((*leaf.shape[:2], blocks * leaf.shape[2], *leaf.shape[3:]), leaf.dtype)
 
     return jax.tree.map(zeros, block)
 

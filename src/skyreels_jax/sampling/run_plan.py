@@ -62,14 +62,15 @@ class RunPlan:
         """The state before the first iteration."""
         # A copy: programs donate the state, and the caller's noise must survive.
         x = jnp.array(jnp.moveaxis(noise, 2, 0), dtype=self.latents, copy=True)
-        state = SamplerState(x, unipc.init(x), (), ())
+        make = self.step.parallelism.zeros
+        state = self.step.parallelism.place(SamplerState(x, unipc.init(x), (), ()))
         if self.reuse is not None and self.reuse.cached:
             block = next(item.iteration for item in self.work if item.key.fills_cache)
             shapes = jax.eval_shape(DenoisingStep.key_values, self.step, state, block)
-            state = state._replace(kv_cache=allocate(shapes, self.reuse.cached))
+            state = state._replace(kv_cache=allocate(shapes, self.reuse.cached, make))
         first = self.work[0].iteration
         shapes = jax.eval_shape(DenoisingStep.initial_caches, self.step, state, first)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        zeros = jax.tree.map(lambda leaf: make(leaf.shape, leaf.dtype), shapes)
         return state._replace(caches=zeros)
 
 

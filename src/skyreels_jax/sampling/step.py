@@ -20,8 +20,8 @@ from skyreels_jax.diffusion.frame_schedule import FrameSchedule
 from skyreels_jax.diffusion.guidance import Guidance
 from skyreels_jax.diffusion.step_cache import CacheState, Position, StagedForward, StepCache
 from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
-from skyreels_jax.models.transformer_layers import KeyValues
-from skyreels_jax.ops.attention import PastKeyValues
+from skyreels_jax.models.parallelism import SINGLE_DEVICE, Parallelism
+from skyreels_jax.models.transformer_attention import FrameKeyValues, PastFrames
 from skyreels_jax.sampling.kv_cache import KVCache, append_block
 from skyreels_jax.sampling.progress import IterationReport
 
@@ -111,7 +111,7 @@ class SamplerState(NamedTuple):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("parameters", "conditioning", "guidance", "cache"),
-    meta_fields=("graph", "block_length", "attention"),
+    meta_fields=("graph", "block_length", "attention", "parallelism"),
 )
 @dataclass(frozen=True, eq=False)
 class DenoisingStep:
@@ -128,6 +128,7 @@ class DenoisingStep:
         cache: which model calls are left out.
         block_length: latent frames a block of block-causal attention, ``None`` for full attention.
         attention: name of an attention path; ``None`` chooses by platform and shape.
+        parallelism: on what devices the model runs.
     """
 
     graph: nnx.GraphDef[Any]
@@ -137,6 +138,7 @@ class DenoisingStep:
     cache: StepCache
     block_length: int | None = None
     attention: str | None = None
+    parallelism: Parallelism = SINGLE_DEVICE
 
     def advance(
         self, state: SamplerState, iteration: Iteration
@@ -161,14 +163,13 @@ class DenoisingStep:
     def fill_cache(self, state: SamplerState, iteration: Iteration) -> tuple[SamplerState, None]:
         """Cache keys and values of the block in ``iteration``, which is finished; nothing moves."""
         block = self.key_values(state, iteration)
-        tokens_per_frame = block[0].key.shape[2] // len(iteration.timestep)
-        slot = jnp.asarray(iteration.first) * tokens_per_frame
+        slot = jnp.asarray(iteration.first)
         return state._replace(kv_cache=append_block(state.kv_cache, block, slot)), None
 
     def key_values(self, state: SamplerState, iteration: Iteration) -> KVCache:
         """Keys and values of the one block in ``iteration``, for each model call."""
         calls = self.staged_calls(state, iteration, within_block=True)
-        return tuple(KeyValues(*staged.key_values()) for staged in calls)
+        return tuple(FrameKeyValues(*staged.key_values()) for staged in calls)
 
     def initial_caches(self, state: SamplerState, iteration: Iteration) -> tuple[CacheState, ...]:
         """The step cache's states before the first iteration."""
@@ -187,8 +188,7 @@ class DenoisingStep:
         for number, context in enumerate(self.conditioning.contexts):
             past = None
             if state.kv_cache:
-                length = jnp.asarray(iteration.first) * model.tokens_per_frame(*x.shape[3:])
-                past = PastKeyValues(*state.kv_cache[number], length)
+                past = PastFrames(*state.kv_cache[number], jnp.asarray(iteration.first))
             yield model.staged(
                 x,
                 t,
@@ -198,6 +198,7 @@ class DenoisingStep:
                 block_length=None if within_block else self.block_length,
                 attention=self.attention,
                 past=past,
+                parallelism=self.parallelism,
             )
 
     def model_inputs(

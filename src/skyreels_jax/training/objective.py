@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.models.transformer import WanModel
-from skyreels_jax.models.transformer_layers import CrossContext
+from skyreels_jax.models.transformer_attention import CrossContext
 from skyreels_jax.shapes import Context, Latents
 from skyreels_jax.training.sigma_distributions import Sigmas
 

@@ -22,7 +22,7 @@ from tests.fabricate import Checkpoints
 from skyreels_jax.components import encoders
 from skyreels_jax.diffusion import guidance, unipc
 from skyreels_jax.generation import window_generator
-from skyreels_jax.models import layers, transformer, transformer_layers
+from skyreels_jax.models import layers, transformer, transformer_attention, transformer_layers
 from skyreels_jax.ops.positions import rope_table
 from skyreels_jax.parity import capture, sides
 from skyreels_jax.parity.plan import ParityPlan, plan_comparison
@@ -294,7 +294,7 @@ def rope_axes(patch, case):
 
 
 def rope_offset(patch, case):
-    true, calls = transformer_layers.rope_apply, []
+    true, calls = transformer_attention.rope_apply, []
 
     def off(x, table):
         calls.append(1)
@@ -302,12 +302,12 @@ def rope_offset(patch, case):
             table = rope_table(GRID, HEAD, first=jnp.int32(1), latest=1)
         return true(x, table)
 
-    patch.setattr(transformer_layers, "rope_apply", off)
+    patch.setattr(transformer_attention, "rope_apply", off)
     return anew(case)
 
 
 def no_rope(patch, case):
-    patch.setattr(transformer_layers, "rope_apply", lambda x, _: x.astype(jnp.float32))
+    patch.setattr(transformer_attention, "rope_apply", lambda x, _: x.astype(jnp.float32))
     return anew(case)
 
 
@@ -317,7 +317,7 @@ def rope_halves(patch, case):
         cos, sin = (part[None, :, None, :] for part in table)
         return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
-    patch.setattr(transformer_layers, "rope_apply", halves)
+    patch.setattr(transformer_attention, "rope_apply", halves)
     return anew(case)
 
 
@@ -370,7 +370,7 @@ def other_activation(activation):
 
 
 def text_mask(patch, case):
-    true = transformer_layers.attention
+    true = transformer_attention.attention
     words = case.side.pipeline.components.text_encoder.encode([case.plan.prompts[0]])[0]
     length = int(np.any(words != 0, axis=-1).sum())
 
@@ -379,18 +379,18 @@ def text_mask(patch, case):
             key, value = key[:, :length], value[:, :length]
         return true(query, key, value, **more)
 
-    patch.setattr(transformer_layers, "attention", masked)
+    patch.setattr(transformer_attention, "attention", masked)
     return anew(case)
 
 
 def no_image_term(patch, case):
-    true = transformer_layers.attention
+    true = transformer_attention.attention
 
     def without(query, key, value, **more):
         out = true(query, key, value, **more)
         return 0 * out if key.shape[1] == 257 else out
 
-    patch.setattr(transformer_layers, "attention", without)
+    patch.setattr(transformer_attention, "attention", without)
     return anew(case)
 
 

@@ -3,6 +3,7 @@
 The recurrence is that of Rabe and Staats, https://arxiv.org/abs/2112.05682.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from skyreels_jax.ops.kernels.contract import PastKeyValues
+from skyreels_jax.ops.kernels.contract import Device, PastKeyValues
 from skyreels_jax.ops.linear import exact_precision
 from skyreels_jax.ops.masks import Mask
 
@@ -32,12 +33,12 @@ _CACHED: Final = ScoreTiling()
 _PARALLEL: Final = ScoreTiling(heads_together=True)
 
 
-class _RunningSoftmax(NamedTuple):
+class RunningSoftmax(NamedTuple):
     """A softmax-weighted sum over the keys seen so far, with its largest score taken out."""
 
-    peak: Float[Array, " l"]
-    total: Float[Array, " l"]
-    weighted: Float[Array, "l K"]
+    peak: Float[Array, "*tiles l"]
+    total: Float[Array, "*tiles l"]
+    weighted: Float[Array, "*tiles l K"]
 
 
 def chunked_attention(
@@ -49,15 +50,17 @@ def chunked_attention(
     scale: float,
     past: PastKeyValues | None = None,
     tiling: ScoreTiling | None = None,
+    device: Device | None = None,
 ) -> Float[Array, "B L N K"]:
     """The reference's result, one tile of scores at a time.
 
     Its gradient recomputes the tiles, so it is linear in memory too. Tiles that ``mask`` hides
     entirely are skipped. With ``past`` its filled tiles are visited first, and there is no
-    gradient: how many they are is known only when the program runs.
+    gradient: how many they are is known only when the program runs. The size of tiles is that for
+    the ``device``, or for this process's default, unless ``tiling`` is given.
     """
     if tiling is None:
-        tiling = _CACHED if jax.default_backend() == "cpu" else _PARALLEL
+        tiling = tiling_on(device)
     q_size, k_size = even_tile(query.shape[1], tiling.queries), even_tile(key.shape[1], tiling.keys)
     key_len = key.shape[1]
 
@@ -82,30 +85,106 @@ def chunked_attention(
     return _untile(out, query.shape)
 
 
+def tiling_on(device: Device | None) -> ScoreTiling:
+    """The tiles for a device; ``None`` is the default one of this process."""
+    platform = jax.default_backend() if device is None else device.platform
+    return _CACHED if platform == "cpu" else _PARALLEL
+
+
+def begin_softmax(
+    query: Float[Array, "B L N K"], tiling: ScoreTiling
+) -> tuple[Float[Array, "BN tiles l K"], RunningSoftmax]:
+    """The tiles of ``query``, and the state of each before the first key."""
+    queries = _tiles(query, even_tile(query.shape[1], tiling.queries))
+    return queries, _nothing_seen(queries)
+
+
+def attend_some(
+    state: RunningSoftmax,
+    queries: Float[Array, "BN tiles l K"],
+    key: Float[Array, "B S N K"],
+    value: Float[Array, "B S N K"],
+    *,
+    visible: Callable[[Array, Array], Array] | None,
+    scale: float,
+    tiling: ScoreTiling,
+) -> RunningSoftmax:
+    """The state after some keys more: attention to all is the sum over parts of them.
+
+    Args:
+        state: from :func:`begin_softmax`, or after other keys.
+        queries: in tiles, as :func:`begin_softmax` gives them.
+        key: some of the keys.
+        value: theirs.
+        visible: from indices of queries and of these keys, which see which; ``None`` for all.
+        scale: of the scores.
+        tiling: as it was for the queries.
+    """
+    size = even_tile(key.shape[1], tiling.keys)
+    key_len, keys, values = key.shape[1], _tiles(key, size), _tiles(value, size)
+    q_starts, k_starts = (jnp.arange(x.shape[1]) * x.shape[2] for x in (queries, keys))
+
+    def one_head(of_head):
+        state, queries, keys, values = of_head
+
+        def one_query_tile(tile):
+            state, q_start, q = tile
+            q_index = q_start + jnp.arange(q.shape[0])
+
+            def step(state: RunningSoftmax, tile):
+                k_start, k, v = tile
+                k_index = k_start + jnp.arange(k.shape[0])
+                seen = jnp.broadcast_to((k_index < key_len)[None, :], (len(q), len(k)))
+                if visible is not None:
+                    seen &= visible(q_index, k_index)
+
+                def take_in(state: RunningSoftmax) -> RunningSoftmax:
+                    scores = jnp.where(seen, _product(q, k, axis=1), -jnp.inf)
+                    return _accumulate(state, scores, v, scale)
+
+                return jax.lax.cond(seen.any(), take_in, lambda state: state, state), None
+
+            return jax.lax.scan(step, state, (k_starts, keys, values))[0]
+
+        return jax.lax.map(one_query_tile, (state, q_starts, queries))
+
+    of_heads = (state, queries, keys, values)
+    return (
+        jax.vmap(one_head)(of_heads) if tiling.heads_together else jax.lax.map(one_head, of_heads)
+    )
+
+
+def finish_softmax(
+    state: RunningSoftmax, query: Float[Array, "B L N K"]
+) -> Float[Array, "B L N K"]:
+    """Attention of ``query`` after the last key."""
+    return _untile(state.weighted / state.total[..., None], query.shape).astype(query.dtype)
+
+
 def even_tile(length: int, largest: int) -> int:
     """The size at most ``largest`` that cuts ``length`` most evenly, to fill up as little."""
     count = -(-length // largest)
     return -(-length // count)
 
 
-def _nothing_seen(q: Float[Array, "l K"]) -> _RunningSoftmax:
+def _nothing_seen(q: Float[Array, "*tiles l K"]) -> RunningSoftmax:
     """Before the first key."""
     # A finite floor rather than -inf: a difference of two floors is 0, not NaN.
-    return _RunningSoftmax(
-        jnp.full(q.shape[:1], jnp.finfo(jnp.float32).min, jnp.float32),
-        jnp.zeros(q.shape[:1], jnp.float32),
+    return RunningSoftmax(
+        jnp.full(q.shape[:-1], jnp.finfo(jnp.float32).min, jnp.float32),
+        jnp.zeros(q.shape[:-1], jnp.float32),
         jnp.zeros(q.shape, jnp.float32),
     )
 
 
 def _filled(
     q: Float[Array, "l K"], tiles: tuple[Array, Array], length: Int[Array, ""], scale: float
-) -> _RunningSoftmax:
+) -> RunningSoftmax:
     """One tile of queries against the first ``length`` keys of ``tiles``, all of them seen."""
     keys, values = tiles
     size = keys.shape[1]
 
-    def take_in(tile: Array, state: _RunningSoftmax) -> _RunningSoftmax:
+    def take_in(tile: Array, state: RunningSoftmax) -> RunningSoftmax:
         scores = _product(q, keys[tile], axis=1)
         is_filled = tile * size + jnp.arange(size) < length
         scores = jnp.where(is_filled[None, :], scores, -jnp.inf)
@@ -115,7 +194,7 @@ def _filled(
 
 
 def _attend(
-    state: _RunningSoftmax,
+    state: RunningSoftmax,
     q: Float[Array, "l K"],
     q_start: Array,
     key_tiles: tuple[Array, Array, Array],
@@ -129,7 +208,7 @@ def _attend(
     q_index = q_start + jnp.arange(q.shape[0])
 
     @jax.checkpoint
-    def take_in(state: _RunningSoftmax, tile) -> _RunningSoftmax:
+    def take_in(state: RunningSoftmax, tile) -> RunningSoftmax:
         k_start, k, v = tile
         scores = _product(q, k, axis=1)
         k_index = k_start + jnp.arange(k.shape[0])
@@ -139,7 +218,7 @@ def _attend(
             scores = jnp.where(mask.allowed(q_index, k_index), scores, -jnp.inf)
         return _accumulate(state, scores, v, scale)
 
-    def step(state: _RunningSoftmax, tile):
+    def step(state: RunningSoftmax, tile):
         if mask is None:
             return take_in(state, tile), None
         is_seen = mask.allowed(q_index[-1:], tile[0][None])[0, 0]
@@ -150,8 +229,8 @@ def _attend(
 
 
 def _accumulate(
-    state: _RunningSoftmax, scores: Float[Array, "l s"], values: Float[Array, "s K"], scale: float
-) -> _RunningSoftmax:
+    state: RunningSoftmax, scores: Float[Array, "l s"], values: Float[Array, "s K"], scale: float
+) -> RunningSoftmax:
     """Take in one more tile of keys.
 
     ``scores`` and the peak are scaled only inside the exponential: one pass less over the tile.
@@ -159,7 +238,7 @@ def _accumulate(
     peak = jnp.maximum(state.peak, scores.max(axis=-1))
     weights = jnp.exp(scale * (scores - peak[:, None]))
     shrink = jnp.exp(scale * (state.peak - peak))
-    return _RunningSoftmax(
+    return RunningSoftmax(
         peak,
         state.total * shrink + weights.sum(axis=-1),
         state.weighted * shrink[:, None] + _product(weights.astype(values.dtype), values),

@@ -1,0 +1,134 @@
+"""How a transformer's tokens and layers are spread over devices: the hooks, and one device.
+
+Models call the hooks and know of no device; :mod:`skyreels_jax.parallel` has those of many.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
+
+from skyreels_jax.models.layers import scan_layers
+from skyreels_jax.models.transformer_attention import (
+    AttentionFunctions,
+    CrossContext,
+    FrameKeyValues,
+)
+from skyreels_jax.models.transformer_layers import FrameTokens
+from skyreels_jax.ops.positions import RopeTable
+
+_Tree = TypeVar("_Tree")
+
+
+class SharedInputs(NamedTuple):
+    """What every block takes: projected time embedding, positions, how many frames are past."""
+
+    e0: Float[Array, "B steps 6 D"]
+    rope: RopeTable
+    past_frames: Int[Array, ""] | None
+
+
+class LayerInputs(NamedTuple):
+    """What one block takes; stacked over the layers."""
+
+    parameters: nnx.State
+    context: CrossContext
+    past: FrameKeyValues | None
+
+
+# One block: attentions, tokens, its inputs and the shared ones to tokens and, perhaps, their keys
+# and values.
+LayerFunction = Callable[
+    [AttentionFunctions, FrameTokens, LayerInputs, SharedInputs],
+    tuple[FrameTokens, FrameKeyValues | None],
+]
+
+
+@runtime_checkable
+class Parallelism(Protocol):
+    """Where tokens, layers and arrays are. Hashable: it is part of a compiled program."""
+
+    def cut(self, patches: Float[Array, "B F P C"]) -> Float[Array, "B F Q C"]:
+        """Spread the patches of each frame, filled up with zeros where they do not divide."""
+        ...
+
+    def join(self, patches: Float[Array, "B F Q C"], count: int) -> Float[Array, "B F P C"]:
+        """Undo :meth:`cut`; ``count`` is how many patches a frame has."""
+        ...
+
+    def share(self, tree: _Tree) -> _Tree:
+        """Small arrays that every device has a whole copy of."""
+        ...
+
+    def run_layers(
+        self, layer: LayerFunction, tokens: FrameTokens, layers: LayerInputs, shared: SharedInputs
+    ) -> tuple[FrameTokens, FrameKeyValues | None]:
+        """Run ``layer`` for each of ``layers`` in order; the second results are stacked."""
+        ...
+
+    def place(self, tree: _Tree) -> _Tree:
+        """Arrays (or their shapes) where a program takes them."""
+        ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """Zeros, where an array of this shape belongs."""
+        ...
+
+    def jit(
+        self, function: Callable[..., Any], arguments: tuple[PyTree, ...], donated: tuple[int, ...]
+    ) -> Any:
+        """``jax.jit`` of a function that is called with ``arguments``."""
+        ...
+
+
+@dataclass(frozen=True)
+class SingleDevice:
+    """The null object: everything is on the default device."""
+
+    def cut(self, patches: Float[Array, "B F P C"]) -> Float[Array, "B F P C"]:
+        """As they are."""
+        return patches
+
+    def join(self, patches: Float[Array, "B F P C"], count: int) -> Float[Array, "B F P C"]:
+        """As they are."""
+        del count
+        return patches
+
+    def share(self, tree: _Tree) -> _Tree:
+        """As they are."""
+        return tree
+
+    def run_layers(
+        self, layer: LayerFunction, tokens: FrameTokens, layers: LayerInputs, shared: SharedInputs
+    ) -> tuple[FrameTokens, FrameKeyValues | None]:
+        """One after the other."""
+
+        def step(
+            tokens: FrameTokens, of_layer: LayerInputs, shared: SharedInputs
+        ) -> tuple[FrameTokens, FrameKeyValues | None]:
+            return layer(AttentionFunctions(), tokens, of_layer, shared)
+
+        return scan_layers(step, tokens, layers, shared)
+
+    def place(self, tree: _Tree) -> _Tree:
+        """As it is."""
+        return tree
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """On the default device."""
+        return jnp.zeros(shape, dtype)
+
+    def jit(
+        self, function: Callable[..., Any], arguments: tuple[PyTree, ...], donated: tuple[int, ...]
+    ) -> Any:
+        """The plain one."""
+        del arguments
+        return jax.jit(function, donate_argnums=donated)
+
+
+SINGLE_DEVICE: Final = SingleDevice()
