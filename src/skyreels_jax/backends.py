@@ -24,6 +24,10 @@ from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request.declaration import refuse_unknown
 from skyreels_jax.generation.request.settings import COMPUTE_DTYPES, WEIGHTS
 from skyreels_jax.memory import kernel_dtype
+from skyreels_jax.models.parallelism import SINGLE_DEVICE, Parallelism
+from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.parallel.plan import AUTO, MeshPlan
+from skyreels_jax.parallel.transformer import MeshTransformer
 from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.torch_side.components import (
     TorchAutoencoder,
@@ -35,7 +39,6 @@ from skyreels_jax.weights.components.clip import stored_image_encoder
 from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
-from skyreels_jax.weights.engine import Placement, on_default_device
 from skyreels_jax.weights.lora.binding import Lora
 from skyreels_jax.weights.lora.source import with_loras
 from skyreels_jax.weights.lora.stack import LoraLike
@@ -71,6 +74,9 @@ class ChosenOptions:
             stream through the device layer by layer.
         loras: files that are added to the transformer, each alone or with its scale:
             ``["style.safetensors", ("motion.safetensors", 0.8)]``.
+        mesh: how many devices the transformer runs on, along each axis of
+            :class:`~skyreels_jax.parallel.plan.MeshPlan`: a plan, its text (``fsdp=4,ulysses=2``),
+            or ``auto`` for all that JAX has. ``None`` is one device.
     """
 
     dtype: str = "bfloat16"
@@ -83,16 +89,28 @@ class ChosenOptions:
     weights: str | None = None
     offload: bool = False
     loras: Sequence[LoraLike] = ()
+    mesh: str | MeshPlan | None = None
 
     @property
     def kernels(self) -> DTypeLike | None:
         """What the blocks' kernels are quantised to, if they are."""
         return kernel_dtype(self.weights)
 
-    @property
-    def placement(self) -> Placement:
-        """Where the transformer's parameters are put."""
-        return on_host if self.offload else on_default_device
+    def parallelism(self, config: TransformerConfig) -> Parallelism:
+        """On what devices a transformer of ``config`` runs.
+
+        Raises:
+            RequestError: it cannot run on the mesh; says why, and what would be legal.
+        """
+        return SINGLE_DEVICE if self.mesh is None else MeshTransformer.of(self.mesh, config)
+
+    def loading(self, parallelism: Parallelism) -> dict[str, Any]:
+        """How the transformer is loaded: ``dtype``, ``kernel_dtype`` and ``placement``."""
+        return {
+            "dtype": jnp.dtype(self.dtype),
+            "kernel_dtype": self.kernels,
+            "placement": on_host if self.offload else parallelism.placement,
+        }
 
     def loaders(self, checkpoint: Checkpoint) -> "ComponentLoaders":
         """How to load the components of a checkpoint but its transformer.
@@ -126,6 +144,7 @@ class PipelineOptions(TypedDict, total=False):
     weights: str | None
     offload: bool
     loras: Sequence[LoraLike]
+    mesh: str | MeshPlan | None
 
 
 OPTIONS: Final = tuple(entry.name for entry in fields(ChosenOptions))
@@ -171,6 +190,15 @@ def check_options(**options: Unpack[PipelineOptions]) -> ChosenOptions:
         raise RequestError(
             f"`weights` {weights} is of models in JAX, and the hybrid backend's text "
             "encoder is in PyTorch: leave `weights` out"
+        )
+    if isinstance(mesh := chosen["mesh"], str) and mesh != AUTO:
+        MeshPlan.parse(mesh)
+    elif not isinstance(mesh, str | MeshPlan | None):
+        raise RequestError(f"`mesh` {mesh!r} is none: a MeshPlan, its text or `auto`")
+    if mesh is not None and chosen["offload"]:
+        raise RequestError(
+            "`offload` keeps weights in the host's memory, and `mesh` cuts them over the memories "
+            "of devices: leave one out"
         )
     if backend == "jax" and device != "auto":
         raise RequestError(

@@ -87,6 +87,7 @@ class Pipeline(WithLoras):
         offload: whether the transformer's stay in the host's memory.
         components: encoders and VAE, each loaded when it is first used.
         loras: what is added to the transformer; change it by :meth:`load_lora` and its opposite.
+        parallelism: on what devices the transformer runs.
     """
 
     def __init__(self, checkpoint: Checkpoint, **options: Unpack[PipelineOptions]):
@@ -106,6 +107,7 @@ class Pipeline(WithLoras):
         kinds = jnp.dtype(dtype), jnp.dtype(chosen.vae_dtype)
         sized = checkpoint.layout, checkpoint.config, *kinds
         self.weights, self.offload = chosen.weights, chosen.offload
+        self.parallelism = chosen.parallelism(checkpoint.config)
         loaders = chosen.loaders(checkpoint)
         self.loras = as_loras(chosen.loras)
         # What has been proved need not be proved for every video; a refusal is not remembered.
@@ -198,7 +200,8 @@ class Pipeline(WithLoras):
 
     def resolve_request(self, request: Request, memory: int | None = None) -> ResolvedRequest:
         """Decide every setting of a request, as :meth:`resolve`, logging nothing."""
-        memory = self._residency.free_memory() if memory is None else memory
+        if memory is None:
+            memory = self.parallelism.free(self._residency.free_memory())
         resolved = resolve(request, self.checkpoint, memory=memory)
         return replace(resolved, loras=named(self.loras))
 
@@ -274,6 +277,7 @@ class Pipeline(WithLoras):
         self, request: ResolvedRequest, store: WindowStore | None, clock: Clock | None
     ) -> WindowGenerator:
         self.verify()
+        self.parallelism.check_rows(request.rows)
         work = needed_memory(request, self.checkpoint)
         self._residency.decide(work.total - work.weights)
         return WindowGenerator(
@@ -297,12 +301,11 @@ class Pipeline(WithLoras):
 
     def _exchange_loras(self, loras: tuple[Lora, ...]) -> None:
         stored, denoiser = stored_transformer(self.checkpoint.layout), self._denoiser
-        how = jnp.dtype(self.dtype), self._chosen.placement, self._chosen.kernels
         merged, tensors = plan_exchange(stored, self.loras, loras, self._chosen.kernels)
         # If it fails half-way, the transformer is read anew when it is needed.
         loaded, denoiser.loaded = denoiser.loaded, None
         if loaded is not None:
-            exchange(loaded.model, merged, tensors, *how)
+            exchange(loaded.model, merged, tensors, **self._chosen.loading(self.parallelism))
         self.loras, denoiser.loaded = loras, loaded
 
     def save_pretrained(
@@ -339,11 +342,7 @@ class Pipeline(WithLoras):
         Raises:
             WeightsError: it is missing, unsound or incomplete.
         """
-        model = load_transformer(
-            self.checkpoint,
-            loras=self.loras,
-            dtype=jnp.dtype(self.dtype),
-            kernel_dtype=self._chosen.kernels,
-            placement=self._chosen.placement,
-        )
-        return Denoiser(model, self.checkpoint.block_length, self._programs)
+        how = self._chosen.loading(self.parallelism)
+        model = load_transformer(self.checkpoint, loras=self.loras, **how)
+        kept = self.checkpoint.block_length, self._programs
+        return Denoiser(model, *kept, self.parallelism)

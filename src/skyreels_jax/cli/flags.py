@@ -218,6 +218,12 @@ def _add_running(group: Any) -> None:
         help="of the VAE; bfloat16 saves memory and costs quality (default: float32)",
     )
     group.add_argument(
+        "--mesh",
+        metavar="auto|AXIS=N,...",
+        help="run the transformer on several devices, along the axes data, fsdp, ring and ulysses: "
+        "fsdp=4,ulysses=2 (docs/devices.md; default: one device)",
+    )
+    group.add_argument(
         "--dry-run",
         action="store_true",
         help="say what each stage will take, and whether that is there; read no weight",

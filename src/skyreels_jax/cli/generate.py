@@ -24,6 +24,7 @@ from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import Request, keywords
 from skyreels_jax.generation.store import SavedLatents
+from skyreels_jax.memory import available_memory
 from skyreels_jax.ops.attention import ATTENTION_PATHS, this_device
 from skyreels_jax.ops.kernels.contract import AttentionCall
 from skyreels_jax.outputs import locked
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     check_prompt(args)
     if args.dry_run and args.resume_latents:
         raise RequestError("--dry-run plans a whole generation: leave --resume-latents out")
+    if args.dry_run and args.mesh:
+        raise RequestError("--dry-run counts the memory of one device: leave --mesh out")
     products = _products(args)
     products.check(overwrite=args.overwrite)
     if args.dry_run:
@@ -63,7 +66,12 @@ def run(args: argparse.Namespace) -> int:
             saved = SavedLatents.open(args.resume_latents)
             stored_vae(checkpoint.layout).verify()
             return decode_file(args, pipeline, saved)
-        job = begin(args, pipeline, resolve_and_print(args, checkpoint), products)
+        memory = None
+        if args.mesh:
+            print(f"mesh: {pipeline.parallelism}", flush=True)
+            memory = pipeline.parallelism.free(available_memory())
+        request = resolve_and_print(args, checkpoint, memory=memory)
+        job = begin(args, pipeline, request, products)
         return go_on(pipeline, job)
 
 

@@ -40,6 +40,7 @@ _OPTIONS: Final[Mapping[str, tuple[type, ...]]] = {
     **dict.fromkeys(OPENING, (str, type(None))),
     "no_prompt_cache": (bool,),
     "lora": (list,),
+    "mesh": (str, type(None)),
 }
 # Those of them that may be paths.
 _PATHS: Final = ("model", "components", "vae", "text_encoder", "image_encoder")
@@ -77,6 +78,7 @@ def open_pipeline(options: Mapping[str, Any], *, keep: Keep = False) -> Pipeline
         weights=options["weights"],
         offload=bool(options["offload"]),
         loras=as_loras([tuple(lora) for lora in options["lora"]]),
+        mesh=options["mesh"],
     )
 
 
@@ -98,6 +100,8 @@ def begin(
     how = {name: getattr(args, name) for name in _OPTIONS} | {
         # Resuming may happen elsewhere.
         **absolute_paths(args),
+        # Not `auto`: the video goes on by the plan that it was begun by.
+        "mesh": None if args.mesh is None else pipeline.parallelism.name,
         "weights": pipeline.fingerprint(),
         "output": str(output),
         # Where the job is, if it is not beside the video: nowhere else does it write the video.
@@ -130,7 +134,7 @@ def check_how(job: FolderStore) -> None:
         RequestError: a value is missing or of another type, or names a file elsewhere.
     """
     usual = {"keep_latents": False, "keep_job": False, "elsewhere": None, "made_from": None}
-    how = {**usual, "lora": [], **dict.fromkeys(OPENING), **job.how}
+    how = {**usual, "lora": [], "mesh": None, **dict.fromkeys(OPENING), **job.how}
     for name, kinds in _HOW.items():
         if type(how.get(name, ...)) not in kinds:
             raise RequestError(

@@ -16,6 +16,7 @@ _MAKING: Final = (
     "preview",
     "no_prompt_cache",
     "lora",
+    "mesh",
 )
 
 

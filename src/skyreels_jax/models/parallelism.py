@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
@@ -53,6 +54,11 @@ LayerFunction = Callable[
 class Parallelism(Protocol):
     """Where tokens, layers and arrays are. Hashable: it is part of a compiled program."""
 
+    @property
+    def name(self) -> str | None:
+        """What brings it about again; ``None`` is one device."""
+        ...
+
     def cut(self, patches: Float[Array, "B F P C"]) -> Float[Array, "B F Q C"]:
         """Spread the patches of each frame, filled up with zeros where they do not divide."""
         ...
@@ -69,6 +75,18 @@ class Parallelism(Protocol):
         self, layer: LayerFunction, tokens: FrameTokens, layers: LayerInputs, shared: SharedInputs
     ) -> tuple[FrameTokens, FrameKeyValues | None]:
         """Run ``layer`` for each of ``layers`` in order; the second results are stacked."""
+        ...
+
+    def check_rows(self, rows: int) -> None:
+        """Refuse a batch of so many rows by a RequestError, if it cannot be spread."""
+        ...
+
+    def free(self, of_one: int | None) -> int | None:
+        """Bytes that are free in all, where so many are on one device; ``None`` is unknown."""
+        ...
+
+    def placement(self, path: str, value: np.ndarray) -> Array:
+        """Put a loaded parameter, given its dotted path, where it belongs."""
         ...
 
     def place(self, tree: _Tree) -> _Tree:
@@ -89,6 +107,10 @@ class Parallelism(Protocol):
 @dataclass(frozen=True)
 class SingleDevice:
     """The null object: everything is on the default device."""
+
+    @property
+    def name(self) -> None:
+        """None."""
 
     def cut(self, patches: Float[Array, "B F P C"]) -> Float[Array, "B F P C"]:
         """As they are."""
@@ -114,6 +136,18 @@ class SingleDevice:
             return layer(AttentionFunctions(), tokens, of_layer, shared)
 
         return scan_layers(step, tokens, layers, shared)
+
+    def check_rows(self, rows: int) -> None:
+        """Any number will do."""
+
+    def free(self, of_one: int | None) -> int | None:
+        """The same."""
+        return of_one
+
+    def placement(self, path: str, value: np.ndarray) -> Array:
+        """On the default device."""
+        del path
+        return jax.device_put(value)
 
     def place(self, tree: _Tree) -> _Tree:
         """As it is."""

@@ -8,6 +8,7 @@ from typing import Final
 from skyreels_jax.errors import RequestError
 from skyreels_jax.models.transformer_config import TransformerConfig
 
+AUTO: Final = "auto"
 MESH_AXES: Final = ("data", "fsdp", "ring", "ulysses")
 _USAGE: Final = "a mesh is `auto`, or axes and sizes such as `fsdp=4,ulysses=2`"
 # Plans that a refusal names.

@@ -26,7 +26,7 @@ from skyreels_jax.ops.attention import attention, device_of
 from skyreels_jax.ops.kernels.contract import Device
 from skyreels_jax.ops.positions import RopeTable
 from skyreels_jax.parallel.attention import MeshAttention
-from skyreels_jax.parallel.plan import MESH_AXES, MeshPlan, choose_plan
+from skyreels_jax.parallel.plan import AUTO, MESH_AXES, MeshPlan, choose_plan
 from skyreels_jax.parallel.rules import Rules, weight_axis
 
 _Tree = TypeVar("_Tree")
@@ -69,7 +69,7 @@ class MeshTransformer:
         """
         devices = jax.devices() if devices is None else devices
         reason = "as given"
-        if given == "auto":
+        if given == AUTO:
             plan, reason = choose_plan(len(devices), config)
         else:
             plan = MeshPlan.parse(given) if isinstance(given, str) else given
@@ -88,6 +88,11 @@ class MeshTransformer:
         """What programs are compiled for."""
         return device_of(self.mesh.devices.flat[0])
 
+    @property
+    def name(self) -> str:
+        """The plan as text."""
+        return str(self.plan)
+
     def sharding(self, *logical: str | None) -> NamedSharding:
         """Of an array whose axes have these logical names."""
         return NamedSharding(self.mesh, self.rules.spec(self.plan, *logical))
@@ -100,7 +105,7 @@ class MeshTransformer:
         Raises:
             RequestError: the rows of the batch do not divide.
         """
-        self.plan.require(self.config, rows=patches.shape[0])
+        self.check_rows(patches.shape[0])
         missing = -patches.shape[2] % self.plan.sequence
         filled = jnp.pad(patches, ((0, 0), (0, 0), (0, missing), (0, 0)))
         places = self.sharding("rows", None, "patches", None)
@@ -210,6 +215,16 @@ class MeshTransformer:
         return next((axis for axis in (2, 3, 4) if shape[axis] % parts == 0), None)
 
     # What sampling and loading call.
+
+    def check_rows(self, rows: int) -> None:
+        """Refuse a batch that the mesh cannot cut; a RequestError says which meshes can."""
+        self.plan.require(self.config, rows=rows)
+
+    def free(self, of_one: int | None) -> int | None:
+        """Bytes free on all devices, of those on one; a CPU's devices share them."""
+        if of_one is None or self.device.platform == "cpu":
+            return of_one
+        return of_one * self.plan.devices
 
     def placement(self, path: str, value: np.ndarray) -> jax.Array:
         """Put a loaded parameter where it belongs: each device is sent its part alone."""

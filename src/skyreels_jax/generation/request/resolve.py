@@ -216,7 +216,7 @@ def needed_memory(resolved: ResolvedRequest, checkpoint: Checkpoint) -> Estimate
         dtype=resolved.dtype,
         weights=resolved.weights,
         offload=resolved.offload,
-        copies=2 if resolved.batched_guidance and resolved.is_guided else 1,
+        copies=resolved.rows,
     )
 
 

@@ -230,6 +230,11 @@ class ResolvedRequest(PlainSettings):
         return len(self.windows) > 1 or self.video is not None
 
     @property
+    def rows(self) -> int:
+        """Rows of a batch of the transformer: two with both prompts in it."""
+        return 2 if self.batched_guidance and self.is_guided else 1
+
+    @property
     def is_guided(self) -> bool:
         """Whether the negative prompt counts."""
         return self.guidance_scale != 1
