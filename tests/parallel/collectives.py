@@ -43,13 +43,16 @@ def compiled(mesh: str) -> jax.stages.Compiled:
 
 
 def counted(module: str) -> dict[str, dict[str, int]]:
-    """By place (``layers`` or ``around``) and kind: how many there are; and the largest result."""
+    """By place (``layers`` or ``around``) and kind: how many there are; largest in layers."""
     found: dict[str, dict[str, int]] = {"layers": {}, "around": {}, "largest": {}}
     for line in module.splitlines():
         if match := _LINE.search(line):
             shape, kind, name = match.groups()
-            place = found["layers" if "while/body" in name else "around"]
+            inside = "while/body" in name
+            place = found["layers" if inside else "around"]
             place[kind] = place.get(kind, 0) + 1
+            if not inside:
+                continue
             sizes = [math.prod(map(int, x.split(","))) for x in _SHAPE.findall(shape) if x]
             found["largest"][kind] = max(found["largest"].get(kind, 0), *sizes)
     return found

@@ -128,9 +128,9 @@ class MeshPlan:
     ) -> list["MeshPlan"]:
         """The legal plans with as many devices (or ``devices``) that differ the least."""
 
-        def distance(other: MeshPlan) -> tuple[float, int]:
+        def distance(other: MeshPlan) -> tuple[float, int, int]:
             ratios = (math.log2(other.size(axis) / self.size(axis)) for axis in MESH_AXES)
-            return sum(map(abs, ratios)), other.data
+            return sum(map(abs, ratios)), other.data, other.ring
 
         legal = [
             plan
