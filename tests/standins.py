@@ -56,19 +56,9 @@ class Linear(nnx.Module):
         return staged.head(staged.blocks(staged.tokens))
 
     def staged(
-        self,
-        x,
-        t,
-        context,
-        *,
-        y=None,
-        fps=None,
-        block_length=None,
-        attention=None,
-        past=None,
-        parallelism=None,
+        self, x, t, context, *, y=None, fps=None, block_length=None, attention=None, past=None
     ):
-        del attention, parallelism
+        del attention
         assert past is None
         level = t.reshape(t.shape[0], 1, -1, 1, 1).astype(jnp.float32) / 1000
         told = context.reshape(-1, 1, 1, 1, 1)

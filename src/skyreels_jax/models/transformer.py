@@ -1,7 +1,6 @@
 """The SkyReels-V2 transformer: Wan 2.1 with a timestep for every latent frame."""
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,20 +42,17 @@ from skyreels_jax.ops.positions import RopeTable, rope_table, sinusoidal_embeddi
 from skyreels_jax.shapes import Latents, Timesteps
 
 
-class _Computation(NamedTuple):
-    """How blocks are computed: who sees whom, a path of attention, and on what devices."""
-
-    mask: BlockCausal | None
-    attention: str | None
-    parallelism: Parallelism
-
-
 class WanModel(nnx.Module):
     """Predicts the flow's velocity ``noise - data`` of video latents.
 
     The blocks' parameters are stacked along a leading layer axis and run by ``lax.scan``, so that
     compile time does not grow with depth (docs/adr/0001-scan-over-layers.md).
+
+    Attributes:
+        parallelism: on what devices it runs; whoever runs it may set another.
     """
+
+    parallelism: Parallelism = SINGLE_DEVICE
 
     def __init__(
         self,
@@ -157,22 +153,20 @@ class WanModel(nnx.Module):
         block_length: int | None = None,
         attention: str | None = None,
         past: PastFrames | None = None,
-        parallelism: Parallelism = SINGLE_DEVICE,
     ) -> StagedForward:
         """Cut a call into stages, between which a step cache may come.
 
         Arguments and errors are those of a call, with a prepared context. With ``past`` the frames
         of ``x`` follow others, of which it has the keys and values; both are whole blocks of
-        block-causal attention, but for the video's last. ``parallelism`` says where the work is
-        done.
+        block-causal attention, but for the video's last.
         """
         self.config.check_video(x, t, y)
-        e, e0 = parallelism.share(self.embed_time(t, fps))
-        tokens, grid = self.embed_patches(x, y, parallelism)
+        e, e0 = self.parallelism.share(self.embed_time(t, fps))
+        tokens, grid = self.embed_patches(x, y)
         mask = None if block_length is None else BlockCausal(tokens.shape[2], block_length)
         count = None if past is None else past.count
         shared = SharedInputs(e0, self.positions(grid, past), count)
-        given = (context, shared, _Computation(mask, attention, parallelism), past)
+        given = (context, shared, mask, attention, past)
 
         def key_values() -> FrameKeyValues:
             states = self.run_blocks(tokens, *given, keep_key_values=True)[1]
@@ -180,7 +174,7 @@ class WanModel(nnx.Module):
             return states
 
         def head(tokens: FrameTokens) -> Latents:
-            patches = parallelism.join(self.head(tokens, e), grid[1] * grid[2])
+            patches = self.parallelism.join(self.head(tokens, e), grid[1] * grid[2])
             return unpatchify(patches, grid[1:], self.config.patch_size)
 
         return StagedForward(
@@ -194,17 +188,14 @@ class WanModel(nnx.Module):
         )
 
     def embed_patches(
-        self,
-        x: Latents,
-        y: Float[Array, "B Y F H W"] | None,
-        parallelism: Parallelism = SINGLE_DEVICE,
+        self, x: Latents, y: Float[Array, "B Y F H W"] | None
     ) -> tuple[FrameTokens, tuple[int, int, int]]:
         """Tokens by frame, and how many frames, rows and columns of them there are."""
         patches = self.patch_embedding.patches(
             x if y is None else jnp.concatenate([x, y.astype(x.dtype)], axis=1)
         )
         batch, frames, rows, columns, width = patches.shape
-        patches = parallelism.cut(patches.reshape(batch, frames, rows * columns, width))
+        patches = self.parallelism.cut(patches.reshape(batch, frames, rows * columns, width))
         return self.patch_embedding.project(patches), (frames, rows, columns)
 
     def positions(self, grid: tuple[int, int, int], past: PastFrames | None = None) -> RopeTable:
@@ -219,7 +210,8 @@ class WanModel(nnx.Module):
         tokens: FrameTokens,
         context: CrossContext,
         shared: SharedInputs,
-        how: _Computation,
+        mask: BlockCausal | None,
+        attention: str | None,
         past: PastFrames | None = None,
         *,
         keep_key_values: bool = False,
@@ -235,7 +227,7 @@ class WanModel(nnx.Module):
             if given.past is not None and shared.past_frames is not None:
                 past = _in_a_row(given.past, shared.past_frames)
             block = nnx.merge(graph, given.parameters)
-            options = {"mask": how.mask, "implementation": how.attention, "past": past}
+            options = {"mask": mask, "implementation": attention, "past": past}
             x, own = block(x, shared.e0, given.context, shared.rope, attend=attend, **options)
             if not keep_key_values:
                 return x, None
@@ -245,7 +237,7 @@ class WanModel(nnx.Module):
         if self.remat:
             layer = partial(jax.checkpoint, prevent_cse=False, static_argnums=0)(layer)
         layers = LayerInputs(parameters, context, stacked)
-        return how.parallelism.run_layers(layer, tokens, layers, shared)
+        return self.parallelism.run_layers(layer, tokens, layers, shared)
 
     def embed_time(
         self, t: Timesteps, fps: Int[Array, " B"] | None

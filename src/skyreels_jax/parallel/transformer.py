@@ -94,7 +94,7 @@ class MeshTransformer:
         return str(self.plan)
 
     def sharding(self, *logical: str | None) -> NamedSharding:
-        """Of an array whose axes have these logical names."""
+        """The places of an array whose axes have these logical names."""
         return NamedSharding(self.mesh, self.rules.spec(self.plan, *logical))
 
     # What the model calls.
@@ -184,7 +184,7 @@ class MeshTransformer:
         return mapped(tokens, stacks, layers.past, given)
 
     def _spec_of_states(self) -> PartitionSpec:
-        """Of keys and values by frame, stacked over layers."""
+        """The cut of keys and values by frame, stacked over layers."""
         return self.rules.spec(self.plan, None, "rows", None, "patches", None, None)
 
     def _parts_of(self, layers: LayerInputs) -> list[str]:
@@ -231,7 +231,7 @@ class MeshTransformer:
         return jax.device_put(value, self.weight_sharding(path, value.shape))
 
     def weight_sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
-        """Of the parameter of a dotted path."""
+        """The places of the parameter of a dotted path."""
         names: list[str | None] = [None] * len(shape)
         axis = weight_axis(path, shape, self.rules.parts("weights", self.plan))
         if axis is not None:

@@ -183,6 +183,7 @@ class DenoisingStep:
         ``within_block``: the frames are one block of attention and need no mask.
         """
         model = nnx.merge(self.graph, self.parameters)
+        model.parallelism = self.parallelism
         x, t = self.model_inputs(state.x, iteration)
         y = _read_frames(self.conditioning.y, iteration, axis=2)
         for number, context in enumerate(self.conditioning.contexts):
@@ -198,7 +199,6 @@ class DenoisingStep:
                 block_length=None if within_block else self.block_length,
                 attention=self.attention,
                 past=past,
-                parallelism=self.parallelism,
             )
 
     def model_inputs(
