@@ -43,6 +43,7 @@ VERBS: Final[Mapping[str, str]] = {
     "data": "write videos with captions, to train on",
     "train": "train a model from a TOML file, or go on with it",
     "validate": "compare the JAX model with PyTorch's, layer by layer and frame by frame",
+    "plan": "which meshes of devices a model fits on, and how long a step takes there",
     "info": "what a checkpoint is and what it lacks",
     "doctor": "versions, devices, memory and caches",
 }

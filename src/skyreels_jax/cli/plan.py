@@ -1,0 +1,160 @@
+"""``skyreels-jax plan``: what each mesh of devices would take, before anybody rents them."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Final
+
+from skyreels_jax.errors import RequestError
+from skyreels_jax.geometry import FRAMES_PER_LATENT, SIZE_MULTIPLE, nearest_multiples
+
+if TYPE_CHECKING:
+    from skyreels_jax.generation.dry_run.meshes import Job, MeshForecast
+
+# Names of `generation.dry_run.meshes.ACCELERATORS`, which a test holds equal.
+ACCELERATOR_NAMES: Final = ("h100", "h200", "a100", "l40s", "4090", "v5e", "v5p", "v6e")
+_MOST_DEVICES: Final = 4096
+_GIB: Final = 2**30
+_ROW: Final = "{:<28}{:>10}{:>14}{:>14}{:>12}{:>12}  {}"
+_HEADINGS: Final = ("mesh", "GiB", "of weights", "GB received", "TFLOP", "s a step", "")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the ``plan`` verb."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="which meshes of devices a model fits on, and how long a step takes there",
+        description="Which meshes of devices a model fits on, and how long a step would take "
+        "there: by formula from shapes and makers' rates, without weights and without devices.",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="PRESET|DIR|ID",
+        help="name of a released checkpoint, of which nothing is needed; or a checkpoint",
+    )
+    parser.add_argument("--device", required=True, choices=ACCELERATOR_NAMES, help="its kind")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="how many (default: 1)")
+    parser.add_argument("--frames", type=int, metavar="N", help="default: the checkpoint's")
+    parser.add_argument("--height", type=int, metavar="PIXELS", help="default: the checkpoint's")
+    parser.add_argument("--width", type=int, metavar="PIXELS", help="default: the checkpoint's")
+    parser.add_argument("--steps", type=int, metavar="N", help="default: the checkpoint's")
+    parser.add_argument("--weights", choices=("bf16", "int8", "fp8"), help="of the blocks' kernels")
+    parser.add_argument(
+        "--batched-guidance", action="store_true", help="both prompts in one call: for data=2"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the meshes, those that fit and are fastest first; 0 if one fits, else 2."""
+    from skyreels_jax.generation.dry_run.meshes import ACCELERATORS, forecasts
+
+    if not 1 <= args.devices <= _MOST_DEVICES:
+        raise RequestError(
+            f"`devices` {args.devices}: expected 1 to {_MOST_DEVICES}; nearest is "
+            f"{min(max(args.devices, 1), _MOST_DEVICES)}"
+        )
+    job = _job_of(args)
+    found = forecasts(job, args.devices, ACCELERATORS[args.device])
+    if args.json:
+        print(
+            json.dumps({"job": _described(job), "meshes": [_plain(one) for one in found]}, indent=2)
+        )
+    else:
+        _print(job, args, found)
+    return 0 if found and found[0].fits else 2
+
+
+def _job_of(args: argparse.Namespace) -> "Job":
+    """What is to be made, with the checkpoint's own values for what is not said."""
+    from skyreels_jax.checkpoints import Checkpoint
+    from skyreels_jax.generation.dry_run.meshes import Job
+    from skyreels_jax.presets import PRESETS
+
+    preset = PRESETS.get(args.model)
+    if preset is not None:
+        config, (height, width) = preset.config, preset.resolution
+        frames, steps, scale = preset.num_frames, preset.steps, preset.guidance_scale
+    else:
+        checkpoint = Checkpoint.open(args.model)
+        config, defaults = checkpoint.config, checkpoint.defaults
+        height, width = defaults.resolution.value
+        frames, steps = defaults.num_frames.value, defaults.steps.value
+        scale = defaults.guidance_scale.value
+    job = Job(
+        config,
+        frames=frames if args.frames is None else args.frames,
+        height=height if args.height is None else args.height,
+        width=width if args.width is None else args.width,
+        steps=steps if args.steps is None else args.steps,
+        guided=scale != 1.0,
+        batched=args.batched_guidance,
+        weights=None if args.weights == "bf16" else args.weights,
+    )
+    for name, value, step, offset in (
+        ("frames", job.frames, FRAMES_PER_LATENT, 1),
+        ("height", job.height, SIZE_MULTIPLE, 0),
+        ("width", job.width, SIZE_MULTIPLE, 0),
+        ("steps", job.steps, 1, 0),
+    ):
+        if value < 1 or (value - offset) % step:
+            near = " and ".join(map(str, nearest_multiples(value, step, offset)))
+            raise RequestError(f"`{name}` {value}: nearest legal are {near}")
+    return job
+
+
+def _print(job: "Job", args: argparse.Namespace, found: Sequence["MeshForecast"]) -> None:
+    from skyreels_jax.generation.dry_run.meshes import ACCELERATORS, ASSUMED_SHARE
+
+    kind = ACCELERATORS[args.device]
+    tokens = job.latent_frames * job.patches
+    print(
+        f"{args.model}: {job.frames} frames of {job.height} x {job.width}, {tokens} tokens, "
+        f"{job.calls} calls of {job.rows} rows a step, {job.steps} steps"
+    )
+    print(
+        f"{args.devices} x {args.device}: {kind.memory / _GIB:.0f} GiB, "
+        f"{kind.operations / 1e12:.0f} TFLOP/s of which {ASSUMED_SHARE:.0%} are assumed, "
+        f"{kind.link / 1e9:.0f} GB/s each way; a formula, nothing was run"
+    )
+    print(_ROW.format(*_HEADINGS).rstrip())
+    for one in found:
+        stage, largest = one.largest
+        received = job.calls * sum(traffic.received for traffic in one.traffic)
+        verdict = "fits" if one.fits else "does not fit"
+        print(
+            _ROW.format(
+                str(one.plan),
+                f"{largest / _GIB:.2f}",
+                f"{one.stages['transformer']['weights'] / _GIB:.2f}",
+                f"{received / 1e9:.2f}",
+                f"{one.operations / 1e12:.1f}",
+                f"{one.seconds:.2f}",
+                f"{verdict}: {stage}",
+            )
+        )
+    best = found[0]
+    if best.fits:
+        seconds = best.seconds * job.steps
+        print(f"recommended: --mesh {best.plan}, {seconds:.0f} s for {job.steps} steps")
+    else:
+        print("none fits: more devices, --weights int8, fewer frames or a smaller size")
+
+
+def _plain(one: "MeshForecast") -> Mapping[str, object]:
+    return {
+        "mesh": str(one.plan),
+        "fits": one.fits,
+        "seconds_per_step": one.seconds,
+        "operations_per_step": one.operations,
+        "bytes": {stage: dict(parts) for stage, parts in one.stages.items()},
+        "collectives_per_call": [asdict(traffic) for traffic in one.traffic],
+    }
+
+
+def _described(job: "Job") -> Mapping[str, object]:
+    values = asdict(job)
+    del values["config"]
+    return values | {"tokens": job.latent_frames * job.patches, "calls": job.calls}
