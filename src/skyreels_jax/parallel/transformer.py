@@ -252,7 +252,7 @@ class MeshTransformer:
     def place(self, tree: _Tree) -> _Tree:
         """Arrays of a run on the mesh; of shapes, what will be there."""
 
-        def placed(leaf: Any) -> Any:
+        def placed(leaf: PyTree) -> PyTree:
             sharding = self._sharding_for(leaf.shape)
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
