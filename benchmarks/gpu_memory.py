@@ -10,7 +10,6 @@ import argparse
 import os
 import time
 from typing import Any
-from unittest import mock
 
 GIB = 1 << 30
 SIZES = {"540p": (25, 68, 120), "720p": (31, 90, 160)}  # latents of 97 and of 121 frames
@@ -48,8 +47,7 @@ def traced_step(args: argparse.Namespace, device: Any) -> tuple[Any, int]:
     from skyreels_jax.diffusion.unipc import flow_sigmas
     from skyreels_jax.models import transformer_config
     from skyreels_jax.models.transformer import WanModel
-    from skyreels_jax.ops import attention
-    from skyreels_jax.ops.kernels.contract import Device
+    from skyreels_jax.ops.target import Device, compiled_for
     from skyreels_jax.sampling.denoiser import AbstractInputs, Denoiser, Sampling
     from skyreels_jax.weights.offload import stays_on_host
 
@@ -87,7 +85,7 @@ def traced_step(args: argparse.Namespace, device: Any) -> tuple[Any, int]:
         channels = Abstract((1, config.in_dim - 16, *shape), jnp.float32)
     schedule = flow_sigmas(30, 5.0)
     sampling = Sampling(schedule, guidance_of(5.0, batched=not args.sequential), "cudnn")
-    with mock.patch.object(attention, "this_device", lambda: Device("cuda", 9.0)):
+    with compiled_for(Device("cuda", 9.0)):
         programs = Denoiser(nnx.merge(graph, state)).programs(
             Abstract((1, 16, *shape), jnp.float32),
             AbstractInputs(text, image, channels, Abstract((1,), jnp.int32)),

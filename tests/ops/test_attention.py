@@ -24,13 +24,13 @@ from skyreels_jax.ops.attention import (
 from skyreels_jax.ops.kernels.chunked import ScoreTiling, chunked_attention, even_tile
 from skyreels_jax.ops.kernels.contract import (
     AttentionCall,
-    Device,
     PastKeyValues,
     by_query_block,
 )
 from skyreels_jax.ops.kernels.cudnn import cudnn_attention
 from skyreels_jax.ops.kernels.splash import splash_attention
 from skyreels_jax.ops.masks import BlockCausal
+from skyreels_jax.ops.target import Device
 
 Attention = Callable[..., jax.Array]
 
@@ -256,7 +256,12 @@ def with_changes(call: AttentionCall, **changes) -> AttentionCall:
         (SMALL, "xla"),
         (VIDEO, "chunked"),
         (with_changes(VIDEO, key_len=512), "chunked"),
-        (with_changes(VIDEO, device=TPU), "chunked"),
+        (with_changes(VIDEO, device=TPU), "splash"),
+        (with_changes(SMALL, device=TPU), "xla"),
+        (with_changes(VIDEO, device=TPU, query=(1, 51_000, 12, 48)), "splash"),
+        (with_changes(VIDEO, device=TPU, query=(1, 51_000, 1, 384)), "chunked"),
+        (with_changes(VIDEO, device=TPU, dtype="float32"), "chunked"),
+        (with_changes(VIDEO, device=TPU, has_past=True), "chunked"),
         (with_changes(VIDEO, device=HOPPER), "cudnn"),
         (with_changes(SMALL, device=HOPPER), "cudnn"),
         (with_changes(VIDEO, device=HOPPER, dtype="float32"), "chunked"),
@@ -288,7 +293,8 @@ def test_the_plain_path_ends_where_its_scores_grow_large():
         ("cudnn", with_changes(VIDEO, device=HOPPER, query=(1, 8, 1, 12)), "multiple of 8"),
         ("cudnn", with_changes(VIDEO, device=HOPPER, query=(1, 8, 1, 264)), "at most 256"),
         ("splash", VIDEO, "TPU"),
-        ("splash", with_changes(VIDEO, device=TPU, query=(1, 8, 1, 64)), "multiple of 128"),
+        ("splash", with_changes(VIDEO, device=TPU, query=(1, 8, 1, 12)), "multiple of 8"),
+        ("splash", with_changes(VIDEO, device=TPU, query=(1, 8, 1, 264)), "at most 256"),
         ("tokamax", VIDEO, "not installed"),
     ],
 )
@@ -344,6 +350,12 @@ def test_the_tpu_kernel_conforms_when_interpreted(name: str):
     splash = partial(splash_attention, interpret=True)
     check_result(splash, CASES[name], jnp.float32, F32_TOL)
     check_gradients(splash, CASES[name], jnp.float32, GRAD_TOL)
+
+
+@pytest.mark.parametrize("width", [48, 80])
+def test_the_tpu_kernel_takes_heads_that_do_not_fill_its_lanes(width: int):
+    splash = partial(splash_attention, interpret=True)
+    check_result(splash, (5, 29, 2, width, None), jnp.float32, F32_TOL)
 
 
 def test_cudnn_is_asked_once_a_block_and_never_with_a_mask(monkeypatch):

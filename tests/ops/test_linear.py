@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from skyreels_jax.ops.linear import causal_conv
+from skyreels_jax.ops.target import Device, compiled_for
 
 TOL = 2e-6  # measured 1.9e-7 to 5.0e-7
 WRONG = 1e-2  # the least that a mistake changes; measured 0.3 and more
 
+# As computed here, and as computed for TPUs.
+each_target = pytest.mark.parametrize("target", ["cpu", "tpu"])
 KERNELS = {"space": (3, 3, 3), "time": (3, 1, 1), "point": (1, 1, 1), "longer": (5, 3, 3)}
 
 
@@ -55,22 +58,28 @@ def error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("chunks", [(7,), (1, 4, 2), (2, 2, 3), (1,) * 7], ids=str)
-def test_equals_pytorch_however_it_is_cut(kernel: str, chunks: tuple[int, ...]):
+@each_target
+def test_equals_pytorch_however_it_is_cut(kernel: str, chunks: tuple[int, ...], target: str):
     arguments = case(KERNELS[kernel])
-    assert error(run(*arguments, chunks), oracle(*arguments)) <= TOL
+    with compiled_for(Device(target)):
+        assert error(run(*arguments, chunks), oracle(*arguments)) <= TOL
 
 
 @pytest.mark.parametrize("chunks", [(8,), (2, 4, 2)], ids=str)
-def test_equals_pytorch_at_every_second_frame(chunks: tuple[int, ...]):
+@each_target
+def test_equals_pytorch_at_every_second_frame(chunks: tuple[int, ...], target: str):
     arguments = case(KERNELS["time"], frames=8)
-    ours = run(*arguments, chunks, stride=2)
+    with compiled_for(Device(target)):
+        ours = run(*arguments, chunks, stride=2)
     assert error(ours, oracle(*arguments, stride=2)) <= TOL
 
 
-def test_mistakes_are_caught():
+@each_target
+def test_mistakes_are_caught(target: str):
     x, kernel, bias = case(KERNELS["space"])
-    ours = run(x, kernel, bias, (1, 4, 2))
-    assert error(run(x, kernel, bias, (1, 4, 2), carry=False), ours) > WRONG
+    with compiled_for(Device(target)):
+        ours = run(x, kernel, bias, (1, 4, 2))
+        assert error(run(x, kernel, bias, (1, 4, 2), carry=False), ours) > WRONG
     assert error(ours, oracle(x, kernel[::-1].copy(), bias)) > WRONG
     assert error(ours, oracle(x, kernel.swapaxes(1, 2), bias)) > WRONG
     assert error(ours, oracle(x, kernel, bias * 0)) > WRONG

@@ -25,8 +25,9 @@ from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import Request, keywords
 from skyreels_jax.generation.store import SavedLatents
 from skyreels_jax.memory import available_memory
-from skyreels_jax.ops.attention import ATTENTION_PATHS, this_device
+from skyreels_jax.ops.attention import ATTENTION_PATHS
 from skyreels_jax.ops.kernels.contract import AttentionCall
+from skyreels_jax.ops.target import target_device
 from skyreels_jax.outputs import locked
 from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.components.vae import stored_vae
@@ -119,7 +120,7 @@ def check_attention(checkpoint: Checkpoint, request: ResolvedRequest) -> None:
     tokens = math.prod(request.latent_shape) // math.prod(config.patch_size)
     query = (1, tokens, config.num_heads, config.head_dim)
     if reason := ATTENTION_PATHS[request.attention].refusal(
-        AttentionCall(this_device(), request.dtype, query, tokens)
+        AttentionCall(target_device(), request.dtype, query, tokens)
     ):
         raise UnsupportedError(f"--attention {request.attention} cannot be used: {reason}")
 

@@ -33,9 +33,8 @@ from skyreels_jax.models.vae_layers import (
     Upsample,
     VaeConfig,
     VaeHead,
-    run_by_frame,
-    run_layers,
 )
+from skyreels_jax.models.vae_runs import run_by_frame, run_layers
 from skyreels_jax.models.vae_tiling import WHOLE, Tiling
 
 _Pixels = Float[np.ndarray | Array, "B 3 T height width"]

@@ -6,7 +6,7 @@ and sums are computed in float32; operands of convolutions and what passes betwe
 compute dtype.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -298,29 +298,3 @@ def interleaved(
     batch, frames, height, width, channels = x.shape
     x = x.reshape(batch, frames, height, width, 2, channels // 2)
     return jnp.moveaxis(x, 4, 2).reshape(batch, 2 * frames, height, width, channels // 2)
-
-
-def run_layers(
-    layers: Sequence[nnx.Module], x: ChunkFrames, cache: Cache
-) -> tuple[LayerFrames, Cache]:
-    """One layer after another, each with its part of the cache."""
-    kept = []
-    for layer, before in zip(layers, cache or (None,) * len(layers), strict=True):
-        x, after = layer(x, before)  # pyright: ignore[reportCallIssue]
-        kept.append(after)
-    return x, tuple(kept)
-
-
-def run_by_frame(
-    layers: Sequence[nnx.Module], x: ChunkFrames, cache: Cache
-) -> tuple[LayerFrames, Cache]:
-    """The same, for layers that leave time alone, holding one frame at a time between them."""
-    if cache is None:
-        return run_layers(layers, x, cache)
-
-    def one(cache: Cache, frame: Array) -> tuple[Cache, Array]:
-        out, cache = run_layers(layers, frame[:, None], cache)
-        return cache, out[:, 0]
-
-    cache, out = jax.lax.scan(one, cache, jnp.moveaxis(x, 1, 0))
-    return jnp.moveaxis(out, 0, 1), cache

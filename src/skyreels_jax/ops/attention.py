@@ -13,7 +13,6 @@ from skyreels_jax.ops.kernels.chunked import chunked_attention
 from skyreels_jax.ops.kernels.contract import (
     AttentionCall,
     AttentionPath,
-    Device,
     PastKeyValues,
 )
 from skyreels_jax.ops.kernels.cudnn import cudnn_attention, cudnn_refusal
@@ -21,6 +20,7 @@ from skyreels_jax.ops.kernels.splash import splash_attention, splash_refusal
 from skyreels_jax.ops.kernels.tokamax import tokamax_attention, tokamax_refusal
 from skyreels_jax.ops.linear import exact_precision
 from skyreels_jax.ops.masks import Mask
+from skyreels_jax.ops.target import target_device
 
 # All scores of a call at once, in float32, are worth their memory up to so many bytes.
 SMALL_SCORES: Final = 4 * 1024**2
@@ -107,7 +107,9 @@ def attention(
     batch, q_len, heads, width = query.shape
     key_len = key.shape[1] + (0 if past is None else past.key.shape[1])
     dtype = jnp.dtype(query.dtype).name
-    call = AttentionCall(device or this_device(), dtype, (batch, q_len, heads, width), key_len)
+    shape = (batch, q_len, heads, width)
+    target = device or target_device()
+    call = AttentionCall(target, dtype, shape, key_len, has_past=past is not None)
     name = choose_path(call) if implementation is None else implementation
     if name not in ATTENTION_PATHS:
         raise UnsupportedError(
@@ -138,27 +140,16 @@ def paths_with_past() -> tuple[str, ...]:
 
 
 def choose_path(call: AttentionCall) -> str:
-    """The path for a call that names none: the fastest on its device that has been tested there.
+    """The path for a call that names none, by the device that it is compiled for.
 
-    ``cudnn`` wherever it can; else ``xla`` while all scores together are small, else ``chunked``.
+    ``cudnn`` wherever it can; else ``xla`` while all scores together are small; else, on a TPU and
+    in half precision, ``splash`` where it can (float32 it would shorten); else ``chunked``.
     """
     if call.device.platform == "cuda" and ATTENTION_PATHS["cudnn"].refusal(call) is None:
         return "cudnn"
     batch, q_len, heads, _ = call.query
     scores = batch * heads * q_len * call.key_len
-    return "xla" if 4 * scores <= SMALL_SCORES else "chunked"
-
-
-def this_device() -> Device:
-    """The default device of this process."""
-    return device_of(jax.devices()[0])
-
-
-def device_of(device: jax.Device) -> Device:  # pyright: ignore[reportInvalidTypeForm]
-    """What decides the choice of a path on a device of JAX's, which need not be in this machine."""
-    if device.platform != "gpu":
-        return Device(device.platform)
-    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; "gfx90a" on ROCm
-    if not capability.replace(".", "", 1).isdigit():
-        return Device("rocm")
-    return Device("cuda", float(capability))
+    if 4 * scores <= SMALL_SCORES:
+        return "xla"
+    is_half = call.dtype in ("bfloat16", "float16") and not call.has_past
+    return "splash" if is_half and ATTENTION_PATHS["splash"].refusal(call) is None else "chunked"

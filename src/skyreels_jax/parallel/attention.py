@@ -19,8 +19,9 @@ from skyreels_jax.ops.kernels.chunked import (
     finish_softmax,
     tiling_on,
 )
-from skyreels_jax.ops.kernels.contract import Device, PastKeyValues
+from skyreels_jax.ops.kernels.contract import PastKeyValues
 from skyreels_jax.ops.masks import BlockCausal
+from skyreels_jax.ops.target import Device
 from skyreels_jax.parallel.plan import MeshPlan
 
 _Heads = Float[Array, "B L N K"]

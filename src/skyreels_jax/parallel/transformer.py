@@ -22,9 +22,9 @@ from skyreels_jax.models.parallelism import LayerFunction, LayerInputs, SharedIn
 from skyreels_jax.models.transformer_attention import AttentionFunctions, FrameKeyValues
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.transformer_layers import FrameTokens
-from skyreels_jax.ops.attention import attention, device_of
-from skyreels_jax.ops.kernels.contract import Device
+from skyreels_jax.ops.attention import attention
 from skyreels_jax.ops.positions import RopeTable
+from skyreels_jax.ops.target import Device, device_of
 from skyreels_jax.parallel.attention import MeshAttention
 from skyreels_jax.parallel.plan import AUTO, MESH_AXES, MeshPlan, choose_plan
 from skyreels_jax.parallel.rules import Rules, weight_axis

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from skyreels_jax.ops.kernels.contract import Device, PastKeyValues
+from skyreels_jax.ops.kernels.contract import PastKeyValues
 from skyreels_jax.ops.linear import exact_precision
 from skyreels_jax.ops.masks import Mask
+from skyreels_jax.ops.target import Device, target_device
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ def chunked_attention(
 
 
 def tiling_on(device: Device | None) -> ScoreTiling:
-    """The tiles for a device; ``None`` is the default one of this process."""
-    platform = jax.default_backend() if device is None else device.platform
-    return _CACHED if platform == "cpu" else _PARALLEL
+    """The tiles for a device; ``None`` is the one that is compiled for."""
+    target = target_device() if device is None else device
+    return _CACHED if target.platform == "cpu" else _PARALLEL
 
 
 def begin_softmax(

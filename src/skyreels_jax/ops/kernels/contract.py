@@ -9,27 +9,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from skyreels_jax.ops.masks import Mask
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where a call will run: ``cpu``, ``cuda``, ``rocm``, ``tpu``; compute capability on CUDA."""
-
-    platform: str
-    capability: float = 0.0
+from skyreels_jax.ops.target import Device
 
 
 @dataclass(frozen=True)
 class AttentionCall:
     """Everything a choice may depend on: ``query`` is ``[B, L, N, K]``, the keys have ``key_len``.
 
-    ``dtype`` is the name of the operands' dtype.
+    ``dtype`` is the name of the operands' dtype; ``has_past`` says that keys of earlier tokens are
+    among the ``key_len``.
     """
 
     device: Device
     dtype: str
     query: tuple[int, int, int, int]
     key_len: int
+    has_past: bool = False
 
 
 class PastKeyValues(NamedTuple):

@@ -10,16 +10,22 @@ from skyreels_jax.ops.kernels.contract import AttentionCall, by_query_block
 from skyreels_jax.ops.masks import Mask
 
 _LANES: Final = 128
+# Tiles of 2048 do not fit a v5e's vector memory.
 _LARGEST_TILE: Final = 1024
+_WIDTH_UNIT: Final = 8
+_WIDEST: Final = 256
 
 
 def splash_refusal(call: AttentionCall) -> str | None:
-    """A TPU, and heads that fill its lanes."""
+    """A TPU, and heads of at most two registers, whose lanes need not all be used."""
     width = call.query[-1]
     if call.device.platform != "tpu":
         return f"it needs a TPU, and this is {call.device.platform}"
-    if width % _LANES:
-        return f"heads must have a multiple of {_LANES} features; these have {width}"
+    if width % _WIDTH_UNIT or width > _WIDEST:
+        return (
+            f"heads must have a multiple of {_WIDTH_UNIT} features, at most {_WIDEST}; "
+            f"these have {width}"
+        )
     return None
 
 
