@@ -8,20 +8,20 @@ import pytest
 
 from skyreels_jax.ops.attention import attention
 from skyreels_jax.ops.linear import causal_conv
-from skyreels_jax.ops.target import Device, compiled_for, described, target_device
+from skyreels_jax.ops.target import Device, compiled_for, device_of, target_device
 
 TPU, HOPPER = Device("tpu"), Device("cuda", 9.0)
 TOKENS = jax.ShapeDtypeStruct((1, 2048, 1, 128), jnp.bfloat16)
 
 
 def test_without_a_word_it_is_the_device_of_this_process():
-    assert target_device() == described(jax.devices()[0])
+    assert target_device() == device_of(jax.devices()[0])
     with compiled_for(TPU):
         assert target_device() == TPU
         with compiled_for(HOPPER):
             assert target_device() == HOPPER
         assert target_device() == TPU
-    assert target_device() == described(jax.devices()[0])
+    assert target_device() == device_of(jax.devices()[0])
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_without_a_word_it_is_the_device_of_this_process():
 )
 def test_a_device_is_described_by_what_choices_need(platform, capability, expected: Device):
     device = SimpleNamespace(platform=platform, compute_capability=capability)
-    assert described(device) == expected
+    assert device_of(device) == expected
 
 
 def test_a_function_that_was_traced_is_traced_anew_for_another_target():

@@ -38,10 +38,10 @@ def compiled_for(device: Device) -> AbstractContextManager[None]:
 
 def target_device() -> Device:
     """The device that is traced for: as :func:`compiled_for` says, else the process's default."""
-    return _TARGET.value or described(jax.devices()[0])
+    return _TARGET.value or device_of(jax.devices()[0])
 
 
-def described(device: _OnPlatform) -> Device:
+def device_of(device: _OnPlatform) -> Device:
     """What the choices need to know of one of JAX's devices."""
     # A described GPU is of platform "cuda", one that is there of "gpu".
     if device.platform not in ("gpu", "cuda"):
