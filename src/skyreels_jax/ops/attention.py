@@ -20,7 +20,7 @@ from skyreels_jax.ops.kernels.splash import splash_attention, splash_refusal
 from skyreels_jax.ops.kernels.tokamax import tokamax_attention, tokamax_refusal
 from skyreels_jax.ops.linear import exact_precision
 from skyreels_jax.ops.masks import Mask
-from skyreels_jax.ops.target import target_device
+from skyreels_jax.ops.target import Device, target_device
 
 # All scores of a call at once, in float32, are worth their memory up to so many bytes.
 SMALL_SCORES: Final = 4 * 1024**2
@@ -98,7 +98,7 @@ def attention(
         scale: positive; ``K ** -0.5`` unless given.
         past: keys and values of tokens before these (``S`` is then ``L``), seen by every query.
         implementation: a name in :data:`ATTENTION_PATHS`; ``None`` asks :func:`choose_path`.
-        device: that the program will run on; ``None`` is the default device of this process.
+        device: that the program will run on; ``None`` is the one that is compiled for.
 
     Raises:
         UnsupportedError: if the named implementation does not exist or cannot serve this call. It
