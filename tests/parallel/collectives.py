@@ -1,13 +1,14 @@
 """Which collectives a compiled step has: ``python -m tests.parallel.collectives [MESH]...``.
 
 Started as :mod:`tests.parallel.on_devices` is; each line of JSON is a mesh, and how often each kind
-of collective stands in the loop over layers and outside of it, with the largest result.
+of collective stands in the loop over layers and outside of it, with sizes of what is gathered.
 """
 
 import json
 import math
 import re
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,19 +43,18 @@ def compiled(mesh: str) -> jax.stages.Compiled:
     return program.lower().compile()
 
 
-def counted(module: str) -> dict[str, dict[str, int]]:
-    """By place (``layers`` or ``around``) and kind: how many there are; largest in layers."""
-    found: dict[str, dict[str, int]] = {"layers": {}, "around": {}, "largest": {}}
+def counted(module: str) -> dict[str, Any]:
+    """By place (``layers`` or ``around``) and kind: how many; values gathered in layers."""
+    found = {"layers": {}, "around": {}, "gathered": []}
     for line in module.splitlines():
         if match := _LINE.search(line):
             shape, kind, name = match.groups()
             inside = "while/body" in name
             place = found["layers" if inside else "around"]
             place[kind] = place.get(kind, 0) + 1
-            if not inside:
-                continue
-            sizes = [math.prod(map(int, x.split(","))) for x in _SHAPE.findall(shape) if x]
-            found["largest"][kind] = max(found["largest"].get(kind, 0), *sizes)
+            if inside and kind == "all-gather":
+                sizes = [math.prod(map(int, x.split(","))) for x in _SHAPE.findall(shape) if x]
+                found["gathered"].append(max(sizes))
     return found
 
 

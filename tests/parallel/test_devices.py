@@ -7,9 +7,9 @@ import sys
 
 import pytest
 from tests.fabricate import Checkpoints
-from tests.parallel.on_devices import CASES, HEADS
+from tests.parallel.on_devices import CASES, HEADS, SHAPE
 
-from skyreels_jax.parallel.plan import all_plans
+from skyreels_jax.parallel.plan import MeshPlan, all_plans
 
 # Of the largest latent, after each of three steps in float32 with guidance 3.
 TOL = 2e-6  # measured at most 1.85e-6
@@ -81,10 +81,20 @@ def test_the_collectives_of_a_layer_are_those_that_are_meant():
     assert {mesh: found[mesh]["layers"] for mesh in meshes} == meshes
     for mesh in meshes:
         # Before the loop the first layer is gathered, and around it the time embedding and the
-        # prediction: no sums over devices, and nothing as large as a stack of two layers.
+        # prediction: no sums over devices.
         assert set(found[mesh]["around"]) <= {"all-gather", "all-to-all"}
         assert found[mesh]["around"]["all-gather"] <= GATHERS + 6  # measured 15 and 16
-        assert found[mesh]["largest"]["all-gather"] <= 80 * 96
+        assert sorted(found[mesh]["gathered"]) == gathered_by(MeshPlan.parse(mesh))
+
+
+def gathered_by(plan: MeshPlan) -> list[int]:
+    """How many values each gather of a layer gives: one layer's, and never those of the stack."""
+    rows, frames, patches, dim = 8 // plan.data, 3, 16, SHAPE["dim"]
+    matrices = [*[dim * dim] * 6, *[dim * SHAPE["ffn_dim"]] * 2, 6 * dim]
+    contexts = [rows * SHAPE["text_len"] * dim] * 2
+    tokens = rows * frames * patches // plan.ring
+    states = [2 * tokens * dim // plan.ulysses] if plan.fsdp > 1 else []
+    return sorted([*matrices, *contexts, *states])
 
 
 @pytest.mark.slow
