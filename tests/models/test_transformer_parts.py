@@ -84,7 +84,7 @@ def patch_embedding(i2v, t2v) -> Pair:
     a = inputs(config, SHAPE, 1, per_frame=True)
     x = np.concatenate([a["x"], a["y"]], axis=1)
     theirs = oracle.patch_embedding(torch.from_numpy(x)).permute(0, 2, 3, 4, 1)
-    return Pair(model.patch_embedding, lambda part: part(jnp.asarray(x)), theirs)
+    return Pair(model.patch_embedding, lambda part: part(part.patches(jnp.asarray(x))), theirs)
 
 
 def text_embedding(i2v, t2v) -> Pair:

@@ -196,7 +196,7 @@ class WanModel(nnx.Module):
         )
         batch, frames, rows, columns, width = patches.shape
         patches = self.parallelism.cut(patches.reshape(batch, frames, rows * columns, width))
-        return self.patch_embedding.project(patches), (frames, rows, columns)
+        return self.patch_embedding(patches), (frames, rows, columns)
 
     def positions(self, grid: tuple[int, int, int], past: PastFrames | None = None) -> RopeTable:
         """Rotary angles of the tokens of ``grid``, which may follow those of ``past``."""

@@ -134,24 +134,18 @@ class PatchEmbedding(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((config.dim,), numerics.params))
         self.dtype = numerics.compute
 
-    def __call__(self, x: Float[Array, "B C F H W"]) -> Float[Array, "B F rows columns D"]:
-        """Latents (and image condition) to one token a patch."""
-        return self.project(self.patches(x))
+    def __call__(self, patches: Float[Array, "*batch values"]) -> Float[Array, "*batch D"]:
+        """A token of each of :meth:`patches`."""
+        kernel = self.kernel[...].reshape(-1, self.kernel.shape[-1])
+        return linear(patches, kernel, self.bias[...], dtype=self.dtype)
 
     def patches(self, x: Float[Array, "B C F H W"]) -> Float[Array, "B F rows columns values"]:
-        """The values of each patch: rows, columns and channels of it in this order."""
+        """The values of each patch, the condition within: rows, columns, channels in this order."""
         batch, channels, frames, height, width = x.shape
         _, p, q = self.patch_size
         x = x.reshape(batch, channels, frames, height // p, p, width // q, q)
         patches = x.transpose(0, 2, 3, 5, 4, 6, 1)  # [B, F, H', W', p, q, C]
         return patches.reshape(*patches.shape[:4], p * q * channels)
-
-    def project(self, patches: Float[Array, "*batch values"]) -> Float[Array, "*batch D"]:
-        """A token of each patch."""
-        kernel = self.kernel[...]
-        return linear(
-            patches, kernel.reshape(-1, kernel.shape[-1]), self.bias[...], dtype=self.dtype
-        )
 
 
 class ImageEmbedding(nnx.Module):
