@@ -94,14 +94,16 @@ def resolve_and_print(
 
     ``memory`` is what the transformer may take, in bytes; ``None`` for what is free.
     """
-    loras = as_loras([tuple(lora) for lora in args.lora])
+    loras = as_loras(args.lora)
     request = resolve(request_of(args), checkpoint, memory=memory)
     request = replace(request, loras=named(loras))
     for line in describe(checkpoint, request):
         print(line, flush=True)
-    for lora in loras:
-        bound = bound_to(stored_transformer(checkpoint.layout), lora.path)
-        print(f"LoRA {lora.path}, scale {lora.scale:g}: {bound.summary()}", flush=True)
+    if loras:
+        transformer = stored_transformer(checkpoint.layout)
+        for lora in loras:
+            summary = bound_to(transformer, lora.path).summary()
+            print(f"LoRA {lora.path}, scale {lora.scale:g}: {summary}", flush=True)
     _say(unused_flags(args, len(request.windows)))
     check_attention(checkpoint, request)
     return request

@@ -77,7 +77,7 @@ def open_pipeline(options: Mapping[str, Any], *, keep: Keep = False) -> Pipeline
         vae_dtype=options["vae_dtype"],
         weights=options["weights"],
         offload=bool(options["offload"]),
-        loras=as_loras([tuple(lora) for lora in options["lora"]]),
+        loras=as_loras(options["lora"]),
         mesh=options["mesh"],
     )
 

@@ -145,7 +145,7 @@ def _merge(args: argparse.Namespace) -> int:
 
     opening = {name: getattr(args, name) for name in OPENING}
     checkpoint: Checkpoint = Checkpoint.open(args.model, **opening)
-    loras = as_loras([tuple(lora) for lora in args.lora])
+    loras = as_loras(args.lora)
     stored = with_loras(stored_transformer(checkpoint.layout), loras, is_rounded=True)
     result = convert_folder(
         checkpoint.layout,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from skyreels_jax.checkpoints import OPENING
 from skyreels_jax.errors import RequestError
 from skyreels_jax.files import parse_json, read_text
 from skyreels_jax.generation.request.declaration import described, one_line
@@ -42,8 +43,8 @@ _INSTEAD: Final[Mapping[str, tuple[str, ...]]] = {
 _OF_ALL: Final[Mapping[str, str]] = {
     **dict.fromkeys(
         (
-            *("model", "revision", "preset", "components", "vae", "text_encoder", "image_encoder"),
-            *("lora", "loras", "dtype", "weights", "offload", "backend", "vae_tiling", "vae_dtype"),
+            *("model", *OPENING, "lora", "loras", "dtype", "weights", "offload", "mesh"),
+            *("backend", "vae_tiling", "vae_dtype"),
         ),
         "is the same for all rows: it is a flag",
     ),

@@ -98,24 +98,28 @@ def _fill_strips(out: np.ndarray, values: np.ndarray, where: str) -> None:
             here = (slice(row, row + _STRIP_ROWS), slice(column, column + columns))
             found = values[here]
             strip = padded[: found.shape[0], : found.shape[1]]
-            # An overflow to infinity is reported below, by name.
-            with np.errstate(over="ignore"):
-                strip[...] = found
-            if not all_finite(strip):
-                rounded(values, out.dtype, where)
-            out[here] = strip
+            _fill_strip(out[here], found, strip, values, where)
 
 
 def _fill_convolution(out: np.ndarray, values: np.ndarray, where: str) -> None:
     """Fill by strips of whole output channels: a loop over its taps would never end."""
     channels = max(1, _STRIP_BYTES // max(1, values[:1].size * out.dtype.itemsize))
     for start in range(0, len(values), channels):
-        # An overflow to infinity is reported below, by name.
-        with np.errstate(over="ignore"):
-            strip = values[start : start + channels].astype(out.dtype)
-        if not all_finite(strip):
-            rounded(values, out.dtype, where)
-        out[start : start + channels] = strip
+        found = values[start : start + channels]
+        strip = np.empty(found.shape, out.dtype)
+        _fill_strip(out[start : start + channels], found, strip, values, where)
+
+
+def _fill_strip(
+    out: np.ndarray, found: np.ndarray, strip: np.ndarray, whole: np.ndarray, where: str
+) -> None:
+    """Fill by way of ``strip``, which stays in the cache; what is wrong is said of the whole."""
+    # An overflow to infinity is reported below, by name.
+    with np.errstate(over="ignore"):
+        strip[...] = found
+    if not all_finite(strip):
+        rounded(whole, out.dtype, where)
+    out[...] = strip
 
 
 def rounded(values: np.ndarray, dtype: DTypeLike | None, where: str) -> np.ndarray:

@@ -59,10 +59,8 @@ def open_tensors(path: Path, *, key: str | None = None) -> TensorSource:
         WeightsError: it is no regular file, is damaged, is of another kind, which is named, its
             scales do not fit its weights, or it lacks ``key``, with the keys that it has.
     """
-    start = _first_bytes(path)
-    # The length of a safetensors header may begin with any byte.
-    is_safetensors = start[8:9] == b"{"
-    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and not is_safetensors):
+    start = first_bytes(path)
+    if is_archive(start):
         return dequantized(PthSource(path, key=key))
     source = dequantized(_flat(path, start))
     if key is None:
@@ -72,6 +70,12 @@ def open_tensors(path: Path, *, key: str | None = None) -> TensorSource:
         listed = ", ".join(sorted(tops, key=natural)[:12])
         raise WeightsError(f"{path} has nothing under the key {key}; its names begin with {listed}")
     return _NamedUnder(source, key)
+
+
+def is_archive(start: bytes) -> bool:
+    """Whether a file that begins so is one of PyTorch's."""
+    # The length of a safetensors header may begin with any byte.
+    return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:9] != b"{")
 
 
 def _flat(path: Path, start: bytes) -> TensorSource:
@@ -88,8 +92,8 @@ def _flat(path: Path, start: bytes) -> TensorSource:
     )
 
 
-def _first_bytes(path: Path) -> bytes:
-    """What a file begins with, where that is no page of text."""
+def first_bytes(path: Path) -> bytes:
+    """What a file begins with; a WeightsError where that is a page of text, or there is none."""
     try:
         with open_regular(path, error=WeightsError) as stream:
             start = stream.read(FIRST_BYTES)

@@ -27,7 +27,7 @@ from skyreels_jax.weights.engine import (
 )
 from skyreels_jax.weights.layout import CONFIG, ComponentName, Layout, read_object, safetensors_of
 from skyreels_jax.weights.model_file import open_component
-from skyreels_jax.weights.plan import Format, Rule
+from skyreels_jax.weights.plan import Format, Rule, Slot, Source, layers_in_file, make_plan
 from skyreels_jax.weights.quantized_stream import StoredPrecision, quantized
 from skyreels_jax.weights.safetensors_file import TensorSource
 from skyreels_jax.weights.writer import MAX_SHARD_BYTES, write_config, write_tensors
@@ -146,6 +146,15 @@ class StoredComponent(Generic[ConfigT, ModelT]):
     source: TensorSource
     format: Format
     rules: tuple[Rule, ...]
+
+    def plan(self, format: Format | None = None) -> dict[Slot, Source]:
+        """The tensor of each layer of each parameter, by the names of ``format`` or of the files.
+
+        Raises:
+            WeightsError: a parameter that ``format`` has no name for.
+        """
+        layers = layers_in_file(self.source.tensors(), self.format)
+        return make_plan(self.rules, format or self.format, layers)
 
     def abstract(
         self,

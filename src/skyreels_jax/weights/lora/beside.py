@@ -16,7 +16,6 @@ from skyreels_jax.weights.lora.source import (
     StoredTransformer,
     quantized_tensors,
 )
-from skyreels_jax.weights.plan import layers_in_file, make_plan
 
 
 def exchange(
@@ -27,7 +26,7 @@ def exchange(
     placement: Placement = on_default_device,
     kernel_dtype: DTypeLike | None = None,
 ) -> None:
-    """Have a loaded model hold what its files and these LoRAs make.
+    """Have a loaded model hold what its files and these LoRAs make; reads one parameter at a time.
 
     Args:
         model: of these files.
@@ -40,7 +39,24 @@ def exchange(
     Raises:
         WeightsError: a value is not finite; the parameters before it are new already.
     """
-    _reload(model, stored, tensors, dtype, placement, kernel_dtype)
+    tensors = set(tensors)
+    plan = stored.plan()
+    targets = {slot.target for slot, source in plan.items() if source.name in tensors}
+    abstract = nnx.to_flat_state(nnx.state(stored.abstract(dtype, dtype, kernel_dtype)))
+    for target in targets:
+        # Of a quantised kernel its scale too.
+        own = [(path, leaf) for path, leaf in abstract if _is_of(target, path)]
+        state = load_into(
+            nnx.from_flat_state(own),
+            [rule for rule in stored.rules if rule.target == target],
+            stored.source,
+            stored.format,
+            dtype=dtype,
+            # Only this parameter's tensors are read; the others are no business of this table.
+            ignored=(r".*",),
+            placement=placement,
+        )
+        nnx.update(model, state)
     put_beside(model, stored, dtype, placement, kernel_dtype)
 
 
@@ -71,36 +87,6 @@ def put_beside(
             down, up = (np.asarray(jnp.asarray(value, dtype)) for value in pair)
             linear.lora_down = nnx.data(nnx.Param(placement(f"{path}.lora_down", down)))
             linear.lora_up = nnx.data(nnx.Param(placement(f"{path}.lora_up", up)))
-
-
-def _reload(
-    model: nnx.Module,
-    stored: StoredTransformer,
-    tensors: Collection[str],
-    dtype: DTypeLike,
-    placement: Placement,
-    kernel_dtype: DTypeLike | None,
-) -> None:
-    """Read the parameters of some tensors anew, one in host memory at a time."""
-    tensors = set(tensors)
-    layers = layers_in_file(stored.source.tensors(), stored.format)
-    plan = make_plan(stored.rules, stored.format, layers)
-    targets = {slot.target for slot, source in plan.items() if source.name in tensors}
-    abstract = nnx.to_flat_state(nnx.state(stored.abstract(dtype, dtype, kernel_dtype)))
-    for target in targets:
-        # Of a quantised kernel its scale too.
-        own = [(path, leaf) for path, leaf in abstract if _is_of(target, path)]
-        state = load_into(
-            nnx.from_flat_state(own),
-            [rule for rule in stored.rules if rule.target == target],
-            stored.source,
-            stored.format,
-            dtype=dtype,
-            # Only this parameter's tensors are read; the others are no business of this table.
-            ignored=(r".*",),
-            placement=placement,
-        )
-        nnx.update(model, state)
 
 
 def _is_of(target: str, path: Sequence[object]) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.weights.lora.source import StoredTransformer
 from skyreels_jax.weights.lora.writing import LoraWriter
-from skyreels_jax.weights.plan import Slot, layers_in_file, make_plan
+from skyreels_jax.weights.plan import Slot
 from skyreels_jax.weights.safetensors_file import TensorSpec
 
 # Up to so many rows or columns the decomposition is exact; above, it is of a random subspace.
@@ -123,7 +123,7 @@ def _differences(
     if missing := there.keys() ^ before.keys():
         names = ", ".join(sorted(f"{slot.target}" for slot in missing)[:3])
         raise WeightsError(f"the two models have other tensors: {names}, and {len(missing)} in all")
-    originals = make_plan(base.rules, "original", _layers(base))
+    originals = base.plan("original")
     for slot, name in before.items():
         old = np.asarray(base.source.read(name))
         new = np.asarray(tuned.source.read(there[slot]))
@@ -138,13 +138,8 @@ def _differences(
         yield originals[slot].name, difference
 
 
-def _layers(stored: StoredTransformer):
-    return layers_in_file(stored.source.tensors(), stored.format)
-
-
 def _tensors(stored: StoredTransformer) -> Mapping[Slot, str]:
-    plan = make_plan(stored.rules, stored.format, _layers(stored))
-    return {slot: source.name for slot, source in plan.items()}
+    return {slot: source.name for slot, source in stored.plan().items()}
 
 
 def _rank_of(difference: np.ndarray) -> int:

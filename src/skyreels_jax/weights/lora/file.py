@@ -11,6 +11,8 @@ import numpy as np
 
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.files import open_regular, parse_json
+from skyreels_jax.weights.filling import rounded
+from skyreels_jax.weights.open_file import first_bytes, is_archive
 from skyreels_jax.weights.safetensors_file import SafetensorsSource, TensorInfo, TensorSource
 from skyreels_jax.weights.torch_file import PthSource
 
@@ -85,13 +87,7 @@ class LoraFile:
         Raises:
             WeightsError: a value is NaN or infinite.
         """
-        values = np.asarray(self.source.read(name)).astype(np.float32)
-        if not np.isfinite(values).all():
-            raise WeightsError(
-                f"{self.path}: {name} has values that are NaN or infinite: the file is damaged or "
-                "was saved by a run that diverged"
-            )
-        return values
+        return rounded(np.asarray(self.source.read(name)), np.float32, f"{self.path}: {name}")
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All tensors by name, from the header alone."""
@@ -105,7 +101,7 @@ def open_lora(path: Path) -> LoraFile:
         WeightsError: there is no such file, or it is not sound, or holds no tensors.
     """
     metadata: dict[str, str] = {}
-    if _is_archive(path):
+    if is_archive(first_bytes(path)):
         source: TensorSource = PthSource(path)
     else:
         source = SafetensorsSource([path])
@@ -119,13 +115,6 @@ def open_lora(path: Path) -> LoraFile:
                 continue
             raise WeightsError(f"{path}: {name:.200} is {info.dtype.name}, no floating point")
     return LoraFile(path, source, metadata, _scaling(path, metadata))
-
-
-def _is_archive(path: Path) -> bool:
-    """Whether a file begins as those of PyTorch do; others are safetensors, or unsound."""
-    with open_regular(path, "LoRA", error=WeightsError) as stream:
-        start = stream.read(9)
-    return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:] != b"{")
 
 
 def _scaling(path: Path, metadata: Mapping[str, str]) -> PeftScaling | None:

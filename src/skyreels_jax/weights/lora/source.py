@@ -18,7 +18,7 @@ from skyreels_jax.weights.lora.adapters import Adapter
 from skyreels_jax.weights.lora.binding import BoundLora, Lora, bind
 from skyreels_jax.weights.lora.file import open_lora
 from skyreels_jax.weights.lora.names import ModelNames
-from skyreels_jax.weights.plan import Slot, Source, layers_in_file, make_plan
+from skyreels_jax.weights.plan import Slot, Source
 from skyreels_jax.weights.quantize import scales_of
 from skyreels_jax.weights.safetensors_file import TensorInfo, TensorSource
 
@@ -194,10 +194,7 @@ def quantized_tensors(
     if kernel_dtype is None:
         return
     kept = scales_of(parameters(stored.abstract(kernel_dtype=kernel_dtype)))
-    plan = make_plan(
-        stored.rules, stored.format, layers_in_file(stored.source.tensors(), stored.format)
-    )
-    yield from ((slot, source) for slot, source in plan.items() if slot.target in kept)
+    yield from ((slot, source) for slot, source in stored.plan().items() if slot.target in kept)
 
 
 def touched(stored: StoredTransformer) -> frozenset[str]:
