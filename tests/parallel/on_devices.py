@@ -161,9 +161,9 @@ def without_mask(placed: MeshTransformer) -> None:
     """Patches that fill up are seen as keys."""
     true = mesh_attention.MeshAttention
 
-    def counts_all(plan, slab, patches, device):
+    def counts_all(plan, slab, patches):
         del patches
-        return true(plan, slab, slab * plan.sequence, device)
+        return true(plan, slab, slab * plan.sequence)
 
     from skyreels_jax.parallel import transformer
 

@@ -1,12 +1,19 @@
 """What a mesh is: how it is spelt, which are legal, and what is said of one that is not."""
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 from tests import standins
 
 from skyreels_jax.errors import RequestError
+from skyreels_jax.models import transformer_attention
 from skyreels_jax.models.transformer_config import T2V_1_3B, T2V_14B
+from skyreels_jax.ops.target import Device, target_device
 from skyreels_jax.parallel.plan import MeshPlan, all_plans, choose_plan
 from skyreels_jax.parallel.rules import Rules, weight_axis
+from skyreels_jax.parallel.transformer import MeshTransformer
+from skyreels_jax.weights.components.transformer import TRANSFORMER
 
 TWELVE, FORTY = T2V_1_3B, T2V_14B
 
@@ -97,3 +104,32 @@ def test_nearest_plans_are_legal():
     for plan in all_plans(8):
         for near in plan.nearest(config, rows=2):
             near.require(config, devices=8, rows=2)
+
+
+def test_attention_is_that_for_the_devices_of_the_mesh(monkeypatch: pytest.MonkeyPatch):
+    """A program is chosen for where it will run, which need not be this process's device."""
+    config, seen = standins.config(), []
+    true = transformer_attention.attention
+
+    def noticed(*given, **more):
+        seen.append(target_device())
+        return true(*given, **more)
+
+    monkeypatch.setattr(transformer_attention, "attention", noticed)
+    monkeypatch.setattr(MeshTransformer, "device", Device("rocm"))
+    placed = MeshTransformer.of("data=1", config)
+    model = TRANSFORMER.abstract(config, jnp.float32)
+    text = jax.ShapeDtypeStruct((1, config.text_len, config.text_dim), jnp.float32)
+    latents = jax.ShapeDtypeStruct((1, 16, 1, 4, 4), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.float32)
+    jax.clear_caches()  # What was traced before is not asked again.
+    graph, state = nnx.split(model)
+
+    def call(state, x, t, text):
+        model = nnx.merge(graph, state)
+        model.parallelism = placed
+        return model(x, t, text)
+
+    jax.eval_shape(call, state, latents, t, text)
+    assert set(seen) == {Device("rocm")}
+    assert target_device() == Device("cpu")

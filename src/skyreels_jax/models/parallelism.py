@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from skyreels_jax.models.layers import scan_layers
 from skyreels_jax.models.transformer_attention import (
-    AttentionFunctions,
+    AttentionFunction,
     CrossContext,
     FrameKeyValues,
 )
@@ -42,10 +42,10 @@ class LayerInputs(NamedTuple):
     past: FrameKeyValues | None
 
 
-# One block: attentions, tokens, its inputs and the shared ones to tokens and, perhaps, their keys
-# and values.
+# One block: self-attention (``None`` is one device's), tokens, its inputs and the shared ones to
+# tokens and, perhaps, their keys and values.
 LayerFunction = Callable[
-    [AttentionFunctions, FrameTokens, LayerInputs, SharedInputs],
+    [AttentionFunction | None, FrameTokens, LayerInputs, SharedInputs],
     tuple[FrameTokens, FrameKeyValues | None],
 ]
 
@@ -133,7 +133,7 @@ class SingleDevice:
         def step(
             tokens: FrameTokens, of_layer: LayerInputs, shared: SharedInputs
         ) -> tuple[FrameTokens, FrameKeyValues | None]:
-            return layer(AttentionFunctions(), tokens, of_layer, shared)
+            return layer(None, tokens, of_layer, shared)
 
         return scan_layers(step, tokens, layers, shared)
 

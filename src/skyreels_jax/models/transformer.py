@@ -22,7 +22,7 @@ from skyreels_jax.models.layers import (
 )
 from skyreels_jax.models.parallelism import SINGLE_DEVICE, LayerInputs, Parallelism, SharedInputs
 from skyreels_jax.models.transformer_attention import (
-    AttentionFunctions,
+    AttentionFunction,
     CrossContext,
     FrameKeyValues,
     PastFrames,
@@ -221,7 +221,10 @@ class WanModel(nnx.Module):
         stacked = None if past is None else FrameKeyValues(past.key, past.value)
 
         def layer(
-            attend: AttentionFunctions, x: FrameTokens, given: LayerInputs, shared: SharedInputs
+            attend: AttentionFunction | None,
+            x: FrameTokens,
+            given: LayerInputs,
+            shared: SharedInputs,
         ) -> tuple[FrameTokens, FrameKeyValues | None]:
             past = None
             if given.past is not None and shared.past_frames is not None:

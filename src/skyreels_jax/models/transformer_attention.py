@@ -18,7 +18,7 @@ from skyreels_jax.shapes import Context, Tokens
 
 _Heads = Float[Array, "B L N K"]
 # Takes what :func:`skyreels_jax.ops.attention.attention` does.
-_Attend = Callable[..., _Heads]
+AttentionFunction = Callable[..., _Heads]
 
 
 class KeyValues(NamedTuple):
@@ -46,16 +46,6 @@ class PastFrames(NamedTuple):
     count: Int[Array, ""]
 
 
-class AttentionFunctions(NamedTuple):
-    """Who computes attention: of video tokens to each other, and of them to text and image.
-
-    Both take what :func:`skyreels_jax.ops.attention.attention` does; ``None`` is that itself.
-    """
-
-    to_tokens: _Attend | None = None
-    to_context: _Attend | None = None
-
-
 class CrossContext(NamedTuple):
     """What cross-attention needs of a prompt and an image, computed once and used at every step.
 
@@ -78,20 +68,14 @@ def last_counts(states: KeyValues, count: int) -> KeyValues:
     return KeyValues(jnp.concatenate([states.key, share], axis=-1), states.value)
 
 
-def _attend_text(
-    query: _Heads,
-    text: KeyValues,
-    implementation: str | None,
-    attend: _Attend | None = None,
-) -> _Heads:
+def _attend_text(query: _Heads, text: KeyValues, implementation: str | None) -> _Heads:
     """Attention to text states, whose last may stand for many (:func:`last_counts`)."""
-    attend = attend or attention
     width = query.shape[-1]
     if text.key.shape[-1] == width:
-        return attend(query, *text, implementation=implementation)
+        return attention(query, *text, implementation=implementation)
     query = jnp.concatenate([query, jnp.ones((*query.shape[:-1], 1), query.dtype)], axis=-1)
     # Few keys, wider than their values: no kernel is made for that, and none is needed.
-    return attend(query, *text, scale=width**-0.5, implementation="xla")
+    return attention(query, *text, scale=width**-0.5, implementation="xla")
 
 
 class _Projections(nnx.Module):
@@ -141,7 +125,7 @@ class WanSelfAttention(_Projections):
         implementation: str | None = None,
         own: KeyValues | None = None,
         past: PastKeyValues | None = None,
-        attend: _Attend | None = None,
+        attend: AttentionFunction | None = None,
     ) -> Tokens:
         """Attend from ``x`` to itself, and to ``past`` where there is one.
 
@@ -173,16 +157,11 @@ class WanT2VCrossAttention(_Projections):
 
     @jax.named_scope("cross_attention")
     def __call__(
-        self,
-        x: Tokens,
-        context: CrossContext,
-        *,
-        implementation: str | None = None,
-        attend: _Attend | None = None,
+        self, x: Tokens, context: CrossContext, *, implementation: str | None = None
     ) -> Tokens:
-        """``x`` [B, L, D], normalised; ``context`` is one layer's; ``attend`` as above."""
+        """``x`` [B, L, D], normalised; ``context`` is one layer's."""
         query = self.split(self.norm_q(self.q(x))).astype(self.dtype)
-        return self.merge(_attend_text(query, context.text, implementation, attend))
+        return self.merge(_attend_text(query, context.text, implementation))
 
 
 class WanI2VCrossAttention(_Projections):
@@ -208,16 +187,11 @@ class WanI2VCrossAttention(_Projections):
 
     @jax.named_scope("cross_attention")
     def __call__(
-        self,
-        x: Tokens,
-        context: CrossContext,
-        *,
-        implementation: str | None = None,
-        attend: _Attend | None = None,
+        self, x: Tokens, context: CrossContext, *, implementation: str | None = None
     ) -> Tokens:
-        """``x`` [B, L, D], normalised; ``context`` is one layer's; ``attend`` as above."""
+        """``x`` [B, L, D], normalised; ``context`` is one layer's."""
         assert context.image is not None
         query = self.split(self.norm_q(self.q(x))).astype(self.dtype)
-        text = _attend_text(query, context.text, implementation, attend)
-        image = (attend or attention)(query, *context.image, implementation=implementation)
+        text = _attend_text(query, context.text, implementation)
+        image = attention(query, *context.image, implementation=implementation)
         return self.merge(text.astype(jnp.float32) + image.astype(jnp.float32))

@@ -25,7 +25,7 @@ from skyreels_jax.models.layers import (
     mul_add_add,
 )
 from skyreels_jax.models.transformer_attention import (
-    AttentionFunctions,
+    AttentionFunction,
     CrossContext,
     KeyValues,
     WanI2VCrossAttention,
@@ -88,7 +88,7 @@ class WanAttentionBlock(nnx.Module):
         mask: BlockCausal | None = None,
         implementation: str | None = None,
         past: PastKeyValues | None = None,
-        attend: AttentionFunctions | None = None,
+        attend: AttentionFunction | None = None,
     ) -> _BlockOutput:
         """Run the block; the residual is float32 inside and rounded at the end.
 
@@ -100,21 +100,19 @@ class WanAttentionBlock(nnx.Module):
             mask: which tokens see each other; ``None`` for all.
             implementation: name of a path of :mod:`skyreels_jax.ops.attention`; ``None`` chooses.
             past: this layer's keys and values of earlier frames, seen by all of ``x``.
-            attend: computes attention; ``None`` is :func:`.attention`.
+            attend: computes attention of ``x`` to itself; ``None`` is :func:`.attention`.
         """
         flat = (x.shape[0], x.shape[1] * x.shape[2], x.shape[3])
-        to_tokens, to_context = attend or AttentionFunctions()
         how = {"implementation": implementation}
         attn, ffn = self.modulations(e0)
 
         h = mul_add_add(layer_norm(x, eps=self.eps), attn.scale, attn.shift)
         h = h.reshape(flat)
         own = self.self_attn.key_values(h, rope)
-        h = self.self_attn(h, rope, mask=mask, own=own, past=past, attend=to_tokens, **how)
+        h = self.self_attn(h, rope, mask=mask, own=own, past=past, attend=attend, **how)
         x = mul_add(x, h.reshape(x.shape), attn.gate)
 
-        h = self.norm3(x).reshape(flat)
-        h = self.cross_attn(h, context, attend=to_context, **how)
+        h = self.cross_attn(self.norm3(x).reshape(flat), context, **how)
         x = x + h.reshape(x.shape).astype(jnp.float32)
 
         h = mul_add_add(layer_norm(x, eps=self.eps), ffn.scale, ffn.shift)

@@ -20,7 +20,7 @@ from skyreels_jax.ops.kernels.splash import splash_attention, splash_refusal
 from skyreels_jax.ops.kernels.tokamax import tokamax_attention, tokamax_refusal
 from skyreels_jax.ops.linear import exact_precision
 from skyreels_jax.ops.masks import Mask
-from skyreels_jax.ops.target import Device, target_device
+from skyreels_jax.ops.target import target_device
 
 # All scores of a call at once, in float32, are worth their memory up to so many bytes.
 SMALL_SCORES: Final = 4 * 1024**2
@@ -67,9 +67,7 @@ def _serves_all(call: AttentionCall) -> None:
 ATTENTION_PATHS: Final[Mapping[str, AttentionPath]] = MappingProxyType(
     {
         "xla": AttentionPath(reference_attention, _serves_all, takes_past=True),
-        "chunked": AttentionPath(
-            chunked_attention, _serves_all, takes_past=True, takes_device=True
-        ),
+        "chunked": AttentionPath(chunked_attention, _serves_all, takes_past=True),
         "cudnn": AttentionPath(cudnn_attention, cudnn_refusal, takes_past=True),
         "splash": AttentionPath(splash_attention, splash_refusal),
         "tokamax": AttentionPath(tokamax_attention, tokamax_refusal),
@@ -86,7 +84,6 @@ def attention(
     scale: float | None = None,
     past: PastKeyValues | None = None,
     implementation: str | None = None,
-    device: Device | None = None,
 ) -> Float[Array, "B L N V"]:
     """``softmax(scale * query @ key^T) @ value`` for each head, softmax in float32.
 
@@ -98,7 +95,6 @@ def attention(
         scale: positive; ``K ** -0.5`` unless given.
         past: keys and values of tokens before these (``S`` is then ``L``), seen by every query.
         implementation: a name in :data:`ATTENTION_PATHS`; ``None`` asks :func:`choose_path`.
-        device: that the program will run on; ``None`` is the one that is compiled for.
 
     Raises:
         UnsupportedError: if the named implementation does not exist or cannot serve this call. It
@@ -108,8 +104,7 @@ def attention(
     key_len = key.shape[1] + (0 if past is None else past.key.shape[1])
     dtype = jnp.dtype(query.dtype).name
     shape = (batch, q_len, heads, width)
-    target = device or target_device()
-    call = AttentionCall(target, dtype, shape, key_len, has_past=past is not None)
+    call = AttentionCall(target_device(), dtype, shape, key_len, has_past=past is not None)
     name = choose_path(call) if implementation is None else implementation
     if name not in ATTENTION_PATHS:
         raise UnsupportedError(
@@ -122,16 +117,15 @@ def attention(
             f"without a name {choose_path(call)!r} is taken"
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    how = {"device": call.device} if path.takes_device else {}
     with jax.named_scope(f"attention_{name}"):
         if past is None:
-            return path.compute(query, key, value, mask=mask, scale=scale, **how)
+            return path.compute(query, key, value, mask=mask, scale=scale)
         if not path.takes_past:
             raise UnsupportedError(
                 f"attention path {name!r} cannot take keys of earlier tokens; choose one of "
                 f"{', '.join(paths_with_past())}"
             )
-        return path.compute(query, key, value, mask=mask, scale=scale, past=past, **how)
+        return path.compute(query, key, value, mask=mask, scale=scale, past=past)
 
 
 def paths_with_past() -> tuple[str, ...]:

@@ -17,11 +17,10 @@ from skyreels_jax.ops.kernels.chunked import (
     attend_some,
     begin_softmax,
     finish_softmax,
-    tiling_on,
+    target_tiling,
 )
 from skyreels_jax.ops.kernels.contract import PastKeyValues
 from skyreels_jax.ops.masks import BlockCausal
-from skyreels_jax.ops.target import Device
 from skyreels_jax.parallel.plan import MeshPlan
 
 _Heads = Float[Array, "B L N K"]
@@ -38,13 +37,11 @@ class MeshAttention:
         plan: of the mesh.
         slab: patches of a frame on each device.
         patches: of a frame on all devices; those that fill up the last slabs are not counted.
-        device: that the program will run on.
     """
 
     plan: MeshPlan
     slab: int
     patches: int
-    device: Device
 
     def __call__(
         self,
@@ -75,7 +72,7 @@ class MeshAttention:
             out = self._around(query, own, mask, before, filled, implementation)
         if self.plan.ulysses > 1:
             out = jax.lax.all_to_all(out, "ulysses", _PATCHES - 1, _HEADS - 1, tiled=True)
-        return out.reshape(out.shape[0], -1, *out.shape[3:])
+        return _in_a_row(out)
 
     def _by_frame(self, states: _Heads) -> _ByFrame:
         batch, _, *heads = states.shape
@@ -106,23 +103,21 @@ class MeshAttention:
         """All keys are here, without those of patches that fill up."""
         past = None
         if before is not None and filled is not None:
-            past = PastKeyValues(*self._in_a_row(before), filled * self.patches)
+            past = PastKeyValues(*self._counted(before), filled * self.patches)
         if mask is not None:
             mask = replace(mask, tokens_per_frame=query.shape[2], keys_per_frame=self.patches)
-        rows = query.reshape(query.shape[0], -1, *query.shape[3:])
         out = attention(
-            rows,
-            *self._in_a_row(own),
+            _in_a_row(query),
+            *self._counted(own),
             mask=mask,
             past=past,
             implementation=implementation,
-            device=self.device,
         )
         return out.reshape(query.shape)
 
-    def _in_a_row(self, pair: _Pair) -> tuple[_Heads, _Heads]:
+    def _counted(self, pair: _Pair) -> tuple[_Heads, _Heads]:
         key, value = pair[:, :, :, : self.patches]
-        return tuple(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (key, value))
+        return _in_a_row(key), _in_a_row(value)
 
     def _around(
         self,
@@ -142,8 +137,8 @@ class MeshAttention:
             )
         pair = own if before is None else jnp.concatenate([before, own], axis=2)
         slots, part = (0 if before is None else before.shape[2]), pair.shape[_PATCHES]
-        rows = query.reshape(query.shape[0], -1, *query.shape[3:])
-        tiling, scale = tiling_on(self.device), query.shape[-1] ** -0.5
+        rows = _in_a_row(query)
+        tiling, scale = target_tiling(), query.shape[-1] ** -0.5
         queries, state = begin_softmax(rows, tiling)
 
         def attend(turn: Int[Array, ""], state, pair: _Pair):
@@ -161,7 +156,7 @@ class MeshAttention:
                     seen = seen & ((frame >= slots) | (frame < filled))[None, :]
                 return seen
 
-            key, value = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in pair)
+            key, value = map(_in_a_row, pair)
             return attend_some(
                 state, queries, key, value, visible=visible, scale=scale, tiling=tiling
             )
@@ -175,3 +170,8 @@ class MeshAttention:
         last = self.plan.ring - 1
         state, pair = jax.lax.fori_loop(0, last, turn, (state, pair))
         return finish_softmax(attend(jnp.int32(last), state, pair), rows).reshape(query.shape)
+
+
+def _in_a_row(states: _ByFrame) -> _Heads:
+    """Token by token, frame after frame."""
+    return states.reshape(states.shape[0], -1, *states.shape[3:])

@@ -19,12 +19,11 @@ from jaxtyping import Array, Float, PyTree
 
 from skyreels_jax.models.layers import layer_at
 from skyreels_jax.models.parallelism import LayerFunction, LayerInputs, SharedInputs
-from skyreels_jax.models.transformer_attention import AttentionFunctions, FrameKeyValues
+from skyreels_jax.models.transformer_attention import FrameKeyValues
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.transformer_layers import FrameTokens
-from skyreels_jax.ops.attention import attention
 from skyreels_jax.ops.positions import RopeTable
-from skyreels_jax.ops.target import Device, device_of
+from skyreels_jax.ops.target import Device, compiled_for, device_of
 from skyreels_jax.parallel.attention import MeshAttention
 from skyreels_jax.parallel.plan import AUTO, MESH_AXES, MeshPlan, choose_plan
 from skyreels_jax.parallel.rules import Rules, weight_axis
@@ -126,10 +125,7 @@ class MeshTransformer:
         frames, filled = tokens.shape[1:3]
         count = shared.rope.cos.shape[0] // frames
         slab = filled // self.plan.sequence
-        attend = AttentionFunctions(
-            MeshAttention(self.plan, slab, count, self.device),
-            partial(attention, device=self.device),
-        )
+        attend = MeshAttention(self.plan, slab, count)
         spec = partial(self.rules.spec, self.plan)
         of_tokens, of_past = spec("rows", None, "patches", None), self._spec_of_states()
 
@@ -181,7 +177,8 @@ class MeshTransformer:
             out_specs=(of_tokens, of_past),
             check_vma=False,
         )
-        return mapped(tokens, stacks, layers.past, given)
+        with compiled_for(self.device):
+            return mapped(tokens, stacks, layers.past, given)
 
     def _spec_of_states(self) -> PartitionSpec:
         """The cut of keys and values by frame, stacked over layers."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from skyreels_jax.ops.kernels.contract import PastKeyValues
 from skyreels_jax.ops.linear import exact_precision
 from skyreels_jax.ops.masks import Mask
-from skyreels_jax.ops.target import Device, target_device
+from skyreels_jax.ops.target import target_device
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,15 @@ def chunked_attention(
     scale: float,
     past: PastKeyValues | None = None,
     tiling: ScoreTiling | None = None,
-    device: Device | None = None,
 ) -> Float[Array, "B L N K"]:
     """The reference's result, one tile of scores at a time.
 
     Its gradient recomputes the tiles, so it is linear in memory too. Tiles that ``mask`` hides
     entirely are skipped. With ``past`` its filled tiles are visited first, and there is no
-    gradient: how many they are is known only when the program runs. The size of tiles is that for
-    the ``device``, or for this process's default, unless ``tiling`` is given.
+    gradient: how many they are is known only when the program runs.
     """
     if tiling is None:
-        tiling = tiling_on(device)
+        tiling = target_tiling()
     q_size, k_size = even_tile(query.shape[1], tiling.queries), even_tile(key.shape[1], tiling.keys)
     key_len = key.shape[1]
 
@@ -86,10 +84,9 @@ def chunked_attention(
     return _untile(out, query.shape)
 
 
-def tiling_on(device: Device | None) -> ScoreTiling:
-    """The tiles for a device; ``None`` is the one that is compiled for."""
-    target = target_device() if device is None else device
-    return _CACHED if target.platform == "cpu" else _PARALLEL
+def target_tiling() -> ScoreTiling:
+    """The tiles for the device that is compiled for."""
+    return _CACHED if target_device().platform == "cpu" else _PARALLEL
 
 
 def begin_softmax(

@@ -45,14 +45,12 @@ class AttentionPath:
 
     ``compute(query, key, value, *, mask, scale)`` has the shapes of
     :func:`skyreels_jax.ops.attention.attention`; ``refusal`` says why a call cannot be served, or
-    ``None``. Where ``takes_past``, ``compute`` has a keyword ``past`` for :class:`PastKeyValues`,
-    and where ``takes_device`` one ``device``, of the call.
+    ``None``. Where ``takes_past``, ``compute`` has a keyword ``past`` for :class:`PastKeyValues`.
     """
 
     compute: Callable[..., Array]
     refusal: Callable[[AttentionCall], str | None]
     takes_past: bool = False
-    takes_device: bool = False
 
 
 def by_query_block(
