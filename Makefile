@@ -64,5 +64,9 @@ $(STAMPS)-ray: $(STAMPS)-dev
 	$(PIP) -e '.[ray]'
 	touch $@
 
+$(STAMPS)-compile: $(STAMPS)-dev
+	$(PIP) -e '.[compile]'
+	touch $@
+
 clean:
 	rm -rf $(VENV) out

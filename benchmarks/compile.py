@@ -48,19 +48,23 @@ _COLLECTIVE = re.compile(
     r"reduce-scatter)(?P<start>-start)?\("
 )
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
-# By what a custom call is named, or by the scope that it was traced in.
+# By the scope that it was traced in, or by what a custom call is named. An instruction may take
+# several lines.
 _KERNELS = {
-    "splash": re.compile(r'custom_call_target="tpu_custom_call".*attention_splash'),
+    "splash": re.compile(
+        r'custom_call_target="tpu_custom_call"(?:(?!custom_call_target=).)*?'
+        r'op_name="[^"]*attention_splash',
+        re.DOTALL,
+    ),
     "cudnn": re.compile(r'custom_call_target="__cudnn\$fmha'),
 }
 
 
 def read_module(text: str) -> Module:
     """The kernels and collectives in ``text``, which is ``Compiled.as_text()``."""
-    found = Module()
+    counts = {name: len(pattern.findall(text)) for name, pattern in _KERNELS.items()}
+    found = Module(Counter({name: count for name, count in counts.items() if count}))
     for line in text.splitlines():
-        if "custom_call_target=" in line:
-            found.kernels.update(name for name, of in _KERNELS.items() if of.search(line))
         if match := _COLLECTIVE.search(line):
             sizes = [_bytes(*shape.groups()) for shape in _SHAPE.finditer(match["shape"])]
             # What is started stands with its operands in one tuple: the result is the last but
