@@ -271,8 +271,8 @@ def compile_stage(stage: Stage, device: Any) -> None:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"[Uu]sed \S+ of \S+", str(error))
-        row(stage.name, stage.of, f"does not fit: {used[0] if used else 'out of memory'}")
+        said = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0]
+        row(stage.name, stage.of, f"does not fit: {said}")
         return
     seconds, processor = time.perf_counter() - start[0], time.process_time() - start[1]
     memory, module = compiled.memory_analysis(), read_module(compiled.as_text())
