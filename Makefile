@@ -17,7 +17,7 @@ test: $(STAMPS)-dev lint types
 	  && git rev-parse HEAD > $(VENV)/.green || true
 
 # What make test leaves out, too; some of it takes Ray.
-test-all: $(STAMPS)-ray lint types
+test-all: $(STAMPS)-ray $(STAMPS)-compile lint types
 	$(BIN)/python -m pytest -n 2
 
 # The committed example holds its plots and videos inside the page.
