@@ -26,8 +26,9 @@ PIECE = 1 << 24
 
 def read(folder: Path) -> None:
     """Every byte of the files, once, into memory that holds all of them."""
+    held = []
     for file in sorted(folder.glob("*.safetensors")):
-        into = np.empty(file.stat().st_size, np.uint8)
+        held.append(into := np.empty(file.stat().st_size, np.uint8))
         with file.open("rb", buffering=0) as source:
             done = 0
             while count := source.readinto(memoryview(into[done : done + PIECE])):
