@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     with _encoding_progress() as on_encoded:
         task = recipe.task(on_encoded)
     if isinstance(task, VideoTask):
-        task.sample_writer = write_samples_of(task.training.data, task.config.model_type)
+        task.sample_writer = write_samples_of(task.examples())
     with _progress(recipe.run.steps) as on_log:
         result = train(
             task,

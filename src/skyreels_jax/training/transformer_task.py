@@ -1,11 +1,10 @@
 """Training the transformer: flow matching, diffusion forcing, image-to-video."""
 
-import dataclasses
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -16,21 +15,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from skyreels_jax.errors import RequestError
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.presets import PIPELINE_OF_TASK
 from skyreels_jax.shapes import Latents
-from skyreels_jax.training.dataset import (
-    WORDINGS,
-    CaptionEncoder,
-    ClipSource,
-    EncodedClips,
-    FirstFrameEncoder,
-    OnEncoded,
-    clips_fingerprint,
-    encode_clips,
-)
+from skyreels_jax.training.batches import ClipBatches, Example, MovingShapes
+from skyreels_jax.training.dataset import OnEncoded
 from skyreels_jax.training.objective import Batch, velocity_loss
 from skyreels_jax.training.sigma_distributions import Sigmas, draw_sigmas
 from skyreels_jax.training.sources import find_sources
@@ -38,16 +28,12 @@ from skyreels_jax.training.task import LossAndMetrics, Params, Template
 from skyreels_jax.training.transformer_recipe import VideoTraining
 from skyreels_jax.weights.components.clip import stored_image_encoder
 from skyreels_jax.weights.components.transformer import TRANSFORMER, stored_transformer
-from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.layout import ComponentName, Layout
 from skyreels_jax.weights.pipeline_folder import write_pipeline_files
 from skyreels_jax.weights.plan import Format
 
-# Streams of random numbers that no two uses share.
-_TRAINING: Final = 1
-# Sigmas at which the held-out loss is measured, and clips it is measured on.
+# Sigmas at which the held-out loss is measured.
 _MEASURED_SIGMAS: Final = (0.1, 0.3, 0.5, 0.7, 0.9)
-_EVALUATED: Final = 64
 
 _logger = logging.getLogger(__name__)
 
@@ -87,40 +73,22 @@ class VideoTask:
         """
         self.training, self.seed = training, seed
         self._sources = find_sources(training)
-        self.config, data = self._sources.config, training.data
-        source = ClipSource(seed, data.frames, data.size)
-        # What is refused is refused before clips are encoded.
-        self._draw_probabilities = (
-            None if data.pairs is None else draw_probabilities(source, data.clips, data.pairs)
+        self.config = self._sources.config
+        self._clips: ClipBatches = MovingShapes(
+            training.data, self._sources, seed, training.objective.text_dropout, on_encoded
         )
-        self._captions = CaptionEncoder(self._sources.text, data.text_length)
-        image = self._sources.image
-        self._first_frames = None if image is None else FirstFrameEncoder(image)
-        vae = stored_vae(self._sources.vae).load(jnp.float32)
-        self._clips, self._held = (
-            encode_clips(
-                Path(data.encoded),
-                vae,
-                dataclasses.replace(source, held=held),
-                count,
-                with_known=self.config.model_type == "i2v",
-                on_encoded=on_encoded,
-            )
-            for held, count in ((False, data.clips), (True, _EVALUATED))
-        )
-        self._captions.check([text for clip in self._clips.captions for text in clip])
-        self._digests = {
-            "data.vae digest": clips_fingerprint(vae, source),
-            "data.text digest": self._captions.digest(),
-        }
         self.template, self.first = Template.of(self._begin())
         self._distribution = training.objective.distribution()
-        self._padding = self.config.text_len - data.text_length
+        self._padding = self.config.text_len - self._clips.text_length
         self._held_loss = jax.jit(self._loss_at)
 
     def fingerprint(self) -> Mapping[str, str]:
         """Digests of what the recipe names by folder."""
-        return self._digests
+        return self._clips.fingerprint()
+
+    def examples(self) -> Sequence[Example]:
+        """What is shown while training."""
+        return self._clips.examples()
 
     def _begin(self) -> WanModel:
         model = self._fresh(self.config)
@@ -150,24 +118,8 @@ class VideoTask:
         return self.first
 
     def batch(self, index: int) -> Batch:
-        """Clips with one of their wordings each, or none."""
-        rng = np.random.default_rng([self.seed, _TRAINING, index])
-        count = self.training.data.batch
-        rows = rng.choice(len(self._clips), size=count, p=self._draw_probabilities)
-        texts = [self._clips.captions[row][int(rng.integers(WORDINGS))] for row in rows]
-        empty = rng.random(len(rows)) < self.training.objective.text_dropout
-        said = [("" if none else str(text)) for none, text in zip(empty, texts, strict=True)]
-        return self._batch(self._clips, rows, said)
-
-    def _batch(self, clips: EncodedClips, rows: np.ndarray, texts: list[str]) -> Batch:
-        images = None if self._first_frames is None else self._first_frames(clips.first[rows])
-        return Batch(
-            latents=jnp.asarray(clips.latents[rows]),
-            context=jnp.asarray(self._captions(texts)),
-            clip_fea=None if images is None else jnp.asarray(images),
-            y=None if clips.known is None else jnp.asarray(clips.known[rows]),
-            fps=jnp.asarray(clips.fps[rows] != 16, jnp.int32),
-        )
+        """Clips with their conditions."""
+        return self._clips.batch(index)
 
     def draw(self, batch: Batch, key: Array) -> VideoNoise:
         """Noise and sigmas of a batch, and which frames are given."""
@@ -200,13 +152,16 @@ class VideoTask:
         return self._velocity_loss(params, batch, VideoNoise(noise, sigmas, None), weighted=False)
 
     def evaluate(self, params: Params) -> dict[str, float]:
-        """Loss on held-out combinations at fixed sigmas, and its mean."""
-        rows = np.arange(_EVALUATED)
-        batch = self._batch(self._held, rows, [c[0] for c in self._held.captions])
-        found = {
-            f"held_{sigma}": float(self._held_loss(params, batch, jnp.float32(sigma)))
-            for sigma in _MEASURED_SIGMAS
-        }
+        """Loss on held-out clips at fixed sigmas, and its mean; nothing where there are none."""
+        found = {f"held_{sigma}": 0.0 for sigma in _MEASURED_SIGMAS}
+        batches = self._clips.held()
+        clips = sum(len(batch.latents) for batch in batches)
+        if not clips:
+            return {}
+        for batch in batches:
+            for sigma in _MEASURED_SIGMAS:
+                loss = float(self._held_loss(params, batch, jnp.float32(sigma)))
+                found[f"held_{sigma}"] += loss * (len(batch.latents) / clips)
         return {**found, "held": float(np.mean(list(found.values())))}
 
     def export(self, params: Params, folder: Path) -> None:
@@ -249,22 +204,6 @@ class VideoTask:
         config = None if image is None else stored_image_encoder(image).config
         pipeline = PIPELINE_OF_TASK["df" if image is None else "i2v"]
         write_pipeline_files(folder, pipeline, named, 1.0, config)
-
-
-def draw_probabilities(source: ClipSource, count: int, pairs: float) -> Float[np.ndarray, " N"]:
-    """With which the first ``count`` clips are drawn, so that a share ``pairs`` has two things.
-
-    Raises:
-        RequestError: none, or all, of them have two.
-    """
-    is_pair = np.array([len(source.scene(index)[0].things) == 2 for index in range(count)])
-    of_each = np.array([np.sum(~is_pair), np.sum(is_pair)])
-    wanted = np.array([1 - pairs, pairs])
-    if np.any((of_each == 0) & (wanted > 0)):
-        raise RequestError(
-            f"data.pairs = {pairs} cannot be had from {count} clips; give more clips"
-        )
-    return np.where(is_pair, *(wanted / np.maximum(of_each, 1))[::-1])
 
 
 def widen_to_i2v(model: WanModel, begun: Params) -> None:
