@@ -133,14 +133,14 @@ def json_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["converted_folder", "json_folder"])
+@pytest.fixture(params=["converted_folder", "json_folder", "sentencepiece_folder"])
 def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
 def converted_folder(sentencepiece_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``tokenizer.json`` made of ``spiece.model`` as the refusal advises."""
+    """``tokenizer.json`` made of ``spiece.model`` by transformers."""
     from transformers import T5TokenizerFast
 
     folder = tmp_path_factory.mktemp("converted")
@@ -255,9 +255,78 @@ def test_a_folder_without_tokenizer_is_named(tmp_path: Path):
     assert str(tmp_path) in str(error.value)
 
 
-def test_a_sentencepiece_model_alone_is_refused_with_the_way_out(sentencepiece_folder: Path):
-    with pytest.raises(WeightsError, match=r"no tokenizer\.json, which.*save_pretrained"):
-        Tokenizer.from_folder(sentencepiece_folder)
+def test_what_is_saved_of_a_sentencepiece_model_is_what_transformers_saves(
+    sentencepiece_folder: Path, converted_folder: Path, tmp_path: Path
+):
+    file = Tokenizer.from_folder(sentencepiece_folder).save(tmp_path / "new")
+    ours, theirs = (json.loads(f.read_text()) for f in (file, converted_folder / "tokenizer.json"))
+    assert ours == theirs
+
+
+def test_pieces_of_a_user_are_kept_whole(tmp_path: Path):
+    """As in transformers, and pieces for single bytes are pieces like others."""
+    from transformers import T5TokenizerFast
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(WORDS) for _ in range(20)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=500,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        user_defined_symbols=["[shot]", "red<"],
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    write_settings(tmp_path)
+    prompts = ["a [shot]cat", "red<0x41> 猫 red< </s> x<extra_id_3>y", *PROMPTS[:100]]
+    expected = T5TokenizerFast.from_pretrained(tmp_path)(
+        [clean(p) for p in prompts], padding="max_length", max_length=512, return_tensors="np"
+    )
+    np.testing.assert_array_equal(
+        Tokenizer.from_folder(tmp_path).encode(prompts).ids, expected.input_ids
+    )
+
+
+def test_a_mutated_sentencepiece_model_gives_a_tokenizer_or_our_error(sentencepiece_folder: Path):
+    whole = (sentencepiece_folder / "spiece.model").read_bytes()
+    rng = random.Random(11)
+    refused = 0
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(rng.choice((1, 3, 30))):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        if rng.random() < 0.3:
+            del content[rng.randrange(len(content)) :]
+        try:
+            Tokenizer.from_sentencepiece(bytes(content), "it").encode(["a red cat"])
+        except WeightsError as error:
+            assert str(error).startswith("it: ")
+            refused += 1
+    assert 30 < refused < 300
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\x0a", b"\x0a\xff\xff\xff\xff\xff\x7f", b"\xff" * 40]
+)
+def test_what_is_no_sentencepiece_model_is_named(tmp_path: Path, content: bytes):
+    (tmp_path / "spiece.model").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"spiece\.model: not a (SentencePiece|T5)"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("told", [-1, "many", 10**9])
+def test_a_wrong_number_of_sentinels_is_named(
+    tmp_path: Path, sentencepiece_folder: Path, told: object
+):
+    (tmp_path / "spiece.model").write_bytes((sentencepiece_folder / "spiece.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_ids": told}))
+    with pytest.raises(WeightsError, match="extra_ids should be a number of 0 to 10000"):
+        Tokenizer.from_folder(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"model": {}}'])

@@ -28,7 +28,6 @@ from skyreels_jax.models.parallelism import SINGLE_DEVICE, Parallelism
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.parallel.plan import AUTO, MeshPlan
 from skyreels_jax.parallel.transformer import MeshTransformer
-from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.torch_side.components import (
     TorchAutoencoder,
     TorchImageEncoder,
@@ -43,6 +42,7 @@ from skyreels_jax.weights.lora.binding import Lora
 from skyreels_jax.weights.lora.source import with_loras
 from skyreels_jax.weights.lora.stack import LoraLike
 from skyreels_jax.weights.offload import on_host, require_host_memory
+from skyreels_jax.weights.tokenizer_file import open_tokenizer
 
 # The transformer is in JAX with either; `hybrid` takes the extra `torch`.
 Backend = Literal["jax", "hybrid"]
@@ -232,7 +232,7 @@ def _jax_loaders(
     return ComponentLoaders(
         # The tokenizer first: it is quickly read, and what is wrong with it quickly said.
         text_encoder=lambda: Umt5TextEncoder(
-            tokenizer=Tokenizer.from_folder(checkpoint.tokenizer),
+            tokenizer=open_tokenizer(checkpoint.tokenizer),
             model=stored_text_encoder(layout).load(dtype, kernel_dtype=kernels),
         ),
         image_encoder=lambda: ClipImageEncoder(stored_image_encoder(layout).load(dtype)),
@@ -278,6 +278,6 @@ def verify_checkpoint(checkpoint: Checkpoint, loras: tuple[Lora, ...]) -> None:
     Raises:
         WeightsError: a component is missing, unsound or incomplete, or a LoRA does not fit.
     """
-    Tokenizer.from_folder(checkpoint.tokenizer)
+    open_tokenizer(checkpoint.tokenizer)
     checkpoint.verify()
     with_loras(stored_transformer(checkpoint.layout), loras)

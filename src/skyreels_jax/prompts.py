@@ -4,7 +4,8 @@ import html
 import json
 import logging
 import re
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -12,10 +13,10 @@ import ftfy
 import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int32
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.files import read_bytes
+from skyreels_jax.files import read_bytes, read_json
 
 TEXT_LEN: Final = 512
 
@@ -40,6 +41,17 @@ _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 # UMT5's file has 17 MB.
 _MAX_BYTES: Final = 128 * 2**20
 _UNKNOWN_TOKEN: Final = "<unk>"
+_JSON: Final = "tokenizer.json"
+_SENTENCEPIECE: Final = "spiece.model"
+# What a folder may have its tokenizer in; the first that is there is read.
+TOKENIZER_FILES: Final = (_JSON, _SENTENCEPIECE)
+# Sentinels after SentencePiece's own pieces: T5's number, unless the folder tells another.
+_T5_SENTINELS: Final = 100
+UMT5_SENTINELS: Final = 300
+# SentencePiece's numbers for a model of unigrams and for kinds of pieces.
+_UNIGRAM: Final = 1
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_MOST_PIECES: Final = 2_000_000
 
 logger = logging.getLogger(__name__)
 
@@ -87,21 +99,51 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """Read ``tokenizer.json``.
+        """Read ``tokenizer.json``, or ``spiece.model`` where that is all there is.
 
         Raises:
-            WeightsError: it is not there, is damaged, or is no T5 tokenizer.
+            WeightsError: neither is there, it is damaged, or is no T5 tokenizer.
         """
-        path = Path(folder) / "tokenizer.json"
-        if not path.exists():
-            raise WeightsError(_missing(Path(folder)))
-        backend = _read_json(path)
+        folder = Path(folder)
+        if (path := folder / _JSON).exists():
+            return cls._with_ends(_read_json(path), str(path))
+        if (path := folder / _SENTENCEPIECE).exists():
+            content = read_bytes(path, "tokenizer", limit=_MAX_BYTES, error=WeightsError)
+            return cls.from_sentencepiece(content, str(path), sentinels=_sentinels(folder))
+        raise WeightsError(_missing(folder))
+
+    @classmethod
+    def from_sentencepiece(
+        cls, content: bytes, where: str, *, sentinels: int = UMT5_SENTINELS
+    ) -> "Tokenizer":
+        """SentencePiece's own file, split as transformers' T5 tokenizer splits with it.
+
+        Like there, what no piece covers is ``<unk>``, also where a model could fall back on bytes.
+
+        Args:
+            content: of ``spiece.model``; ComfyUI keeps it in the text encoder's file.
+            where: its name in messages.
+            sentinels: how many ``<extra_id_...>`` follow its pieces.
+
+        Raises:
+            WeightsError: it is damaged, or is no model of unigrams.
+        """
+        return cls._with_ends(_from_sentencepiece(content, where, sentinels), where)
+
+    @classmethod
+    def _with_ends(cls, backend: tokenizers.Tokenizer, where: str) -> "Tokenizer":
         backend.no_padding()
         backend.no_truncation()
         pad, eos = backend.token_to_id(PAD), backend.token_to_id(EOS)
         if pad is None or eos is None:
-            raise WeightsError(f"{path}: not a T5 tokenizer, it has no {PAD} or no {EOS} token")
+            raise WeightsError(f"{where}: not a T5 tokenizer, it has no {PAD} or no {EOS} token")
         return cls(backend, pad=pad, eos=eos)
+
+    def save(self, folder: Path) -> Path:
+        """Write ``tokenizer.json`` into a folder, which is made; returns its path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(folder / _JSON))
+        return folder / _JSON
 
     @property
     def vocab_size(self) -> int:
@@ -134,16 +176,116 @@ class Tokenizer:
 
 
 def _missing(folder: Path) -> str:
-    if (folder / "spiece.model").exists():
-        return (
-            f"{folder} has spiece.model and no tokenizer.json, which is what is read: fetch it "
-            "from the folder google/umt5-xxl of the original checkpoint, or make it with "
-            "transformers.T5TokenizerFast.from_pretrained(folder).save_pretrained(folder)"
-        )
     return (
-        f"{folder}: no tokenizer here; expected tokenizer.json (the folder is `tokenizer/` or "
-        "`google/umt5-xxl/` of a checkpoint)"
+        f"{folder}: no tokenizer here; expected tokenizer.json or spiece.model (the folder is "
+        "`tokenizer/` or `google/umt5-xxl/` of a checkpoint)"
     )
+
+
+def _sentinels(folder: Path) -> int:
+    """How many sentinels a folder's settings tell."""
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file, error=WeightsError) if file.is_file() else {}
+    given = settings.get("extra_ids", _T5_SENTINELS) if isinstance(settings, dict) else None
+    if not isinstance(given, int) or not 0 <= given <= 10_000:
+        raise WeightsError(f"{file}: extra_ids should be a number of 0 to 10000, not {given!r:.40}")
+    return given
+
+
+def _from_sentencepiece(content: bytes, where: str, sentinels: int) -> tokenizers.Tokenizer:
+    """See :meth:`Tokenizer.from_sentencepiece`."""
+    pieces: list[tuple[str, float]] = []
+    kinds: list[int] = []
+    model_type, table = _UNIGRAM, b""
+    try:
+        for number, value in _fields(content):
+            if number == 1 and isinstance(value, bytes):
+                parts = dict(_fields(value))
+                (score,) = struct.unpack("<f", _bytes(parts.get(2, b"\0\0\0\0")))
+                pieces.append((_bytes(parts[1]).decode("utf-8"), score))
+                kinds.append(_number(parts.get(3, 1)))
+            elif number == 2 and isinstance(value, bytes):
+                model_type = _number(dict(_fields(value)).get(3, _UNIGRAM))
+            elif number == 3 and isinstance(value, bytes):
+                table = _bytes(dict(_fields(value)).get(2, b""))
+    except (KeyError, ValueError, struct.error) as error:
+        raise WeightsError(f"{where}: not a SentencePiece model that can be read") from error
+    if model_type != _UNIGRAM or _UNKNOWN not in kinds or len(pieces) > _MOST_PIECES:
+        raise WeightsError(f"{where}: not a T5 tokenizer, which is a SentencePiece of unigrams")
+    pieces += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(sentinels))]
+    try:
+        tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, kinds.index(_UNKNOWN), False))
+        if table:
+            tokenizer.normalizer = normalizers.Precompiled(table)
+    except BaseException as error:  # a panic of the library's own language is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise WeightsError(f"{where}: not a tokenizer that can be read ({error})") from error
+    special = [pieces[i][0] for i, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL)]
+    special += [piece for piece, _ in pieces[len(kinds) :]]
+    _by_t5(tokenizer, special, next((i for i, (piece, _) in enumerate(pieces) if piece == EOS), 1))
+    own = [pieces[i][0] for i, kind in enumerate(kinds) if kind == _USER_DEFINED]
+    tokenizer.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in own])
+    return tokenizer
+
+
+def _by_t5(tokenizer: tokenizers.Tokenizer, special: Sequence[str], eos: int) -> None:
+    """Split at spaces, which begin words, and end a text with ``</s>``, as T5 does."""
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.add_special_tokens(list(special))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, eos)]
+    )
+
+
+def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of a message of Protocol Buffers: numbers, and everything else as bytes.
+
+    Raises:
+        ValueError: it ends too early or holds what the format has not.
+    """
+    at, end = 0, len(content)
+
+    def varint() -> int:
+        nonlocal at
+        value = 0
+        for shift in range(0, 64, 7):
+            if at >= end:
+                break
+            byte = content[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+        raise ValueError("a number does not end")
+
+    while at < end:
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield number, varint()
+            continue
+        if kind not in (1, 2, 5):
+            raise ValueError(f"a field of kind {kind}")
+        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+        if size > end - at:
+            raise ValueError("a field goes on after the end")
+        yield number, content[at : at + size]
+        at += size
+
+
+def _bytes(value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        raise ValueError("a number stands where bytes should")
+    return value
+
+
+def _number(value: int | bytes) -> int:
+    if isinstance(value, bytes):
+        raise ValueError("bytes stand where a number should")
+    return value
 
 
 def _read_json(path: Path) -> tokenizers.Tokenizer:
@@ -172,16 +314,9 @@ def write_unigram(folder: Path, words: Sequence[str], characters: str) -> int:
     pieces += [("▁", -3.0), *((c, -4.0 - 0.01 * i) for i, c in enumerate(characters))]
     pieces += [(sentinel, 0.0) for sentinel in sentinels]
     tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, special.index(_UNKNOWN_TOKEN), False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
-    )
-    tokenizer.decoder = tokenizers.decoders.Metaspace()
-    tokenizer.add_special_tokens([*special, *sentinels])
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, special.index(EOS))]
-    )
+    _by_t5(tokenizer, [*special, *sentinels], special.index(EOS))
     folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / _JSON))
     settings = {"eos_token": EOS, "extra_ids": len(sentinels), "pad_token": PAD}
     settings |= {"tokenizer_class": "T5Tokenizer", "unk_token": _UNKNOWN_TOKEN}
     text = json.dumps(settings, indent=2) + "\n"

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from safetensors.numpy import load_file, save_file
 from tests.fabricate import Checkpoints
@@ -20,10 +21,12 @@ from skyreels_jax.cli.main import main
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.presets import PRESETS
+from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.recognition import guess_preset
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.engine import parameters
 from skyreels_jax.weights.layout import Layout
+from skyreels_jax.weights.tokenizer_file import open_tokenizer
 from skyreels_jax.weights.torch_file import PthSource
 
 F = np.float32
@@ -326,3 +329,64 @@ def test_a_file_is_converted_with_its_components(single: Path, tmp_path: Path):
     given = ["--preset", "mini", "--components", "mini", "--format", "diffusers"]
     assert main(["convert", str(single), str(tmp_path / "out"), *given]) == 0
     Checkpoint.open(tmp_path / "out", preset="mini").verify()
+
+
+@pytest.fixture(scope="module")
+def spiece(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A ``spiece.model``, as ComfyUI puts UMT5's into the text encoder's file."""
+    folder = tmp_path_factory.mktemp("spiece")
+    (folder / "text.txt").write_text("\n".join(["a cat sits", "two dogs run", "a red star"] * 30))
+    trained = {"input": str(folder / "text.txt"), "model_prefix": str(folder / "spiece")}
+    trained |= {"vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2}
+    trained |= {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    sentencepiece.SentencePieceTrainer.train(**trained)
+    return (folder / "spiece.model").read_bytes()
+
+
+@pytest.mark.parametrize("prefix", ["", "text_encoders.umt5xxl.transformer."])
+def test_a_tokenizer_in_the_text_encoders_file_is_taken(
+    checkpoints: Checkpoints, single: Path, tmp_path: Path, spiece: bytes, prefix: str
+):
+    (text,) = (checkpoints("t2v", "diffusers") / "text_encoder").glob("*.safetensors")
+    name = prefix.removesuffix("transformer.") + "spiece_model"
+    values = prefixed(prefix, load_file(text)) | {name: np.frombuffer(spiece, np.uint8)}
+    file = saved(values, tmp_path / "umt5_xxl_fp8.safetensors")
+    checkpoint = Checkpoint.open(single, preset="mini", text_encoder=file)
+    assert checkpoint.tokenizer == file
+    prompts = ["a cat runs", "two <extra_id_7> dogs"]
+    expected = Tokenizer.from_sentencepiece(spiece, "").encode(prompts).ids
+    np.testing.assert_array_equal(open_tokenizer(file).encode(prompts).ids, expected)
+    assert open_tokenizer(file).vocab_size > 300
+    # What lies beside goes before it.
+    (tmp_path / "tokenizer.json").write_text("{}")
+    again = Checkpoint.open(single, preset="mini", text_encoder=file)
+    assert again.tokenizer == tmp_path
+
+
+def test_a_folder_of_models_has_the_tokenizer_in_the_text_encoder(
+    checkpoints: Checkpoints, single: Path, tmp_path: Path, spiece: bytes
+):
+    theirs = checkpoints("t2v", "diffusers")
+    for kind, folder in (("text_encoders", "text_encoder"), ("vae", "vae")):
+        (file,) = (theirs / folder).glob("*.safetensors")
+        values = load_file(file)
+        if kind == "text_encoders":
+            values |= {"spiece_model": np.frombuffer(spiece, np.uint8)}
+        (tmp_path / "models" / kind).mkdir(parents=True)
+        saved(values, tmp_path / "models" / kind / "it.safetensors")
+    opened = Checkpoint.open(single, preset="mini", components=tmp_path / "models")
+    assert opened.tokenizer == tmp_path / "models/text_encoders/it.safetensors"
+    # Converted, it is one that all tools read.
+    given = ["--preset", "mini", "--components", str(tmp_path / "models")]
+    assert main(["convert", str(single), str(tmp_path / "o"), *given, "--format", "diffusers"]) == 0
+    prompts = ["a cat runs", "two dogs"]
+    np.testing.assert_array_equal(
+        Tokenizer.from_folder(tmp_path / "o/tokenizer").encode(prompts).ids,
+        Tokenizer.from_sentencepiece(spiece, "").encode(prompts).ids,
+    )
+
+
+def test_a_file_without_a_tokenizer_is_named(tmp_path: Path):
+    file = saved({"a": np.zeros(1, F)}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match="no tokenizer: there is no tensor spiece_model"):
+        open_tokenizer(file)

@@ -21,6 +21,7 @@ from skyreels_jax.torch_side.modules import (
     torch_device,
     torch_dtype,
 )
+from skyreels_jax.weights.tokenizer_file import open_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ class TorchTextEncoder:
             UnsupportedError: there is no such device here.
         """
         model = load_umt5(checkpoint, torch_device(device), torch_dtype(dtype))
-        return cls(Tokenizer.from_folder(checkpoint.tokenizer), model)
+        return cls(open_tokenizer(checkpoint.tokenizer), model)
 
     def encode(self, prompts: Sequence[str]) -> Float[np.ndarray, "B S text_dim"]:
         """Clean, tokenize to 512 and encode; rows past a prompt's end are exactly zero."""

@@ -4,10 +4,12 @@ They are given our noise and the original's sigmas; nothing else of them is chan
 fault of their diffusion-forcing loop (see :func:`_with_sigmas`).
 """
 
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from skyreels_jax.torch_side.modules import (
     torch_dtype,
 )
 from skyreels_jax.weights.components.transformer import stored_transformer, transformer_json
+from skyreels_jax.weights.tokenizer_file import open_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -88,12 +91,12 @@ def load_pipeline(
         UnsupportedError: there is no such device here.
     """
     import diffusers
-    from transformers import AutoTokenizer, CLIPImageProcessor
+    from transformers import CLIPImageProcessor
 
     where, kind = torch_device(device), torch_dtype(jnp.dtype(dtype))
     encoder_kind = torch_dtype(jnp.dtype(encoders or dtype))
     components: dict[str, object] = {
-        "tokenizer": AutoTokenizer.from_pretrained(checkpoint.tokenizer),
+        "tokenizer": _tokenizer(checkpoint.tokenizer),
         "text_encoder": load_umt5(checkpoint, where, encoder_kind),
         "transformer": load_torch_transformer(checkpoint, where, kind),
         "vae": load_vae(checkpoint, where, torch_dtype(jnp.float32)),
@@ -134,6 +137,18 @@ class PipelineRun:
     def seconds(self) -> list[float]:
         """Seconds of each step, guidance and solver included."""
         return list(np.diff(self.moments))
+
+
+def _tokenizer(path: Path) -> object:
+    """transformers' own tokenizer of a folder, or of what a text encoder's file holds."""
+    from transformers import AutoTokenizer
+
+    if path.is_dir():
+        return AutoTokenizer.from_pretrained(path)
+    with tempfile.TemporaryDirectory() as folder:
+        file = open_tokenizer(path).save(Path(folder))
+        (file.parent / "tokenizer_config.json").write_text('{"tokenizer_class": "T5TokenizerFast"}')
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def run_pipeline(

@@ -23,6 +23,7 @@ from skyreels_jax.weights.pipeline_folder import (
 )
 from skyreels_jax.weights.plan import Format
 from skyreels_jax.weights.quantized_stream import StoredPrecision
+from skyreels_jax.weights.tokenizer_file import open_tokenizer
 from skyreels_jax.weights.writer import new_folder, write_config
 
 
@@ -89,7 +90,10 @@ def convert_folder(
         if source.format == format and source.model_index:
             _copy(source.folder / MODEL_INDEX, partial, MODEL_INDEX, result)
         for name, path in source.components.items():
-            if name == "tokenizer" or (not translated and _keeps(source, path, format)):
+            if name == "tokenizer" and path.is_file():
+                file = open_tokenizer(path).save(partial / PATHS[format][name])
+                result.written.append(file.relative_to(partial))
+            elif name == "tokenizer" or (not translated and _keeps(source, path, format)):
                 # Under its own name where another tool has packed it as safetensors.
                 packed = path.suffix == ".safetensors"
                 _copy(path, partial, path.name if packed else PATHS[format][name], result)

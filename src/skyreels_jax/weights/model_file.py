@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, cast
 
 from skyreels_jax.errors import WeightsError
+from skyreels_jax.prompts import TOKENIZER_FILES
 from skyreels_jax.weights.layout import (
     CONFIG,
     TRANSFORMER_CLASSES,
@@ -25,10 +26,10 @@ from skyreels_jax.weights.open_file import WEIGHT_SUFFIXES, open_tensors
 from skyreels_jax.weights.plan import Format
 from skyreels_jax.weights.relatives import refuse_foreign, refuse_vae
 from skyreels_jax.weights.repackaged import Held, Packed, UnpackedSource, packed_in
+from skyreels_jax.weights.tokenizer_file import holds_tokenizer
 
 # What may be given beside a transformer; the tokenizer comes with the text encoder or in a folder.
 Given = Mapping[ComponentName, Path]
-_TOKENIZER: Final = "tokenizer.json"
 _TOKENIZER_FOLDERS: Final = ("tokenizer", "google/umt5-xxl")
 # ComfyUI's folder of models has one folder a kind.
 _COMFY_FOLDERS: Final = ("vae", "text_encoders", "clip", "clip_vision")
@@ -92,9 +93,13 @@ def with_components(layout: Layout, given: Given) -> Layout:
         name: component_at(name, path) for name, path in given.items()
     }
     text = found.get("text_encoder")
-    if text is not None and "tokenizer" not in found and (beside := _tokenizer_beside(text)):
-        found["tokenizer"] = beside
-    return replace(layout, components={**layout.components, **found})
+    if text is not None and "tokenizer" not in found and (own := _tokenizer_of(text)):
+        found["tokenizer"] = own
+    components = {**layout.components, **found}
+    packed = components.get("text_encoder")
+    if packed is not None and "tokenizer" not in components and holds_tokenizer(packed):
+        components["tokenizer"] = packed
+    return replace(layout, components=components)
 
 
 def components_in(folder: Path) -> dict[ComponentName, Path]:
@@ -116,8 +121,11 @@ def components_in(folder: Path) -> dict[ComponentName, Path]:
             for name, (file, _) in packed_files(place, suffixes).items():
                 if name != "transformer":
                     found.setdefault(name, file)
-    if "tokenizer" not in found and (folder / _TOKENIZER).is_file():
+    if "tokenizer" not in found and _has_tokenizer(folder):
         found["tokenizer"] = folder
+    text = found.get("text_encoder")
+    if text is not None and "tokenizer" not in found and holds_tokenizer(text):
+        found["tokenizer"] = text
     if not found:
         raise WeightsError(f"{folder} holds no component of a checkpoint: expected a VAE, encoders")
     return found
@@ -125,7 +133,7 @@ def components_in(folder: Path) -> dict[ComponentName, Path]:
 
 def _is_component(folder: Path) -> bool:
     """Whether a folder is one component's, and not ComfyUI's with files of several."""
-    return any((folder / name).is_file() for name in (CONFIG, _TOKENIZER)) or any(
+    return any((folder / name).is_file() for name in (CONFIG, *TOKENIZER_FILES)) or any(
         folder.glob("*_config.json")
     )
 
@@ -145,7 +153,8 @@ def component_at(name: ComponentName, path: Path) -> Path:
         return inside[name]
     if not path.exists():
         raise WeightsError(f"{path} does not exist: expected a file or folder with the `{name}`")
-    open_component(path, name)
+    if name != "tokenizer":
+        open_component(path, name)
     return path
 
 
@@ -169,12 +178,17 @@ def open_component(file: Path, name: ComponentName) -> tuple[UnpackedSource, For
     return unpacked, unpacked.format
 
 
-def _tokenizer_beside(text_encoder: Path) -> Path | None:
-    """The tokenizer that lies with a text encoder."""
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _tokenizer_of(text_encoder: Path) -> Path | None:
+    """The tokenizer that lies with a text encoder, or in its file."""
     folder = text_encoder if text_encoder.is_dir() else text_encoder.parent
-    beside = (folder, folder.parent)
-    places = (folder, *(place / name for place in beside for name in _TOKENIZER_FOLDERS))
-    return next((place for place in places if (place / _TOKENIZER).is_file()), None)
+    around = (folder, folder.parent)
+    places = (folder, *(place / name for place in around for name in _TOKENIZER_FOLDERS))
+    beside = next((place for place in places if _has_tokenizer(place)), None)
+    return beside or (text_encoder if holds_tokenizer(text_encoder) else None)
 
 
 def _words(packed: Collection[Packed]) -> str:
