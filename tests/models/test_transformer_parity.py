@@ -46,14 +46,23 @@ def difference(kind: str, shape: Shape, block: int | None = None, **overrides) -
     return relative(ours, run_diffusers(oracle, arguments))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(shape, id=str(i), marks=() if i in (0, 3, 5) else pytest.mark.slow)
+        for i, shape in enumerate(SHAPES)
+    ],
+)
 @pytest.mark.parametrize("kind", PER_FRAME)
 def test_equals_diffusers(kind, shape):
     assert difference(kind, shape) <= TOL
 
 
 @pytest.mark.parametrize("block", [2, 3, 5])
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=[0, 3])
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(SHAPES[0], id="0", marks=pytest.mark.slow), pytest.param(SHAPES[3], id="3")],
+)
 def test_block_causal_equals_diffusers(shape, block):
     # diffusers needs whole blocks, and leaves blocks of one frame unmasked.
     assert difference("df", replace(shape, frames=2 * block), block) <= TOL

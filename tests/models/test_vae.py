@@ -47,8 +47,8 @@ def some_latents(config: VaeConfig, frames: int) -> np.ndarray:
     return latents(frames)[:, : config.z_dim]
 
 
-# The released shape and the one that differs most from it; the others in `make test-all`.
-IN_EVERY_RUN = ("released multipliers", "other latents")
+# The released shape; the others in `make test-all`.
+IN_EVERY_RUN = ("released multipliers",)
 
 
 @pytest.mark.parametrize(

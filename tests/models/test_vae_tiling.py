@@ -80,6 +80,7 @@ def test_a_tiled_decode_is_close_to_the_whole(smooth):
     assert relative(in_tiles, whole) > 1e-4  # and it was in tiles
 
 
+@pytest.mark.slow
 def test_a_tiled_encode_is_close_to_the_whole(smooth):
     video = soft(soft(pixels(1, 40, 112)))
     whole, in_tiles = encode_pixels(smooth, video), encode_pixels(smooth, video, tiling=SMALL)

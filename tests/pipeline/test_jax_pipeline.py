@@ -157,7 +157,7 @@ def theirs(checkpoints: Checkpoints) -> Callable[[Kind], np.ndarray]:
     )
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["t2v", pytest.param("i2v", marks=pytest.mark.slow)])
 def test_a_video_is_that_of_the_hybrid_pipeline_from_either_layout(checkpoints, kind: Kind):
     folders = [checkpoints(kind, "diffusers"), checkpoints(kind, "original")]
     first, second = (video(by_backend(folder, "jax"), folder) for folder in folders)

@@ -39,7 +39,7 @@ CASES: dict[str, tuple[tuple[int, ...], bool | None, tuple[int, int]]] = {
     "given frames under fresh noise": ((7, 2, 3, 3, 2), False, (22, 24)),
     "given frames under one noise": ((7, 2, 3, 3, 2), True, (15, 24)),
 }
-FAST = ("blocks of two", "other blocks in the table", "given frames under one noise")
+FAST = ("blocks of two", "given frames under one noise")
 each_case = pytest.mark.parametrize(
     "case",
     [
@@ -100,6 +100,7 @@ def test_what_is_left_out_changes_nothing_in_tiles(model, case):
     assert furthest(model, case, path="chunked") < TOL
 
 
+@pytest.mark.slow
 def test_with_both_prompts_in_one_call_too(model):
     assert furthest(model, CASES["blocks of two"], batched=True) < TOL
 

@@ -260,7 +260,6 @@ def test_a_fault_of_weights_is_found(cases, tmp_path: Path, name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_fault_of_weights_is_found_in_a_whole_run(cases, tmp_path: Path, name: str):
     kind, edit, place, nature = WEIGHTS[name]
@@ -570,7 +569,18 @@ def code_fault_is_found(cases, monkeypatch: pytest.MonkeyPatch, folder: Path, na
     assert_found(report, place, nature)
 
 
-@pytest.mark.parametrize("name", CODE)
+# One or two of a nature; all others are in `make test-all`.
+IN_EVERY_RUN = (
+    *("rope axes swapped", "a mask between frames", "epsilon of the layer norms", "no gate"),
+    *("scale without one", "the other GELU", "text padding masked", "image not attended to"),
+    *("CLIP tokens misplaced", "VAE mean and std exchanged", "wrong guidance"),
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.slow) for name in CODE],
+)
 def test_a_fault_of_code_is_found(cases, monkeypatch, tmp_path: Path, name: str):
     run = whole if name in OUTSIDE else traced
     code_fault_is_found(cases, monkeypatch, tmp_path, name, run)
