@@ -8,11 +8,12 @@ import numpy as np
 
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.files import read_bytes
-from skyreels_jax.prompts import TOKENIZER_FILES, Tokenizer
+from skyreels_jax.prompts import TOKENIZER_FILES, UMT5_SENTINELS, Tokenizer
 from skyreels_jax.weights.open_file import open_tensors
 
 # The tensor of bytes in which ComfyUI keeps SentencePiece's file.
 _EMBEDDED: Final = "spiece_model"
+_EMBEDDINGS: Final = ("shared.weight", "token_embedding.weight", "token_embd.weight")
 _MAX_BYTES: Final = 128 * 2**20
 
 
@@ -38,7 +39,14 @@ def open_tokenizer(path: Path) -> Tokenizer:
     if name is None:
         raise WeightsError(f"{path} holds no tokenizer: there is no tensor {_EMBEDDED}")
     content = np.ascontiguousarray(source.read(name)).tobytes()
-    return Tokenizer.from_sentencepiece(content, f"{path}: {name}")
+    # The sentinels of an encoder of another size are unknown: it has no more than it has rows for.
+    rows = [i.shape[0] for n, i in source.tensors().items() if n.endswith(_EMBEDDINGS) and i.shape]
+    tokenizer = Tokenizer.from_sentencepiece(content, f"{path}: {name}")
+    more = tokenizer.vocab_size - min(rows, default=tokenizer.vocab_size)
+    if more <= 0:
+        return tokenizer
+    fewer = max(0, UMT5_SENTINELS - more)
+    return Tokenizer.from_sentencepiece(content, f"{path}: {name}", sentinels=fewer)
 
 
 def holds_tokenizer(file: Path) -> bool:
