@@ -7,7 +7,7 @@ import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import ftfy
 import numpy as np
@@ -53,6 +53,8 @@ _UNIGRAM: Final = 1
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _MOST_PIECES: Final = 2_000_000
 
+_T = TypeVar("_T", int, bytes)
+
 logger = logging.getLogger(__name__)
 
 
@@ -85,6 +87,20 @@ class TokenBatch(NamedTuple):
         return tuple(i for i, length in enumerate(self.lengths) if length > self.ids.shape[1])
 
 
+class Pieces(NamedTuple):
+    """What SentencePiece has learned.
+
+    Attributes:
+        pieces: each with its score; their places are their ids.
+        kinds: of each piece, by SentencePiece's numbers.
+        table: how characters are normalised, in SentencePiece's own form; empty if they are not.
+    """
+
+    pieces: Sequence[tuple[str, float]]
+    kinds: Sequence[int]
+    table: bytes
+
+
 class Tokenizer:
     """UMT5's tokenizer by T5's conventions: cleaned text, no start token, one end token.
 
@@ -110,7 +126,10 @@ class Tokenizer:
         if (path := folder / _SENTENCEPIECE).exists():
             content = read_bytes(path, "tokenizer", limit=_MAX_BYTES, error=WeightsError)
             return cls.from_sentencepiece(content, str(path), sentinels=_sentinels(folder))
-        raise WeightsError(_missing(folder))
+        expected = "expected tokenizer.json or spiece.model (the folder is `tokenizer/` or"
+        raise WeightsError(
+            f"{folder}: no tokenizer here; {expected} `google/umt5-xxl/` of a checkpoint)"
+        )
 
     @classmethod
     def from_sentencepiece(
@@ -128,7 +147,18 @@ class Tokenizer:
         Raises:
             WeightsError: it is damaged, or is no model of unigrams.
         """
-        return cls._with_ends(_from_sentencepiece(content, where, sentinels), where)
+        return cls.from_pieces(_read_sentencepiece(content, where), where, sentinels=sentinels)
+
+    @classmethod
+    def from_pieces(
+        cls, pieces: "Pieces", where: str, *, sentinels: int = UMT5_SENTINELS
+    ) -> "Tokenizer":
+        """As :meth:`from_sentencepiece`, of what another file has kept of it.
+
+        Raises:
+            WeightsError: they are no model of unigrams.
+        """
+        return cls._with_ends(_of_pieces(pieces, where, sentinels), where)
 
     @classmethod
     def _with_ends(cls, backend: tokenizers.Tokenizer, where: str) -> "Tokenizer":
@@ -175,13 +205,6 @@ class Tokenizer:
         return TokenBatch(ids, mask, tuple(lengths))
 
 
-def _missing(folder: Path) -> str:
-    return (
-        f"{folder}: no tokenizer here; expected tokenizer.json or spiece.model (the folder is "
-        "`tokenizer/` or `google/umt5-xxl/` of a checkpoint)"
-    )
-
-
 def _sentinels(folder: Path) -> int:
     """How many sentinels a folder's settings tell."""
     file = folder / "tokenizer_config.json"
@@ -192,7 +215,7 @@ def _sentinels(folder: Path) -> int:
     return given
 
 
-def _from_sentencepiece(content: bytes, where: str, sentinels: int) -> tokenizers.Tokenizer:
+def _read_sentencepiece(content: bytes, where: str) -> "Pieces":
     """See :meth:`Tokenizer.from_sentencepiece`."""
     pieces: list[tuple[str, float]] = []
     kinds: list[int] = []
@@ -201,16 +224,24 @@ def _from_sentencepiece(content: bytes, where: str, sentinels: int) -> tokenizer
         for number, value in _fields(content):
             if number == 1 and isinstance(value, bytes):
                 parts = dict(_fields(value))
-                (score,) = struct.unpack("<f", _bytes(parts.get(2, b"\0\0\0\0")))
-                pieces.append((_bytes(parts[1]).decode("utf-8"), score))
-                kinds.append(_number(parts.get(3, 1)))
+                (score,) = struct.unpack("<f", _typed(parts.get(2, b"\0\0\0\0"), bytes))
+                pieces.append((_typed(parts[1], bytes).decode("utf-8"), score))
+                kinds.append(_typed(parts.get(3, 1), int))
             elif number == 2 and isinstance(value, bytes):
-                model_type = _number(dict(_fields(value)).get(3, _UNIGRAM))
+                model_type = _typed(dict(_fields(value)).get(3, _UNIGRAM), int)
             elif number == 3 and isinstance(value, bytes):
-                table = _bytes(dict(_fields(value)).get(2, b""))
+                table = _typed(dict(_fields(value)).get(2, b""), bytes)
     except (KeyError, ValueError, struct.error) as error:
         raise WeightsError(f"{where}: not a SentencePiece model that can be read") from error
-    if model_type != _UNIGRAM or _UNKNOWN not in kinds or len(pieces) > _MOST_PIECES:
+    if model_type != _UNIGRAM:
+        raise WeightsError(f"{where}: not a T5 tokenizer, which is a SentencePiece of unigrams")
+    return Pieces(pieces, kinds, table)
+
+
+def _of_pieces(content: "Pieces", where: str, sentinels: int) -> tokenizers.Tokenizer:
+    """See :meth:`Tokenizer.from_pieces`."""
+    pieces, kinds, table = list(content.pieces), content.kinds, content.table
+    if _UNKNOWN not in kinds or not len(kinds) == len(pieces) <= _MOST_PIECES:
         raise WeightsError(f"{where}: not a T5 tokenizer, which is a SentencePiece of unigrams")
     pieces += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(sentinels))]
     try:
@@ -276,15 +307,9 @@ def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
         at += size
 
 
-def _bytes(value: int | bytes) -> bytes:
-    if isinstance(value, int):
-        raise ValueError("a number stands where bytes should")
-    return value
-
-
-def _number(value: int | bytes) -> int:
-    if isinstance(value, bytes):
-        raise ValueError("bytes stand where a number should")
+def _typed(value: int | bytes, kind: type[_T]) -> _T:
+    if not isinstance(value, kind):
+        raise ValueError(f"a field holds no {kind.__name__}")
     return value
 
 

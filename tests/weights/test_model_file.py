@@ -1,6 +1,7 @@
 """Checkpoints that are single files, with components from elsewhere: as from the folder."""
 
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.numpy import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2
 from tests.fabricate import Checkpoints
 from tests.weights import gguf_files
 from tests.weights.tiny import DF, I2V, T2V, random_state, save
@@ -388,6 +390,50 @@ def test_a_folder_of_models_has_the_tokenizer_in_the_text_encoder(
         Tokenizer.from_folder(tmp_path / "o/tokenizer").encode(prompts).ids,
         Tokenizer.from_sentencepiece(spiece, "").encode(prompts).ids,
     )
+
+
+def list_of(name: str, kind: int, values: bytes, count: int) -> bytes:
+    return gguf_files.key(f"tokenizer.ggml.{name}", 9, struct.pack("<IQ", kind, count) + values)
+
+
+def llama_cpps_tokenizer(spiece: bytes, rows: int) -> tuple[bytes, ...]:
+    """The keys that llama.cpp's converter writes, the list filled up to the encoder's rows."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(spiece)
+    more = rows - len(model.pieces)
+    words = [piece.piece for piece in model.pieces] + [f"[PAD{i}]" for i in range(more)]
+    scores = [piece.score for piece in model.pieces] + more * [-10000.0]
+    kinds = [piece.type for piece in model.pieces] + more * [5]
+    table = model.normalizer_spec.precompiled_charsmap
+    return (
+        gguf_files.key("tokenizer.ggml.model", 8, gguf_files.text("t5")),
+        list_of("tokens", 8, b"".join(map(gguf_files.text, words)), rows),
+        list_of("scores", 6, np.array(scores, "<f4").tobytes(), rows),
+        list_of("token_type", 5, np.array(kinds, "<i4").tobytes(), rows),
+        list_of("precompiled_charsmap", 0, table, len(table)),
+    )
+
+
+def test_a_tokenizer_in_a_gguf_file_is_taken(
+    checkpoints: Checkpoints, single: Path, tmp_path: Path, spiece: bytes
+):
+    (stored,) = (checkpoints("t2v", "diffusers") / "text_encoder").glob("*.safetensors")
+    theirs = {name: value.astype(F) for name, value in load_file(stored).items()}
+    tensors = {llama_cpps(n): ("F32", v.shape, v.tobytes()) for n, v in theirs.items()}
+    (rows,) = {v.shape[0] for n, v in theirs.items() if n == "shared.weight"}
+    keys = (gguf_files.architecture("t5encoder"), *llama_cpps_tokenizer(spiece, rows))
+    file = gguf_files.write(tmp_path / "umt5.gguf", tensors, *keys)
+    checkpoint = Checkpoint.open(single, preset="mini", text_encoder=file)
+    assert checkpoint.tokenizer == file
+    prompts = ["a cat runs", "two <extra_id_7> dogs", "[PAD3] ﬁ ① star"]
+    pieces = Tokenizer.from_sentencepiece(spiece, "", sentinels=0).vocab_size
+    expected = Tokenizer.from_sentencepiece(spiece, "", sentinels=rows - pieces)
+    ours = open_tokenizer(file)
+    np.testing.assert_array_equal(ours.encode(prompts).ids, expected.encode(prompts).ids)
+    assert ours.vocab_size == rows
+    # Lists of other lengths are no tokenizer.
+    bad = gguf_files.write(tmp_path / "bad.gguf", tensors, *keys[:3], *keys[4:])
+    with pytest.raises(WeightsError, match="holds no tokenizer"):
+        open_tokenizer(bad)
 
 
 def test_a_file_without_a_tokenizer_is_named(tmp_path: Path):

@@ -6,7 +6,7 @@ definition of each type (docs/adr/0009).
 
 import mmap
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Final
@@ -39,15 +39,7 @@ class GgufSource:
 
     def __init__(self, path: Path):
         self._path = path
-        try:
-            with open_regular(path, error=WeightsError) as stream:
-                size = stream.seek(0, 2)
-                if size < 24:
-                    raise WeightsError(f"{path} is truncated: {size} bytes hold no GGUF header")
-                with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                    header = GgufHeader(path, content, size).read()
-        except OSError as error:
-            raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
+        header = read_header(path)
         rename = _name_of(path, header.architecture)
         self._infos: dict[str, TensorInfo] = {}
         self._blocks: dict[str, StoredBlocks] = {}
@@ -73,6 +65,23 @@ class GgufSource:
         if blocks.kind in PLAIN_TYPES:
             return np.asarray(raw).view(info.dtype).reshape(info.shape)
         return _dequantized(np.asarray(raw), info.shape, blocks)
+
+
+def read_header(path: Path, *, wanted: Collection[str] = ()) -> GgufHeader:
+    """What stands before a file's data, with the lists of the keys that are wanted.
+
+    Raises:
+        WeightsError: it is no sound GGUF file.
+    """
+    try:
+        with open_regular(path, error=WeightsError) as stream:
+            size = stream.seek(0, 2)
+            if size < 24:
+                raise WeightsError(f"{path} is truncated: {size} bytes hold no GGUF header")
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return GgufHeader(path, content, size, wanted=wanted).read()
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _dequantized(raw: np.ndarray, shape: tuple[int, ...], blocks: StoredBlocks) -> np.ndarray:

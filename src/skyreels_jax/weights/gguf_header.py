@@ -7,7 +7,7 @@ data. Little-endian, versions 2 and 3.
 
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
@@ -69,6 +69,8 @@ class GgufHeader:
         architecture: what the file says that it holds.
         shapes: of tensors whose stored sizes are others than their own.
         tensors: by name: shape, and where the data are.
+        wanted: keys whose lists are to be kept; all others are only gone past.
+        lists: of those keys.
     """
 
     path: Path
@@ -78,6 +80,8 @@ class GgufHeader:
     architecture: str | None = None
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     tensors: dict[str, tuple[tuple[int, ...], StoredBlocks]] = field(default_factory=dict)
+    wanted: Collection[str] = ()
+    lists: dict[str, Sequence[str] | np.ndarray] = field(default_factory=dict)
     _texts: int = 0
 
     def read(self) -> "GgufHeader":
@@ -101,7 +105,11 @@ class GgufHeader:
             )
         alignment = _ALIGNMENT
         for _ in range(keys):
-            key, value = self._text(), self._value(self._number("I"))
+            key, kind = self._text(), self._number("I")
+            begins = self.at
+            value = self._value(kind)
+            if key in self.wanted and kind == _ARRAY:
+                self.lists[key] = self._list_at(begins)
             if key == "general.architecture" and isinstance(value, str):
                 self.architecture = value
             elif key == "general.alignment":
@@ -200,6 +208,20 @@ class GgufHeader:
         self._need(count * struct.calcsize(f"<{_SCALARS[inner]}"))
         self.at += count * struct.calcsize(f"<{_SCALARS[inner]}")
         return None
+
+    def _list_at(self, begins: int) -> Sequence[str] | np.ndarray:
+        """A list that was gone past, and so is known to lie within the file."""
+        kind, count = struct.unpack_from("<IQ", self.content, begins)
+        at = begins + 12
+        if kind != _STRING:
+            dtype = np.dtype(_SCALARS[kind]).newbyteorder("<")
+            return np.frombuffer(self.content[at : at + count * dtype.itemsize], dtype)
+        texts: list[str] = []
+        for _ in range(count):
+            (length,) = struct.unpack_from("<Q", self.content, at)
+            texts.append(self.content[at + 8 : at + 8 + length].decode(errors="replace"))
+            at += 8 + length
+        return texts
 
     def _finite(self, values: tuple[int | float | bool, ...]) -> tuple[int | float | bool, ...]:
         return tuple(x if abs(x) < 1 << 62 else -1 for x in values)
