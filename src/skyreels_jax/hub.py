@@ -9,18 +9,20 @@ a folder that cannot be written to is said once, and gone without.
 
 import difflib
 import errno
+import hashlib
 import logging
 import math
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import huggingface_hub
 import jax
+import numpy as np
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -59,6 +61,12 @@ MIN_COMPILE_SECONDS: Final = 0.5
 
 logger = logging.getLogger(__name__)
 _said: set[Path] = set()
+
+
+# Change when what a fingerprint covers changes.
+_FINGERPRINT: Final = "prompt-embedding-1"
+_SAMPLES: Final = 4096
+_SAMPLE_BYTES: Final = 256
 
 
 @dataclass(frozen=True)
@@ -241,3 +249,25 @@ def folder_size(folder: Path) -> tuple[int, int]:
     """``(files, bytes)`` under ``folder``; zeros where it does not exist."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return len(sizes), sum(sizes)
+
+
+def fingerprint(files: Iterable[Path], *settings: str, times: bool = True) -> str:
+    """A hash that changes when the weights change, without reading all of them.
+
+    It covers every file's name, size and time of change, its first mebibyte (the names and shapes)
+    and 4096 samples of 256 bytes spread over the rest: 2 MB read of the 11 GB of UMT5-XXL. Without
+    ``times`` of change it is the same on every machine that has the files.
+    """
+    digest = hashlib.sha256(_FINGERPRINT.encode())
+    for setting in settings:
+        digest.update(b"\0" + setting.encode())
+    for path in sorted(files):
+        stat = path.stat()
+        changed = f"\0{stat.st_mtime_ns}" if times else ""
+        digest.update(f"\0{path.name}\0{stat.st_size}{changed}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            for offset in np.linspace(0, stat.st_size, _SAMPLES, endpoint=False, dtype=np.int64):
+                file.seek(int(offset))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -40,7 +40,7 @@ VERBS: Final[Mapping[str, str]] = {
     "batch": "make a video of each row of a file of JSON lines, with one model load",
     "convert": "translate a checkpoint into the other format or another dtype",
     "lora": "inspect, convert, merge and extract LoRA files",
-    "data": "write videos with captions, to train on",
+    "data": "write videos with captions to train on; look through and encode one's own",
     "train": "train a model from a TOML file, or go on with it",
     "validate": "compare the JAX model with PyTorch's, layer by layer and frame by frame",
     "plan": "which meshes of devices a model fits on, and how long a step takes there",

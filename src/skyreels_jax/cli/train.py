@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         recipe.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"output {recipe.output} cannot be made: {error.strerror}") from error
-    with _encoding_progress() as on_encoded:
+    with encoding_progress() as on_encoded:
         task = recipe.task(on_encoded)
     if isinstance(task, VideoTask):
         task.sample_writer = write_samples_of(task.examples())
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _encoding_progress() -> "Iterator[OnEncoded]":
+def encoding_progress() -> "Iterator[OnEncoded]":
     """A bar for clips that are encoded on a terminal, else a line now and then."""
     from rich.console import Console
     from rich.progress import (

@@ -25,7 +25,7 @@ from skyreels_jax.components.clip_preprocessing import PREPROCESSING, ClipPrepro
 from skyreels_jax.components.protocols import Autoencoder, ImageCondition
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
-from skyreels_jax.media import RgbImage, stream_video
+from skyreels_jax.media import RgbImage, fit_image, stream_video
 from skyreels_jax.memory import Direction, available_memory, vae_work
 from skyreels_jax.models import vae
 from skyreels_jax.models.clip_vision import ClipVision
@@ -156,21 +156,9 @@ def prepare_image(
     The resized image is rounded to 8 bits before it is scaled, as in both references. The original
     resizes by Lanczos for image-to-video and bicubically for diffusion forcing.
     """
-    box = None if stretch else _centre_box(image, height, width)
-    resized = np.asarray(Image.fromarray(image).crop(box).resize((width, height), resampling))
+    resized = fit_image(image, height, width, resampling, stretch=stretch)
     pixels = 2 * (resized.astype(np.float32) / 255) - 1
     return ImageCondition(image, np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
-
-
-def _centre_box(image: RgbImage, height: int, width: int) -> tuple[float, float, float, float]:
-    """The largest centred box of the target's aspect, in the truncated sizes of the original."""
-    rows, columns = image.shape[:2]
-    if rows / columns > height / width:
-        kept_rows, kept_columns = max(1, int(columns * height / width)), columns
-    else:
-        kept_rows, kept_columns = rows, max(1, int(rows * width / height))
-    left, top = (columns - kept_columns) / 2, (rows - kept_rows) / 2
-    return left, top, left + kept_columns, top + kept_rows
 
 
 def condition_latents(

@@ -28,46 +28,20 @@ from skyreels_jax.components.protocols import (
 )
 from skyreels_jax.errors import RequestError
 from skyreels_jax.files import load_tensors, reason_of, save_tensors
-from skyreels_jax.hub import warn_unwritable
+from skyreels_jax.hub import fingerprint, warn_unwritable
 from skyreels_jax.memory import available_memory
 from skyreels_jax.shapes import HostLatents, Pixels
 
-# Change when what a fingerprint covers changes.
-_FORMAT: Final = "prompt-embedding-1"
 # Change when the meaning of an entry changes.
 _ENTRY: Final = "prompt-embedding-2"
 # Most values of an entry: of the original, 512 tokens of 4096.
 _MAX_VALUES: Final = 2**26
-_SAMPLES: Final = 4096
-_SAMPLE_BYTES: Final = 256
 _T = TypeVar("_T")
 # Whether models stay in memory between calls; `auto` decides for each video by what is free.
 Keep = Literal["auto"] | bool
 # An estimate of work is a lower bound: so many times is made room for beside kept models.
 _WORK_MARGIN: Final = 3
 logger = logging.getLogger(__name__)
-
-
-def fingerprint(files: Iterable[Path], *settings: str, times: bool = True) -> str:
-    """A hash that changes when the weights change, without reading all of them.
-
-    It covers every file's name, size and time of change, its first mebibyte (the names and shapes)
-    and 4096 samples of 256 bytes spread over the rest: 2 MB read of the 11 GB of UMT5-XXL. Without
-    ``times`` of change it is the same on every machine that has the files.
-    """
-    digest = hashlib.sha256(_FORMAT.encode())
-    for setting in settings:
-        digest.update(b"\0" + setting.encode())
-    for path in sorted(files):
-        stat = path.stat()
-        changed = f"\0{stat.st_mtime_ns}" if times else ""
-        digest.update(f"\0{path.name}\0{stat.st_size}{changed}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            for offset in np.linspace(0, stat.st_size, _SAMPLES, endpoint=False, dtype=np.int64):
-                file.seek(int(offset))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

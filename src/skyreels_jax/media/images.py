@@ -144,6 +144,30 @@ def _in_srgb(image: Image.Image, profile: bytes | None, what: str) -> Image.Imag
         return image.convert("RGB")
 
 
+def fit_image(
+    image: RgbImage,
+    height: int,
+    width: int,
+    resampling: Image.Resampling,
+    *,
+    stretch: bool = False,
+) -> UInt8[np.ndarray, "new_height new_width 3"]:
+    """Crop an image around its centre to an aspect, or ``stretch`` it, and resize it to 8 bits."""
+    box = None if stretch else _centre_box(image, height, width)
+    return np.asarray(Image.fromarray(image).crop(box).resize((width, height), resampling))
+
+
+def _centre_box(image: RgbImage, height: int, width: int) -> tuple[float, float, float, float]:
+    """The largest centred box of the target's aspect, in the truncated sizes of the original."""
+    rows, columns = image.shape[:2]
+    if rows / columns > height / width:
+        kept_rows, kept_columns = max(1, int(columns * height / width)), columns
+    else:
+        kept_rows, kept_columns = rows, max(1, int(rows * width / height))
+    left, top = (columns - kept_columns) / 2, (rows - kept_rows) / 2
+    return left, top, left + kept_columns, top + kept_rows
+
+
 def write_image(path: str | Path, image: RgbImage, *, made_by: str | None = None) -> None:
     """Write an image in the format of the path's suffix; a PNG may name what made it."""
     about = None

@@ -116,8 +116,9 @@ def survey_video(path: str | Path) -> VideoInfo:
     first, end, interlaced = None, Fraction(0), False
     with opened_video(path) as container:
         stream = _moving(container)[0]
-        for frame, (start, stop, rgb) in _frames_and_shown(container, path):
-            first = rgb if first is None else first
+        for frame, start, stop in _timed(container, path):
+            # Of the others nothing is looked at, and what is not converted costs no time.
+            first = _seen(frame, stream) if first is None else first
             interlaced = interlaced or bool(frame.interlaced_frame)
             times.append(start)
             end = stop
@@ -210,13 +211,16 @@ def _announced_seconds(container: InputContainer, stream: VideoStream) -> Fracti
 def _shown(
     container: InputContainer, path: str | Path
 ) -> Iterator[tuple[Fraction, Fraction, RgbImage]]:
-    return (shown for _, shown in _frames_and_shown(container, path))
+    """When each frame begins and ends, and what is seen of it."""
+    stream = _moving(container)[0]
+    for frame, start, stop in _timed(container, path):
+        yield start, stop, _seen(frame, stream)
 
 
-def _frames_and_shown(
+def _timed(
     container: InputContainer, path: str | Path
-) -> Iterator[tuple[VideoFrame, tuple[Fraction, Fraction, RgbImage]]]:
-    """Decoded frames; with each when it begins and ends, the first at 0, and what is seen."""
+) -> Iterator[tuple[VideoFrame, Fraction, Fraction]]:
+    """Decoded frames; with each when it begins and ends, the first at 0."""
     stream = _moving(container)[0]
     rate = _rate(stream)
     size, origin, before, end = None, None, Fraction(0), Fraction(0)
@@ -239,7 +243,7 @@ def _frames_and_shown(
         # Containers of unevenly timed frames give the last one any length.
         end = start + max(last, start - before)
         before = start
-        yield frame, (start, end, _seen(frame, stream))
+        yield frame, start, end
 
 
 def _deinterlaced(frames: Iterator[VideoFrame]) -> Iterator[VideoFrame]:

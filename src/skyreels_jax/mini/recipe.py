@@ -15,8 +15,9 @@ from skyreels_jax.training.dataset import OnEncoded
 from skyreels_jax.training.loop import RunConfig
 from skyreels_jax.training.optimizer import OptimizerConfig
 from skyreels_jax.training.task import TrainingTask
-from skyreels_jax.training.transformer_recipe import VideoTraining
+from skyreels_jax.training.transformer_recipe import TRAINING_OF_SOURCE, VideoTraining
 from skyreels_jax.training.transformer_task import VideoTask
+from skyreels_jax.training.videos.recipe import VideoData
 
 # What is made of a recipe's tables, a seed, and what is called as clips are encoded.
 _Make = Callable[[Any, int, OnEncoded], TrainingTask]
@@ -94,20 +95,33 @@ def read_recipe(file: Path, overrides: Mapping[str, str | int] | None = None) ->
     if not isinstance(kind, str) or kind not in _TRAINABLE:
         raise RequestError(f"{where}: train = {kind!r} should be one of {', '.join(_TRAINABLE)}")
     own = {name: table for name, table in values.items() if name not in _COMMON}
+    tables = TRAINING_OF_SOURCE[_source(own, where)] if kind == "video" else _TRAINABLE[kind][0]
     recipe = Recipe(
         kind=kind,
         output=_output(values.get("output"), where),
         run=from_table(RunConfig, values.get("run", {}), f"{where}: run"),
         optimizer=from_table(OptimizerConfig, values.get("optimizer", {}), f"{where}: optimizer"),
-        tables=from_table(_TRAINABLE[kind][0], own, where),
+        tables=from_table(tables, own, where),
     )
-    batch, parts = recipe.tables.data.batch, recipe.run.accumulate
-    if batch % parts:
-        near = max(n for n in range(1, parts) if not batch % n)
-        raise RequestError(
-            f"{where}: run.accumulate = {parts} should divide data.batch = {batch}; nearest: {near}"
-        )
+    data, parts = recipe.tables.data, recipe.run.accumulate
+    for batch in data.batches() if isinstance(data, VideoData) else (data.batch,):
+        if batch % parts:
+            near = max(n for n in range(1, parts) if not batch % n)
+            raise RequestError(
+                f"{where}: run.accumulate = {parts} should divide data.batch = {batch}; "
+                f"nearest: {near}"
+            )
     return recipe
+
+
+def _source(tables: Mapping[str, object], where: str) -> str:
+    """What ``data.source`` names; moving shapes unless given."""
+    data = tables.get("data")
+    source = data.get("source", "shapes") if isinstance(data, Mapping) else "shapes"
+    if not isinstance(source, str) or source not in TRAINING_OF_SOURCE:
+        legal = ", ".join(TRAINING_OF_SOURCE)
+        raise RequestError(f"{where}: data.source = {source!r:.60} should be one of {legal}")
+    return source
 
 
 def _output(value: object, where: str) -> Path:

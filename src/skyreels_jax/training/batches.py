@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +58,7 @@ class Example:
     image: UInt8[np.ndarray, "height width 3"] | None = None
 
 
+@runtime_checkable
 class ClipBatches(Protocol):
     """Encoded clips with their conditions, in batches that follow from a number alone.
 

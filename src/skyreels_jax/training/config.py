@@ -6,6 +6,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -76,12 +77,25 @@ def _checked_keys(kind: Any, table: Toml, where: str) -> dict[str, Toml]:
         if name in found:
             raise RequestError(f"{where}: {name} is given twice, once as {key}")
         inner = get_type_hints(kind)[name]
-        if dataclasses.is_dataclass(inner):
+        if is_dataclass(inner):
             value = _checked_keys(inner, value, f"{where}.{key}")
+        if element := _element(inner):
+            if not isinstance(value, list) or not all(isinstance(v, Mapping) for v in value):
+                raise RequestError(f"{where}.{key} = {_shown(value)} should be a list of tables")
+            value = [_checked_keys(element, v, f"{where}.{key}[{i}]") for i, v in enumerate(value)]
+            for number, table in enumerate(value):
+                # By itself: what checks the whole does not say which of them is wrong.
+                from_table(element, table, f"{where}.{key}[{number}]")
         if isinstance(value, float) and not math.isfinite(value):
             raise RequestError(f"{where}.{key} = {value} should be a finite number")
         found[name] = value
     return found
+
+
+def _element(hint: object) -> type | None:
+    """The dataclass that a tuple of any length holds, if it is one."""
+    first, *rest = get_args(hint) if get_origin(hint) is tuple else (None,)
+    return first if rest == [...] and isinstance(first, type) and is_dataclass(first) else None
 
 
 def _explained(kind: Any, table: Toml, where: str, error: Exception) -> str:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from skyreels_jax.errors import RequestError, WeightsError
@@ -239,10 +240,10 @@ def _compiled(model: Umt5Encoder | ClipVision) -> Callable[..., np.ndarray]:
 class CaptionEncoder:
     """Captions to text states of a fixed length; those of a prompt do not depend on its padding."""
 
-    def __init__(self, layout: Layout, length: int):
+    def __init__(self, layout: Layout, length: int, *, dtype: DTypeLike = jnp.float32):
         """Load tokenizer and text encoder of a folder; ``length`` holds the longest text."""
         self._tokenizer = Tokenizer.from_folder(layout.component("tokenizer"))
-        self._model = stored_text_encoder(layout).load(jnp.float32)
+        self._model = stored_text_encoder(layout).load(dtype)
         self._apply = _compiled(self._model)
         self.length = length
 
@@ -273,7 +274,8 @@ class CaptionEncoder:
         """States, zero past a text's end; raises as :meth:`check`."""
         tokens = self._tokenizer.encode(captions)
         self._check_lengths(max(tokens.lengths))
-        return self._apply(tokens.ids[:, : self.length], tokens.mask[:, : self.length])
+        states = self._apply(tokens.ids[:, : self.length], tokens.mask[:, : self.length])
+        return states.astype(np.float32)
 
 
 class FirstFrameEncoder:

@@ -37,7 +37,9 @@ _FREE: Final = frozenset(
     )
 ) | {"model.export_dtype", "model.remat"}
 # Folders may move: what is in them is compared by its digest.
-_FOLDERS: Final = frozenset(f"data.{name}" for name in ("vae", "text", "image", "encoded"))
+_FOLDERS: Final = frozenset(
+    f"data.{name}" for name in ("vae", "text", "image", "encoded", "datasets")
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -230,8 +232,8 @@ class _Loop:
             self._sample(params, folder)
 
     def _evaluate(self, params: Params, done: int) -> None:
-        if not self.log.is_evaluated(done):
-            self.log.write(done, self.task.evaluate(params))
+        if not self.log.is_evaluated(done) and (metrics := self.task.evaluate(params)):
+            self.log.write(done, metrics)
 
     def _sample(self, params: Params, folder: Path) -> None:
         try:

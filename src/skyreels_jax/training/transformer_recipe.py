@@ -1,5 +1,6 @@
 """The tables of a recipe that trains the transformer: model, objective and data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -19,6 +20,7 @@ from skyreels_jax.training.sigma_distributions import (
     SigmaDistribution,
     Sigmas,
 )
+from skyreels_jax.training.videos.recipe import FolderData, VideoData
 
 # Tokens of the longest caption, one a word or mark: no tokenizer makes fewer.
 MAX_CAPTION_TOKENS: Final = 45
@@ -131,16 +133,12 @@ class Objective:
         return cosmap(sigma) if self.weighting == "cosmap" else jnp.ones_like(sigma)
 
 
-@dataclass(frozen=True)
-class ClipsData:
+@dataclass(frozen=True, kw_only=True)
+class ClipsData(VideoData):
     """Clips of moving shapes.
 
     Attributes:
-        vae: folder with a ``vae``, ``mini`` or a Hugging Face id; the next two likewise.
-        text: folder with ``tokenizer`` and ``text_encoder``.
-        image: folder with ``image_encoder``, for i2v.
-        encoded: folder in which encoded clips are kept.
-        batch: clips a step.
+        source: ``shapes``.
         clips: how many different ones.
         frames: of a clip, ``4k + 1``.
         size: height and width, a multiple of 16.
@@ -148,11 +146,8 @@ class ClipsData:
         pairs: share of clips of two things; as many as there are in ``clips`` unless given.
     """
 
-    vae: str
-    text: str
-    encoded: str
-    image: str | None = None
-    batch: int = 32
+    source: Literal["shapes"] = "shapes"
+    batch: int = field(default=32, metadata={"alias": "batch_size"})
     clips: int = 8192
     frames: int = 17
     size: int = 64
@@ -174,7 +169,7 @@ class ClipsData:
 class VideoTraining:
     """A run's tables ``data``, ``model`` and ``objective``."""
 
-    data: ClipsData
+    data: VideoData
     model: TransformerShape = field(default_factory=TransformerShape)
     objective: Objective = field(default_factory=Objective)
 
@@ -183,8 +178,42 @@ class VideoTraining:
             raise ValueError(
                 "data.image must name the folder of an image encoder for i2v, such as 'mini-i2v'"
             )
+
+
+@dataclass(frozen=True)
+class ShapesTraining(VideoTraining):
+    """A run on moving shapes."""
+
+    data: ClipsData
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.data.frames == 1 and self.objective.continued:
             raise ValueError(
                 f"objective.continued = {self.objective.continued} needs clips of several latent "
                 f"frames, but data.frames = 1; nearest: {_FRAMES[1]}"
             )
+
+
+@dataclass(frozen=True)
+class FolderTraining(VideoTraining):
+    """A run on one's own videos and images."""
+
+    data: FolderData
+
+    def __post_init__(self):
+        super().__post_init__()
+        for number, dataset in enumerate(self.data.datasets):
+            still = not dataset.is_video or 1 in dataset.target_frames
+            if self.model.model_type == "i2v" and still:
+                raise ValueError(
+                    f"data.datasets[{number}] gives single frames, of which i2v has nothing to "
+                    "learn; give videos, of 5 frames or more"
+                )
+
+
+# By `data.source`.
+TRAINING_OF_SOURCE: Final[Mapping[str, type[VideoTraining]]] = {
+    "shapes": ShapesTraining,
+    "folder": FolderTraining,
+}

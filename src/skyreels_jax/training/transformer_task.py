@@ -1,5 +1,6 @@
 """Training the transformer: flow matching, diffusion forcing, image-to-video."""
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -23,9 +24,11 @@ from skyreels_jax.training.batches import ClipBatches, Example, MovingShapes
 from skyreels_jax.training.dataset import OnEncoded
 from skyreels_jax.training.objective import Batch, velocity_loss
 from skyreels_jax.training.sigma_distributions import Sigmas, draw_sigmas
-from skyreels_jax.training.sources import find_sources
+from skyreels_jax.training.sources import TrainingSources, find_sources
 from skyreels_jax.training.task import LossAndMetrics, Params, Template
-from skyreels_jax.training.transformer_recipe import VideoTraining
+from skyreels_jax.training.transformer_recipe import ClipsData, VideoTraining
+from skyreels_jax.training.videos.clips import Videos
+from skyreels_jax.training.videos.recipe import FolderData
 from skyreels_jax.weights.components.clip import stored_image_encoder
 from skyreels_jax.weights.components.transformer import TRANSFORMER, stored_transformer
 from skyreels_jax.weights.layout import ComponentName, Layout
@@ -74,11 +77,10 @@ class VideoTask:
         self.training, self.seed = training, seed
         self._sources = find_sources(training)
         self.config = self._sources.config
-        self._clips: ClipBatches = MovingShapes(
-            training.data, self._sources, seed, training.objective.text_dropout, on_encoded
-        )
+        self._clips = _opened(training, self._sources, seed, on_encoded)
         self.template, self.first = Template.of(self._begin())
         self._distribution = training.objective.distribution()
+        self._of_stills = dataclasses.replace(training.objective, continued=0.0).distribution()
         self._padding = self.config.text_len - self._clips.text_length
         self._held_loss = jax.jit(self._loss_at)
 
@@ -126,8 +128,10 @@ class VideoTask:
         noise_key, sigma_key = jax.random.split(key)
         shape = batch.latents.shape
         noise = jax.random.normal(noise_key, shape)
-        if not self.training.objective.continued:
-            sigma = self._distribution.sample(sigma_key, shape[0], shape[2])
+        # A single frame, as an image is, cannot be continued.
+        distribution = self._of_stills if shape[2] == 1 else self._distribution
+        if not self.training.objective.continued or shape[2] == 1:
+            sigma = distribution.sample(sigma_key, shape[0], shape[2])
             return VideoNoise(noise, sigma, None)
         return VideoNoise(noise, *draw_sigmas(self._distribution, sigma_key, shape[0], shape[2]))
 
@@ -204,6 +208,17 @@ class VideoTask:
         config = None if image is None else stored_image_encoder(image).config
         pipeline = PIPELINE_OF_TASK["df" if image is None else "i2v"]
         write_pipeline_files(folder, pipeline, named, 1.0, config)
+
+
+def _opened(
+    training: VideoTraining, sources: TrainingSources, seed: int, on_encoded: OnEncoded
+) -> ClipBatches:
+    """The data that a recipe names, encoded where that has not been done."""
+    data, dropout = training.data, training.objective.text_dropout
+    if isinstance(data, FolderData):
+        return Videos(data, sources, seed, dropout, on_encoded)
+    assert isinstance(data, ClipsData)
+    return MovingShapes(data, sources, seed, dropout, on_encoded)
 
 
 def widen_to_i2v(model: WanModel, begun: Params) -> None:
