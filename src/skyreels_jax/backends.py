@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, TypedDict, Unpack, get_args
+from typing import Any, Final, Literal, Protocol, TypedDict, Unpack, get_args
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -17,6 +17,7 @@ from skyreels_jax.components.encoders import (
     Umt5TextEncoder,
     VaeTiling,
     WanAutoencoder,
+    encode_here,
 )
 from skyreels_jax.components.lazy import Keep
 from skyreels_jax.components.protocols import Autoencoder, ImageEncoder, TextEncoder
@@ -26,8 +27,11 @@ from skyreels_jax.generation.request.settings import COMPUTE_DTYPES, WEIGHTS
 from skyreels_jax.memory import kernel_dtype
 from skyreels_jax.models.parallelism import SINGLE_DEVICE, Parallelism
 from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.models.vae_tiling import ON_ONE_DEVICE
+from skyreels_jax.parallel.encoders import MeshEncoder, in_a_line
 from skyreels_jax.parallel.plan import AUTO, MeshPlan
 from skyreels_jax.parallel.transformer import MeshTransformer
+from skyreels_jax.parallel.vae import MeshFrames
 from skyreels_jax.torch_side.components import (
     TorchAutoencoder,
     TorchImageEncoder,
@@ -38,6 +42,7 @@ from skyreels_jax.weights.components.clip import stored_image_encoder
 from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
+from skyreels_jax.weights.engine import on_default_device
 from skyreels_jax.weights.lora.binding import Lora
 from skyreels_jax.weights.lora.source import with_loras
 from skyreels_jax.weights.lora.stack import LoraLike
@@ -112,8 +117,8 @@ class ChosenOptions:
             "placement": on_host if self.offload else parallelism.placement,
         }
 
-    def loaders(self, checkpoint: Checkpoint) -> "ComponentLoaders":
-        """How to load the components of a checkpoint but its transformer.
+    def loaders(self, checkpoint: Checkpoint, parallelism: Parallelism) -> "ComponentLoaders":
+        """How to load the components of a checkpoint but its transformer, for its devices.
 
         Raises:
             UnsupportedError: PyTorch is not installed where it is asked for, or the device has no
@@ -122,7 +127,7 @@ class ChosenOptions:
         if self.offload:
             require_host_memory()
         kinds = jnp.dtype(self.dtype), jnp.dtype(self.vae_dtype)
-        how = self.device, self.vae_tiling, self.kernels
+        how = self.device, self.vae_tiling, self.kernels, parallelism
         return LOADERS[self.backend](checkpoint, *kinds, *how)
 
     @property
@@ -224,19 +229,29 @@ def _jax_loaders(
     device: str,
     vae_tiling: VaeTiling,
     kernels: DTypeLike | None,
+    parallelism: Parallelism = SINGLE_DEVICE,
 ) -> ComponentLoaders:
-    """Encoders and VAE in JAX, on the devices that JAX has; ``device`` is not theirs."""
+    """Encoders and VAE in JAX, on the transformer's devices; ``device`` is not theirs."""
     del device
     layout = checkpoint.layout
+    frames, apply = ON_ONE_DEVICE, encode_here
+    of_encoder = of_vae = on_default_device
+    if isinstance(parallelism, MeshTransformer):
+        encoders = MeshEncoder(in_a_line(parallelism.mesh))
+        frames, apply = MeshFrames(encoders.mesh), encoders.apply
+        of_encoder, of_vae = encoders.placement, frames.placement
 
     return ComponentLoaders(
         # The tokenizer first: it is quickly read, and what is wrong with it quickly said.
         text_encoder=lambda: Umt5TextEncoder(
             tokenizer=open_tokenizer(checkpoint.tokenizer),
-            model=stored_text_encoder(layout).load(dtype, kernel_dtype=kernels),
+            model=stored_text_encoder(layout).load(dtype, of_encoder, kernel_dtype=kernels),
+            apply=apply,
         ),
-        image_encoder=lambda: ClipImageEncoder(stored_image_encoder(layout).load(dtype)),
-        vae=lambda: WanAutoencoder(stored_vae(layout).load(vae_dtype), vae_tiling),
+        image_encoder=lambda: ClipImageEncoder(
+            stored_image_encoder(layout).load(dtype, of_encoder), apply=apply
+        ),
+        vae=lambda: WanAutoencoder(stored_vae(layout).load(vae_dtype, of_vae), vae_tiling, frames),
     )
 
 
@@ -247,13 +262,14 @@ def _hybrid_loaders(
     device: str,
     vae_tiling: VaeTiling,
     kernels: DTypeLike | None,
+    parallelism: Parallelism = SINGLE_DEVICE,
 ) -> ComponentLoaders:
     """Encoders and VAE in PyTorch, the VAE on whole frames and in float32.
 
     Raises:
         UnsupportedError: PyTorch is not installed.
     """
-    del vae_dtype, vae_tiling, kernels
+    del vae_dtype, vae_tiling, kernels, parallelism
     require_torch()
     return ComponentLoaders(
         text_encoder=partial(TorchTextEncoder.load, checkpoint, device, dtype),
@@ -262,14 +278,20 @@ def _hybrid_loaders(
     )
 
 
-LOADERS: Final[
-    Mapping[
-        Backend,
-        Callable[
-            [Checkpoint, DTypeLike, DTypeLike, str, VaeTiling, DTypeLike | None], ComponentLoaders
-        ],
-    ]
-] = {"jax": _jax_loaders, "hybrid": _hybrid_loaders}
+class _Loaders(Protocol):
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: DTypeLike,
+        vae_dtype: DTypeLike,
+        device: str,
+        vae_tiling: VaeTiling,
+        kernels: DTypeLike | None,
+        parallelism: Parallelism = SINGLE_DEVICE,
+    ) -> ComponentLoaders: ...
+
+
+LOADERS: Final[Mapping[Backend, _Loaders]] = {"jax": _jax_loaders, "hybrid": _hybrid_loaders}
 
 
 def verify_checkpoint(checkpoint: Checkpoint, loras: tuple[Lora, ...]) -> None:

@@ -108,7 +108,7 @@ class Pipeline(WithLoras):
         sized = checkpoint.layout, checkpoint.config, *kinds
         self.weights, self.offload = chosen.weights, chosen.offload
         self.parallelism = chosen.parallelism(checkpoint.config)
-        loaders = chosen.loaders(checkpoint)
+        loaders = chosen.loaders(checkpoint, self.parallelism)
         self.loras = as_loras(chosen.loras)
         # What has been proved need not be proved for every video; a refusal is not remembered.
         self._verify = cache(partial(verify_checkpoint, checkpoint))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tests import standins
+from tests.parallel.parts_on_devices import PARTS, answer
 
 from skyreels_jax.diffusion.frame_schedule import plan_blocks, schedule_frames
 from skyreels_jax.diffusion.guidance import guidance_of
@@ -181,6 +182,9 @@ FAULTS = {"without mask": without_mask, "without turning": without_turning}
 def main(words: list[str]) -> None:
     expected: dict[str, list[np.ndarray]] = {}
     for name, mesh, fault in zip(words[::3], words[1::3], words[2::3], strict=True):
+        if name in PARTS:
+            print(json.dumps(answer(name, mesh, fault)), flush=True)
+            continue
         case = CASES[name]
         model = model_of(case)
         if name not in expected:
@@ -190,7 +194,8 @@ def main(words: list[str]) -> None:
             jax.clear_caches()  # The same step may have been traced without the fault.
             FAULTS[fault](placed)
         found = run(case, Denoiser(on_mesh(model, placed), parallelism=placed))
-        print(json.dumps([name, mesh, fault, furthest(found, expected[name])]), flush=True)
+        difference = furthest(found, expected[name])
+        print(json.dumps([name, mesh, fault, difference, None]), flush=True)
 
 
 if __name__ == "__main__":

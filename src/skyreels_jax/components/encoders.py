@@ -6,7 +6,7 @@ Sources for images: SkyReels-V2's image-to-video pipeline (``resizecrop``,
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from PIL import Image
 
 from skyreels_jax.components.clip_preprocessing import PREPROCESSING, ClipPreprocessing
@@ -31,7 +31,7 @@ from skyreels_jax.models import vae
 from skyreels_jax.models.clip_vision import ClipVision
 from skyreels_jax.models.umt5 import Umt5Encoder
 from skyreels_jax.models.vae import WanVae
-from skyreels_jax.models.vae_tiling import WHOLE, Tiles, Tiling
+from skyreels_jax.models.vae_tiling import ON_ONE_DEVICE, WHOLE, FrameDevices, Tiles, Tiling
 from skyreels_jax.prompts import TEXT_LEN, Tokenizer
 from skyreels_jax.shapes import Frames, HostLatents, Pixels
 
@@ -44,21 +44,31 @@ VAE_TILINGS: Final = get_args(VaeTiling)
 # Of the memory that is free, so much is left for what nobody counted.
 RESERVE: Final = 0.05
 logger = logging.getLogger(__name__)
-_apply = jax.jit(lambda graph, state, *inputs: nnx.merge(graph, state)(*inputs), static_argnums=0)
+# Computes an encoder, given as graph and state, on inputs.
+EncoderCall = Callable[..., Array]
+
+
+@partial(jax.jit, static_argnums=0)
+def encode_here(graph: nnx.GraphDef[nnx.Module], state: nnx.State, *inputs: Array) -> Array:
+    """An encoder on the default device."""
+    return nnx.merge(graph, state)(*inputs)  # pyright: ignore[reportCallIssue]
 
 
 class Umt5TextEncoder:
     """Prompts to UMT5's states: a :class:`~skyreels_jax.components.protocols.TextEncoder`."""
 
-    def __init__(self, model: Umt5Encoder, tokenizer: Tokenizer):
-        """Raises WeightsError where the tokenizer has ids that the model has no row for."""
+    def __init__(self, model: Umt5Encoder, tokenizer: Tokenizer, apply: EncoderCall = encode_here):
+        """Raises WeightsError where the tokenizer has ids that the model has no row for.
+
+        ``apply`` computes the model, on the devices on which it is.
+        """
         rows = model.config.vocab_size
         if tokenizer.vocab_size > rows:
             raise WeightsError(
                 f"the tokenizer has {tokenizer.vocab_size} ids and the text encoder {rows} rows: "
                 "they are not of the same checkpoint"
             )
-        self._tokenizer = tokenizer
+        self._tokenizer, self._apply = tokenizer, apply
         self._graph, self._state = nnx.split(model)
 
     def encode(self, prompts: Sequence[str]) -> Float[np.ndarray, "B S text_dim"]:
@@ -72,7 +82,7 @@ class Umt5TextEncoder:
         for ids, mask in zip(batch.ids, batch.mask, strict=True):
             length = next(n for n in LENGTHS if mask.sum() <= n)
             inputs = (jnp.asarray(row[None, :length]) for row in (ids, mask))
-            states = np.asarray(_apply(self._graph, self._state, *inputs))[0]
+            states = np.asarray(self._apply(self._graph, self._state, *inputs))[0]
             encoded.append(np.pad(states, ((0, TEXT_LEN - length), (0, 0))))
         return np.stack(encoded)
 
@@ -80,15 +90,24 @@ class Umt5TextEncoder:
 class ClipImageEncoder:
     """An image to CLIP's features: a :class:`~skyreels_jax.components.protocols.ImageEncoder`."""
 
-    def __init__(self, model: ClipVision, preprocessing: ClipPreprocessing = "original"):
-        """``preprocessing`` chooses between the two ways of :mod:`.clip_preprocessing`."""
+    def __init__(
+        self,
+        model: ClipVision,
+        preprocessing: ClipPreprocessing = "original",
+        apply: EncoderCall = encode_here,
+    ):
+        """``preprocessing`` chooses between the two ways of :mod:`.clip_preprocessing`.
+
+        ``apply`` computes the model, on the devices on which it is.
+        """
+        self._apply = apply
         self._prepare = partial(PREPROCESSING[preprocessing], side=model.config.image_size)
         self._graph, self._state = nnx.split(model)
 
     def encode(self, image: ImageCondition) -> Float[np.ndarray, "S image_dim"]:
         """States of all 257 tokens after the last block but one, float32."""
         pixels = jnp.asarray(self._prepare(image))[None]
-        return np.asarray(_apply(self._graph, self._state, pixels))[0]
+        return np.asarray(self._apply(self._graph, self._state, pixels))[0]
 
 
 def tiling_for(choice: VaeTiling, needed: int, free: int | None) -> Tiling:
@@ -112,15 +131,17 @@ class WanAutoencoder:
         model: the VAE.
         tiling: whether frames are cut into tiles; ``auto`` decides by size and free memory, anew
             for each video, and warns where it cuts.
+        devices: on which the model is, and rows of a frame are computed.
     """
 
     model: WanVae
     tiling: VaeTiling = "auto"
+    devices: FrameDevices = ON_ONE_DEVICE
 
     def encode(self, pixels: Pixels) -> HostLatents:
         """Posterior mean of ``4k + 1`` frames in [-1, 1], normalised: ``(mu - mean) / std``."""
         tiling = self._tiling("encode", *pixels.shape[-2:])
-        return vae.encode_pixels(self.model, pixels[None], tiling=tiling)[0]
+        return vae.encode_pixels(self.model, pixels[None], tiling=tiling, devices=self.devices)[0]
 
     def decode_pieces(self, pieces: Iterable[HostLatents]) -> Iterator[Pixels]:
         """Frames in [-1, 1] as they are ready, in memory that does not grow with their number."""
@@ -129,11 +150,12 @@ class WanAutoencoder:
         height, width = (PIXELS_PER_LATENT * side for side in first.shape[-2:])
         tiling = self._tiling("decode", height, width)
         batches = (piece[None] for piece in chain([first], pieces))
-        for chunk in vae.decode_pieces(self.model, batches, tiling=tiling):
+        for chunk in vae.decode_pieces(self.model, batches, tiling=tiling, devices=self.devices):
             yield chunk[0]
 
     def _tiling(self, direction: Direction, height: int, width: int) -> Tiling:
-        needed, free = vae_work(self.model.config, direction, height, width), available_memory()
+        needed = vae_work(self.model.config, direction, height, width)
+        free = self.devices.free(available_memory())
         tiling = tiling_for(self.tiling, needed, free)
         if self.tiling == "auto" and free is not None and tiling is not WHOLE:
             logger.warning(

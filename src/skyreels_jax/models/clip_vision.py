@@ -9,7 +9,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from skyreels_jax.models.layers import NORMAL, Linear, Mlp, WanLayerNorm, gelu_exact, scan_layers
+from skyreels_jax.models.layers import (
+    ARE_WHOLE,
+    NORMAL,
+    Linear,
+    Mlp,
+    PutTogether,
+    WanLayerNorm,
+    gelu_exact,
+    scan_layers,
+)
 from skyreels_jax.models.transformer_config import Numerics
 from skyreels_jax.ops.attention import attention
 from skyreels_jax.ops.linear import linear
@@ -127,7 +136,13 @@ class ClipVision(nnx.Module):
     The last block, the norm after it and the projection are parameters that nothing here computes
     with: the published files have them, and what is read must be written again. Matrix products
     are in ``dtype``; norms, softmax and the residual are float32.
+
+    Attributes:
+        parts: how parameters become whole, where devices have parts of them; whoever runs it may
+            set another.
     """
+
+    parts: PutTogether = ARE_WHOLE
 
     def __init__(
         self,
@@ -181,6 +196,6 @@ class ClipVision(nnx.Module):
         graph, parameters = nnx.split(self.blocks)
 
         def layer(x: Array, of_layer: nnx.State, _: None) -> tuple[Array, None]:
-            return nnx.merge(graph, of_layer)(x), None
+            return nnx.merge(graph, self.parts.layer(of_layer))(x), None
 
         return scan_layers(layer, x, parameters, depth=self.config.num_layers - 1)[0]

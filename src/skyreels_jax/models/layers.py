@@ -8,7 +8,7 @@ with its numbered ``Sequential`` entries named ``fc1`` and ``fc2``.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,34 @@ _Carry = TypeVar("_Carry")
 _Layer = TypeVar("_Layer")
 _Shared = TypeVar("_Shared")
 _Out = TypeVar("_Out")
+
+
+@runtime_checkable
+class PutTogether(Protocol):
+    """How parameters of which each device has a part become whole where they are used."""
+
+    def layer(self, parameters: _Layer) -> _Layer:
+        """The parameters of one layer."""
+        ...
+
+    def features(self, x: Float[Array, "*batch part"]) -> Float[Array, "*batch D"]:
+        """What each device looked up of its columns of a table."""
+        ...
+
+
+class AreWhole:
+    """Every parameter is whole already."""
+
+    def layer(self, parameters: _Layer) -> _Layer:
+        """As they are."""
+        return parameters
+
+    def features(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """As they are."""
+        return x
+
+
+ARE_WHOLE: Final = AreWhole()
 
 
 def silu(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:

@@ -10,7 +10,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from skyreels_jax.models.layers import NORMAL, Embedding, Linear, WanRMSNorm, gelu_tanh, scan_layers
+from skyreels_jax.models.layers import (
+    ARE_WHOLE,
+    NORMAL,
+    Embedding,
+    Linear,
+    PutTogether,
+    WanRMSNorm,
+    gelu_tanh,
+    scan_layers,
+)
 from skyreels_jax.models.transformer_config import Numerics
 from skyreels_jax.ops.linear import exact_precision
 
@@ -184,7 +193,12 @@ class Umt5Encoder(nnx.Module):
 
     Matrix products are in ``dtype``; norms, softmax, position bias and the residual are float32.
     The blocks' parameters are stacked along a leading layer axis and run by ``scan_layers``.
+
+    Attributes:
+        parts: how they become whole, where devices have parts; whoever runs it may set another.
     """
+
+    parts: PutTogether = ARE_WHOLE
 
     def __init__(
         self,
@@ -219,8 +233,9 @@ class Umt5Encoder(nnx.Module):
         graph, parameters = nnx.split(self.blocks)
 
         def layer(x: Array, of_layer: nnx.State, mask: Array) -> tuple[Array, None]:
-            return nnx.merge(graph, of_layer)(x, mask), None
+            return nnx.merge(graph, self.parts.layer(of_layer))(x, mask), None
 
-        x = self.token_embedding(ids.reshape(-1)).reshape(*ids.shape, -1).astype(jnp.float32)
+        x = self.parts.features(self.token_embedding(ids.reshape(-1)))
+        x = x.reshape(*ids.shape, -1).astype(jnp.float32)
         x, _ = scan_layers(layer, x, parameters, mask)
         return jnp.where(mask[:, :, None], self.norm(x), 0)

@@ -5,7 +5,7 @@ that a chunk needs of the frames before it is what the causal convolutions kept,
 memory of a chunk do not depend on the length of the video, and no frame depends on a later one.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import jax
@@ -35,7 +35,14 @@ from skyreels_jax.models.vae_layers import (
     VaeHead,
 )
 from skyreels_jax.models.vae_runs import run_by_frame, run_layers
-from skyreels_jax.models.vae_tiling import WHOLE, Tiling
+from skyreels_jax.models.vae_tiling import (
+    ON_ONE_DEVICE,
+    WHOLE,
+    Chunk,
+    ChunkStep,
+    FrameDevices,
+    Tiling,
+)
 
 _Pixels = Float[np.ndarray | Array, "B 3 T height width"]
 _Latents = Float[np.ndarray | Array, "B C F H W"]
@@ -172,7 +179,11 @@ class WanVae(nnx.Module):
 
 
 def encode_pixels(
-    vae: WanVae, pixels: _Pixels, *, tiling: Tiling = WHOLE
+    vae: WanVae,
+    pixels: _Pixels,
+    *,
+    tiling: Tiling = WHOLE,
+    devices: FrameDevices = ON_ONE_DEVICE,
 ) -> Float[np.ndarray, "B C F H W"]:
     """Normalised means of the latents' distribution: ``(mean - latents_mean) / latents_std``.
 
@@ -180,6 +191,7 @@ def encode_pixels(
         vae: the model.
         pixels: ``4k + 1`` frames in [-1, 1], sides a multiple of 8.
         tiling: how frames are cut where memory would not hold a whole one.
+        devices: on which the model is, and rows of a frame are computed.
 
     Returns:
         ``k + 1`` latent frames, float32, an eighth as high and wide.
@@ -190,7 +202,8 @@ def encode_pixels(
     _check_pixels(pixels)
     starts = (0, *range(1, pixels.shape[2], FRAME_STRIDE), pixels.shape[2])
     chunks = (pixels[:, :, a:b] for a, b in zip(starts, starts[1:], strict=False))
-    latents = _stream(_encode_step, vae, chunks, tiling, units=(1, PIXEL_STRIDE))
+    units = (1, PIXEL_STRIDE)
+    latents = _stream(_encode_step, vae, chunks, tiling, units=units, devices=devices)
     return np.concatenate(list(latents), axis=2)
 
 
@@ -214,7 +227,11 @@ def decode_chunks(
 
 
 def decode_pieces(
-    vae: WanVae, pieces: Iterable[_Latents], *, tiling: Tiling = WHOLE
+    vae: WanVae,
+    pieces: Iterable[_Latents],
+    *,
+    tiling: Tiling = WHOLE,
+    devices: FrameDevices = ON_ONE_DEVICE,
 ) -> Iterator[Float[np.ndarray, "B 3 T height width"]]:
     """As :func:`decode_chunks`, of latents that are given piece by piece.
 
@@ -229,7 +246,8 @@ def decode_pieces(
                 )
             yield from (latents[:, :, i : i + 1] for i in range(latents.shape[2]))
 
-    return _stream(_decode_step, vae, chunks(), tiling, units=(PIXEL_STRIDE, 1))
+    units = (PIXEL_STRIDE, 1)
+    return _stream(_decode_step, vae, chunks(), tiling, units=units, devices=devices)
 
 
 def decode_to_pixels(
@@ -244,11 +262,6 @@ def decode_to_pixels(
         video[:, :, done : done + chunk.shape[2]] = chunk
         done += chunk.shape[2]
     return video
-
-
-_ChunkStep = Callable[
-    [nnx.GraphDef[WanVae], nnx.State, np.ndarray | Array, Cache], tuple[Array, Cache]
-]
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -266,12 +279,13 @@ def _decode_step(
 
 
 def _stream(
-    step: _ChunkStep,
+    step: ChunkStep,
     vae: WanVae,
-    chunks: Iterable[np.ndarray | Array],
+    chunks: Iterable[Chunk],
     tiling: Tiling,
     *,
     units: tuple[int, int],
+    devices: FrameDevices = ON_ONE_DEVICE,
 ) -> Iterator[np.ndarray]:
     """``step`` over chunks and their tiles; ``units`` are the pixels of one input and output."""
     graph, parameters = nnx.split(vae)
@@ -281,7 +295,8 @@ def _stream(
         for i, row in enumerate(tiling.cut(chunk, units[0])):
             rows.append([])
             for j, tile in enumerate(row):
-                out, kept = step(graph, parameters, tile, caches.pop((i, j), None))
+                before = caches.pop((i, j), None)
+                out, kept = devices.run(step, graph, parameters, tile, before, units[0])
                 rows[i].append(np.asarray(out))
                 caches[i, j] = tiling.park(kept)
         yield tiling.join(rows, units[1])

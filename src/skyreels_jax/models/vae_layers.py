@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PyTree
 from skyreels_jax.models.transformer_config import Numerics
 from skyreels_jax.ops.attention import attention
 from skyreels_jax.ops.linear import causal_conv, conv2d, linear
+from skyreels_jax.ops.rows import whole_height
 
 # Of the released VAE, by channel; a file without config.json does not say.
 LATENTS_MEAN: Final = (
@@ -242,6 +243,11 @@ class AttentionBlock(nnx.Module):
         batch, frames, height, width, dim = x.shape
         tokens = self.norm(x).reshape(batch * frames, height * width, dim)
         query, key, value = jnp.split(self.to_qkv(tokens)[:, :, None], 3, axis=-1)
+        by_row = (batch * frames, height, width, dim)
+        key, value = (
+            whole_height(part.reshape(by_row)).reshape(batch * frames, -1, 1, dim)
+            for part in (key, value)
+        )
         out = self.proj(attention(query, key, value)[:, :, 0])
         return x + out.reshape(x.shape), ()
 

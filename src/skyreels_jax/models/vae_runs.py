@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from skyreels_jax.models.vae_layers import Cache, ChunkFrames, LayerFrames, ResidualBlock
+from skyreels_jax.ops.rows import height_around
 from skyreels_jax.ops.target import target_device
 
 _Run = Callable[[ChunkFrames, Cache], tuple[LayerFrames, Cache]]
@@ -68,8 +69,9 @@ def _run_equal(
     parameters = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, halves))
     begins = cache is None
     if begins:
-        past = halves[0][1].kernel.shape[0] - 1
-        cache = jnp.zeros((len(halves), x.shape[0], past, *x.shape[2:]), x.dtype)
+        taps, rows = halves[0][1].kernel.shape[:2]
+        height = height_around(x.shape[2], rows // 2, rows // 2)
+        cache = jnp.zeros((len(halves), x.shape[0], taps - 1, height, *x.shape[3:]), x.dtype)
 
     def half(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         x, cache = carry

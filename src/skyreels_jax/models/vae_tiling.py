@@ -4,19 +4,25 @@ Each tile passes through the VAE as if it were the whole frame, with a cache of 
 results overlap, the later fades in linearly. As in diffusers, so that results are equal.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, PyTree
 
 from skyreels_jax.errors import RequestError
-from skyreels_jax.models.vae_layers import PIXEL_STRIDE
+from skyreels_jax.models.vae_layers import PIXEL_STRIDE, Cache
+
+if TYPE_CHECKING:
+    from skyreels_jax.models.vae import WanVae
 
 Chunk = np.ndarray | Array
 _Grid = Sequence[Sequence[Chunk]]
+# A chunk and what was kept of those before it to a result and what is kept.
+ChunkStep = Callable[["nnx.GraphDef[WanVae]", nnx.State, Chunk, Cache], tuple[Array, Cache]]
 
 
 @runtime_checkable
@@ -56,6 +62,52 @@ class WholeFrame:
 
 
 WHOLE: Final = WholeFrame()
+
+
+@runtime_checkable
+class FrameDevices(Protocol):
+    """On what devices the rows of a frame are."""
+
+    def run(
+        self,
+        step: ChunkStep,
+        graph: "nnx.GraphDef[WanVae]",
+        parameters: nnx.State,
+        chunk: Chunk,
+        cache: Cache,
+        unit: int,
+    ) -> tuple[Chunk, Cache]:
+        """What ``step`` gives; ``unit`` is how many pixels one element of the chunk is high."""
+        ...
+
+    def free(self, of_one: int | None) -> int | None:
+        """Bytes that are free in all, where so many are on one device; ``None`` is unknown."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeFrameDevice:
+    """All rows are on the default device."""
+
+    def run(
+        self,
+        step: ChunkStep,
+        graph: "nnx.GraphDef[WanVae]",
+        parameters: nnx.State,
+        chunk: Chunk,
+        cache: Cache,
+        unit: int,
+    ) -> tuple[Chunk, Cache]:
+        """The step itself."""
+        del unit
+        return step(graph, parameters, chunk, cache)
+
+    def free(self, of_one: int | None) -> int | None:
+        """The same."""
+        return of_one
+
+
+ON_ONE_DEVICE: Final = WholeFrameDevice()
 
 
 @dataclass(frozen=True)

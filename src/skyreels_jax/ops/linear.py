@@ -5,6 +5,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from skyreels_jax.ops.rows import with_rows_around
 from skyreels_jax.ops.target import target_device
 
 _Video = Float[Array, "B T height width I"]
@@ -88,13 +89,15 @@ def causal_conv(
         dtype: of the operands and the result; sums are in float32.
 
     Returns:
-        The result, and the history of the next chunk, in ``dtype``.
+        The result, and the history of the next chunk, in ``dtype``. Where frames are cut in rows
+        over devices (:mod:`.ops.rows`), the history has the rows around this device's.
     """
     x, kernel = x.astype(dtype), kernel.astype(dtype)
+    x, around = with_rows_around(x, kernel.shape[1] // 2, kernel.shape[1] // 2)
     length = kernel.shape[0] - stride
     frames = x if history is None else jnp.concatenate([history.astype(dtype), x], axis=1)
     convolve = _in_one_piece if target_device().platform == "tpu" else _summed_over_taps
-    out = convolve(frames, kernel, stride, length if history is None else 0)
+    out = convolve(frames, kernel, stride, length if history is None else 0, around)
     out = out + bias.astype(jnp.float32)[None, None, None, None]
     if frames.shape[1] < length:
         zeros = jnp.zeros((x.shape[0], length, *x.shape[2:]), dtype)
@@ -117,19 +120,34 @@ def conv2d(
         stride: along both sides.
         padding: zeros before and after, along both sides.
     """
+    x, around = with_rows_around(x, *padding)
+    return _conv2d(x, kernel, stride, (around, padding))
+
+
+def _conv2d(
+    x: Float[Array, "N height width I"],
+    kernel: Float[Array, "kernel_height kernel_width I O"],
+    stride: int,
+    padding: tuple[tuple[int, int], tuple[int, int]],
+) -> Float[Array, "N new_height new_width O"]:
     return lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
-        (padding, padding),
+        padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=exact_precision(x.dtype),
         preferred_element_type=jnp.float32,
     )
 
 
-def _summed_over_taps(frames: _Video, kernel: _Kernel, stride: int, missing: int) -> _Convolved:
-    """Without bias; ``missing`` is how many frames of zeros stand before ``frames``."""
+def _summed_over_taps(
+    frames: _Video, kernel: _Kernel, stride: int, missing: int, around: tuple[int, int]
+) -> _Convolved:
+    """Without bias; ``missing`` is how many frames of zeros stand before ``frames``.
+
+    ``around`` is how many rows of zeros stand above and below each.
+    """
     count = (frames.shape[1] + missing - kernel.shape[0]) // stride + 1
     parts = []
     for tap in range(kernel.shape[0]):
@@ -138,30 +156,34 @@ def _summed_over_taps(frames: _Video, kernel: _Kernel, stride: int, missing: int
         if first < count:
             start = first * stride + tap - missing
             seen = frames[:, start : start + (count - first - 1) * stride + 1 : stride]
-            part = _in_space(seen, kernel[tap])
+            part = _in_space(seen, kernel[tap], around)
             parts.append(jnp.pad(part, ((0, 0), (first, 0), (0, 0), (0, 0), (0, 0))))
     return sum(parts[1:], start=parts[0])
 
 
-def _in_one_piece(frames: _Video, kernel: _Kernel, stride: int, missing: int) -> _Convolved:
+def _in_one_piece(
+    frames: _Video, kernel: _Kernel, stride: int, missing: int, around: tuple[int, int]
+) -> _Convolved:
     """The same as one 3-D convolution, without the taps that see no frame but missing ones."""
     last = (frames.shape[1] + missing - kernel.shape[0]) // stride * stride
     unseen = max(0, missing - last)
     kernel = kernel[unseen:]
-    beside = ((size // 2, size // 2) for size in kernel.shape[1:3])
+    beside = (kernel.shape[2] // 2, kernel.shape[2] // 2)
     return lax.conv_general_dilated(
         frames,
         kernel,
         (stride, 1, 1),
-        ((missing - unseen, 0), *beside),
+        ((missing - unseen, 0), around, beside),
         dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         precision=exact_precision(frames.dtype),
         preferred_element_type=jnp.float32,
     )
 
 
-def _in_space(frames: _Video, kernel: Float[Array, "kh kw I O"]) -> _Convolved:
-    size = kernel.shape[0]
+def _in_space(
+    frames: _Video, kernel: Float[Array, "kh kw I O"], around: tuple[int, int]
+) -> _Convolved:
+    size = kernel.shape[1]
     if size == 1:
         return lax.dot_general(
             frames,
@@ -171,5 +193,5 @@ def _in_space(frames: _Video, kernel: Float[Array, "kh kw I O"]) -> _Convolved:
             preferred_element_type=jnp.float32,
         )
     flat = frames.reshape(-1, *frames.shape[2:])
-    out = conv2d(flat, kernel, padding=(size // 2, size // 2))
-    return out.reshape(*frames.shape[:4], -1)
+    out = _conv2d(flat, kernel, 1, (around, (size // 2, size // 2)))
+    return out.reshape(*frames.shape[:2], *out.shape[1:3], -1)

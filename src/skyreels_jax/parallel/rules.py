@@ -62,3 +62,11 @@ def weight_axis(path: str, shape: tuple[int, ...], parts: int) -> int | None:
         # Columns: of the result each device computes some, and sums nothing.
         axes = [1] if len(shape) == 2 and path.endswith(".kernel") else ()
     return next((axis for axis in axes if shape[axis] % parts == 0), None)
+
+
+def encoder_axis(path: str, shape: tuple[int, ...], parts: int) -> int | None:
+    """The same of a parameter of the text or image encoder."""
+    if path == "token_embedding.embedding":
+        # Of each row that is looked up, every device has some columns.
+        return 1 if parts > 1 and shape[1] % parts == 0 else None
+    return weight_axis(path, shape, parts) if path.startswith("blocks.") else None
