@@ -3,18 +3,18 @@
 ``python -m benchmarks.compile --target v5e:1x1`` (extra ``compile``: libtpu, for Linux) compiles,
 from shapes alone, the step that sampling would run at each checkpoint's default size, the VAE's
 decoding and encoding of a chunk, the text encoder and the image encoder, and prints what the
-target's compiler says: bytes, the attention kernels that it found, collectives, and the time it
-took. Nothing is executed. ``--target h100`` takes JAX's CUDA plugin instead.
+target's compiler says of each device: bytes, the attention kernels that it found, collectives, and
+the time it took. Of a target with several devices (``v5e:2x4``) they are the programs of a mesh of
+all. Nothing is executed. ``--target h100`` takes JAX's CUDA plugin instead.
 """
 
 import argparse
 import os
 import re
 import sys
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -30,59 +30,6 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Module:
-    """What the text of a compiled module tells.
-
-    Attributes:
-        kernels: how often the program calls each fused attention.
-        collectives: how often each kind stands in it, and the bytes of their results, as written:
-            a loop's body counts once.
-    """
-
-    kernels: Counter[str] = field(default_factory=Counter)
-    collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-
-_COLLECTIVE = re.compile(
-    r"= (?P<shape>\S.*?) (?P<kind>all-reduce|all-gather|all-to-all|collective-permute|"
-    r"reduce-scatter)(?P<start>-start)?\("
-)
-_SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
-# By the scope that it was traced in, or by what a custom call is named. An instruction may take
-# several lines.
-_KERNELS = {
-    "splash": re.compile(
-        r'custom_call_target="tpu_custom_call"(?:(?!custom_call_target=).)*?'
-        r'op_name="[^"]*attention_splash',
-        re.DOTALL,
-    ),
-    "cudnn": re.compile(r'custom_call_target="__cudnn\$fmha'),
-}
-
-
-def read_module(text: str) -> Module:
-    """The kernels and collectives in ``text``, which is ``Compiled.as_text()``."""
-    counts = {name: len(pattern.findall(text)) for name, pattern in _KERNELS.items()}
-    found = Module(Counter({name: count for name, count in counts.items() if count}))
-    for line in text.splitlines():
-        if match := _COLLECTIVE.search(line):
-            sizes = [_bytes(*shape.groups()) for shape in _SHAPE.finditer(match["shape"])]
-            # What is started stands with its operands in one tuple: the result is the last but
-            # counters, and no smaller than any.
-            size = max(sizes) if match["start"] else sum(sizes)
-            count, before = found.collectives.get(match["kind"], (0, 0))
-            found.collectives[match["kind"]] = count + 1, before + size
-    return found
-
-
-def _bytes(kind: str, bits: str | None, sizes: str) -> int:
-    count = 1
-    for size in filter(None, sizes.split(",")):
-        count *= int(size)
-    return count * max(1, int(bits or 8) // 8) if kind != "pred" else count
-
-
-@dataclass(frozen=True)
 class Stage:
     """A program: ``trace`` is called for the target's device and gives what JAX traced."""
 
@@ -91,16 +38,63 @@ class Stage:
     trace: Callable[["Place"], Any]
 
 
-# An abstract array, by its shape and dtype, where it will lie. One device here; on a mesh this is
-# where shardings come in.
-Place = Callable[[Any], Any]
+@dataclass(frozen=True)
+class Place:
+    """Where programs lie: the target's devices, all of them in a mesh or the first.
+
+    Attributes:
+        devices: of the target.
+        mesh: how they are cut for; ``None`` is the first device.
+    """
+
+    devices: Sequence[Any]
+    mesh: str | None = None
+
+    def plan(self, config: Any) -> Any:
+        """The mesh of a transformer."""
+        from skyreels_jax.parallel.plan import MeshPlan, choose_plan
+
+        if self.mesh is None:
+            return MeshPlan()
+        if self.mesh == "auto":
+            return choose_plan(len(self.devices), config)[0]
+        return MeshPlan.parse(self.mesh)
+
+    def line(self) -> Any:
+        """The devices in a line, for VAE and encoders; ``None`` for the first alone."""
+        import numpy as np
+        from jax.sharding import Mesh
+
+        from skyreels_jax.parallel.encoders import LINE
+        from skyreels_jax.parallel.plan import MeshPlan
+
+        if self.mesh is None:
+            return None
+        count = len(self.devices) if self.mesh == "auto" else MeshPlan.parse(self.mesh).devices
+        return Mesh(np.array(self.devices[:count]), (LINE,))
+
+    def __call__(self, leaf: Any, spec: tuple[str | None, ...] = ()) -> Any:
+        """An abstract array on the first device, or on all of the line."""
+        import jax
+        from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+        line = self.line()
+        if line is None:
+            sharding = SingleDeviceSharding(self.devices[0])
+        else:
+            sharding = NamedSharding(line, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _placed(model: Any, place: Place) -> tuple[Any, Any]:
     import jax
     from flax import nnx
 
+    from skyreels_jax.parallel.encoders import MeshEncoder
+
     graph, state = nnx.split(model)
+    if (line := place.line()) is not None:
+        return graph, MeshEncoder(line).abstract(state)
     return graph, jax.tree.map(place, state)
 
 
@@ -129,37 +123,11 @@ def stages_of(names: Sequence[str], wanted: Sequence[str], vae_dtype: str) -> It
 
 def _step(config: Any, resolution: tuple[int, int], frames: int) -> Callable[[Place], Any]:
     def trace(place: Place) -> Any:
-        import jax.numpy as jnp
-        from flax import nnx
-        from jax import ShapeDtypeStruct as Abstract
+        from skyreels_jax.generation.dry_run.compiled import trace_step
+        from skyreels_jax.generation.dry_run.meshes import Job
 
-        from skyreels_jax.diffusion.frame_schedule import synchronous_schedule
-        from skyreels_jax.diffusion.guidance import guidance_of
-        from skyreels_jax.diffusion.unipc import flow_sigmas
-        from skyreels_jax.models.transformer import WanModel
-        from skyreels_jax.sampling.denoiser import AbstractInputs, Denoiser, Sampling
-
-        model = nnx.merge(
-            *_placed(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))), place)
-        )
-        shape = ((frames - 1) // 4 + 1, *(side // 8 for side in resolution))
-        image = channels = None
-        if config.model_type == "i2v":
-            image = Abstract((1, config.image_tokens, config.image_dim), jnp.float32)
-            channels = Abstract((1, config.in_dim - 16, *shape), jnp.float32)
-        schedule = flow_sigmas(30, 5.0)
-        programs = Denoiser(model).programs(
-            Abstract((1, 16, *shape), jnp.float32),
-            AbstractInputs(
-                Abstract((1, config.text_len, config.text_dim), jnp.float32),
-                image,
-                channels,
-                Abstract((1,), jnp.int32),
-            ),
-            Sampling(schedule, guidance_of(5.0)),
-            frame_schedule=synchronous_schedule(schedule.timesteps),
-        )
-        return programs[0][0]
+        job = Job(config, frames, *resolution, steps=30)
+        return trace_step(job, place.plan(config), place.devices)
 
     return trace
 
@@ -172,27 +140,42 @@ def _vae(direction: str, height: int, width: int, dtype: str) -> Callable[[Place
 
         from skyreels_jax.models.vae import WanVae
         from skyreels_jax.models.vae_layers import WAN_VAE
+        from skyreels_jax.parallel.encoders import LINE
+        from skyreels_jax.parallel.vae import MeshFrames
 
         vae = nnx.eval_shape(
             lambda: WanVae(WAN_VAE, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
         )
-        graph, state = _placed(vae, place)
+        graph, state = nnx.split(vae)
+        state = jax.tree.map(place, state)
         if direction == "decode":
             first = later = (1, WAN_VAE.z_dim, 1, height // 8, width // 8)
         else:
             first, later = ((1, 3, frames, height, width) for frames in (1, 4))
 
-        def chunk(state: Any, x: Any, cache: Any) -> Any:
+        def chunk(graph: Any, state: Any, x: Any, cache: Any) -> Any:
             vae = nnx.merge(graph, state)
             return (vae.decode_chunk if direction == "decode" else vae.encode_chunk)(x, cache)
 
-        first, later = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (first, later))
+        if (line := place.line()) is None:
+            program, filling, spec = jax.jit(partial(chunk, graph), donate_argnums=2), 0, ()
+        else:
+            slab = -(-height // 8 // line.size)
+            frames = MeshFrames(line)
+            program = frames.program(chunk, graph, slab=slab, count=height // 8)
+            filling = slab * line.size - height // 8
+            spec = (None, None, None, LINE)
+        unit = later[3] // (height // 8)
+        first, later = (
+            place(jax.ShapeDtypeStruct((*s[:3], s[3] + unit * filling, s[4]), jnp.float32), spec)
+            for s in (first, later)
+        )
         # The third chunk is the steady one: the second keeps other shapes than the first.
         cache = None
         for x in (first, later):
-            cache = jax.eval_shape(chunk, state, x, cache)[1]
-        cache = jax.tree.map(place, cache)
-        return jax.jit(chunk, donate_argnums=2).trace(state, place(later), cache)
+            cache = jax.eval_shape(program, state, x, cache)[1]
+            cache = jax.tree.map(lambda x: place(x, (*[None] * (x.ndim - 3), *spec[3:])), cache)
+        return program.trace(state, later, cache)
 
     return trace
 
@@ -206,7 +189,7 @@ def _text(place: Place) -> Any:
 
     graph, state = _placed(nnx.eval_shape(lambda: Umt5Encoder(UMT5_XXL, rngs=nnx.Rngs(0))), place)
     inputs = [place(jax.ShapeDtypeStruct((1, 512), kind)) for kind in (jnp.int32, jnp.bool_)]
-    return jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs)).trace(state, *inputs)
+    return _encoder(place, graph).trace(state, *inputs)
 
 
 def _image(place: Place) -> Any:
@@ -221,7 +204,18 @@ def _image(place: Place) -> Any:
     graph, state = _placed(model, place)
     side = CLIP_VIT_H.image_size
     pixels = place(jax.ShapeDtypeStruct((1, 3, side, side), jnp.float32))
-    return jax.jit(lambda state, pixels: nnx.merge(graph, state)(pixels)).trace(state, pixels)
+    return _encoder(place, graph).trace(state, pixels)
+
+
+def _encoder(place: Place, graph: Any) -> Any:
+    import jax
+    from flax import nnx
+
+    from skyreels_jax.parallel.encoders import MeshEncoder
+
+    if (line := place.line()) is not None:
+        return jax.jit(partial(MeshEncoder(line).apply, graph))
+    return jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs))
 
 
 def devices_of(target: str) -> list[Any]:
@@ -230,12 +224,10 @@ def devices_of(target: str) -> list[Any]:
     if kind in TPUS and re.fullmatch(r"\d+x\d+(x\d+)?", grid):
         if find_spec("libtpu") is None:
             sys.exit(f"{target} is compiled for with libtpu: pip install 'skyreels-jax[compile]'")
-        # Nothing of a cloud machine is asked for, and several processes may compile at once.
-        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        options: dict[str, Any] = {"platform": "tpu", "topology_name": target}
-        if set(grid) == {"1", "x"}:
-            options["chips_per_host_bounds"] = (1, 1, 1)
-    elif target == "h100":
+        from skyreels_jax.generation.dry_run.compiled import described_tpus
+
+        return list(described_tpus(target))
+    if target == "h100":
         from benchmarks.gpu_memory import H100
 
         if not any(map(find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
@@ -250,48 +242,31 @@ def devices_of(target: str) -> list[Any]:
     return list(topologies.get_topology_desc(**options).devices)
 
 
-def compile_stage(stage: Stage, device: Any) -> None:
+def compile_stage(stage: Stage, place: Place) -> None:
     """Print its row: what the compiler says, or that it does not fit."""
-    import jax
-    from jax.sharding import SingleDeviceSharding
-
+    from skyreels_jax.errors import UnsupportedError
+    from skyreels_jax.generation.dry_run.compiled import compile_traced
     from skyreels_jax.ops.target import Device, compiled_for, device_of
 
-    target = Device("cuda", 9.0) if device.platform in ("cuda", "gpu") else device_of(device)
-    sharding = SingleDeviceSharding(device)
-
-    def place(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
+    device = place.devices[0]
+    cuda = device.platform in ("cuda", "gpu")
+    target = Device("cuda", 9.0) if cuda else device_of(device)
     with compiled_for(target):
-        lowered = stage.trace(place).lower()
-    start = time.perf_counter(), time.process_time()
+        traced = stage.trace(place)
     try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        said = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0]
-        row(stage.name, stage.of, f"does not fit: {said}")
+        found = compile_traced(traced, target)
+    except UnsupportedError as error:
+        row(stage.name, stage.of, str(error))
         return
-    seconds, processor = time.perf_counter() - start[0], time.process_time() - start[1]
-    memory, module = compiled.memory_analysis(), read_module(compiled.as_text())
-    sizes = (
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.peak_memory_in_bytes,
-    )
+    kernels, collectives = found.module.kernels.items(), found.module.collectives.items()
     row(
         stage.name,
         stage.of,
-        *(f"{size / GIB:.2f}" for size in sizes),
-        ", ".join(f"{count} {name}" for name, count in module.kernels.items()) or "none",
-        ", ".join(
-            f"{count} {kind} {size / GIB:.2f}" for kind, (count, size) in module.collectives.items()
-        )
+        *(f"{size / GIB:.2f}" for size in (found.arguments, found.temporary, found.peak)),
+        ", ".join(f"{count} {name}" for name, count in kernels) or "none",
+        ", ".join(f"{count} {kind} {size / GIB:.2f}" for kind, (count, size) in collectives)
         or "none",
-        f"{seconds:.0f}",
-        f"{processor:.0f}",
+        *(f"{seconds:.0f}" for seconds in found.seconds),
     )
     sys.stdout.flush()
 
@@ -302,6 +277,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", metavar="NAME", help="released checkpoints (all)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--vae-dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--mesh", help="such as fsdp=2,ulysses=4 (default: auto, of all devices)")
     args = parser.parse_args()
     devices = devices_of(args.target)
 
@@ -314,12 +290,12 @@ def main() -> None:
     names = args.models or released
     if unknown := set(names) - set(PRESETS):
         parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(released)}")
-    if len(devices) > 1:
-        print(f"{args.target} has {len(devices)} devices; the programs are those of one")
-    print(f"\n{args.target}, jax {jax.__version__}, one device\n")
+    mesh = args.mesh if args.mesh or len(devices) == 1 else "auto"
+    place = Place(devices, mesh)
+    print(f"\n{args.target}, jax {jax.__version__}, mesh {mesh or 'of one device'}\n")
     head(*COLUMNS)
     for stage in stages_of(names, args.stages, args.vae_dtype):
-        compile_stage(stage, devices[0])
+        compile_stage(stage, place)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from benchmarks import compile as benchmark
 
+from skyreels_jax.generation.dry_run.compiled import read_module
+
 # An instruction of a kernel is broken by its metadata; other kernels are traced in other scopes.
 TEXT = """
   %splash = bf16[2,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", frontend={m={
@@ -25,12 +27,10 @@ TEXT = """
 
 
 def test_kernels_and_collectives_are_counted_by_kind():
-    module = benchmark.read_module(TEXT)
+    module = read_module(TEXT)
     assert module.kernels == {"splash": 1, "cudnn": 1}
     assert module.collectives == {"all-reduce": (1, 38), "all-gather": (2, 256)}
-    assert benchmark.read_module(TEXT.replace("attention_splash/vmap", "other")).kernels == {
-        "cudnn": 1
-    }
+    assert read_module(TEXT.replace("attention_splash/vmap", "other")).kernels == {"cudnn": 1}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from skyreels_jax.components.protocols import Autoencoder, ImageEncoder, TextEnc
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request.declaration import refuse_unknown
 from skyreels_jax.generation.request.settings import COMPUTE_DTYPES, WEIGHTS
-from skyreels_jax.memory import kernel_dtype
+from skyreels_jax.memory import component_sizes, kernel_dtype
 from skyreels_jax.models.parallelism import SINGLE_DEVICE, Parallelism
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.vae_tiling import ON_ONE_DEVICE
@@ -129,6 +129,12 @@ class ChosenOptions:
         kinds = jnp.dtype(self.dtype), jnp.dtype(self.vae_dtype)
         how = self.device, self.vae_tiling, self.kernels, parallelism
         return LOADERS[self.backend](checkpoint, *kinds, *how)
+
+    def sizes(self, checkpoint: Checkpoint, devices: int) -> dict[str, int]:
+        """Bytes of each component's parameters on all of so many devices together."""
+        kinds = jnp.dtype(self.dtype), jnp.dtype(self.vae_dtype)
+        how = {"weights": self.weights, "offload": self.offload, "devices": devices}
+        return component_sizes(checkpoint.layout, checkpoint.config, *kinds, **how)
 
     @property
     def quantized(self) -> tuple[str, ...]:

@@ -98,8 +98,11 @@ def component_sizes(
     *,
     weights: str | None = None,
     offload: bool = False,
+    devices: int = 1,
 ) -> dict[str, int]:
     """Bytes of the parameters of each component of a checkpoint, from headers alone.
+
+    Of a mesh they are those of all devices together, which share transformer and encoders.
 
     Args:
         layout: of the checkpoint.
@@ -108,6 +111,7 @@ def component_sizes(
         vae_dtype: of the VAE.
         weights: what the kernels of the blocks of transformer and text encoder are kept in.
         offload: whether the transformer's stay in the host's memory; they are not counted then.
+        devices: of the mesh; each has a VAE of its own.
     """
     kernels = kernel_dtype(weights)
     transformer = TRANSFORMER.abstract(config, dtype, kernel_dtype=kernels)
@@ -118,6 +122,7 @@ def component_sizes(
     if config.image_dim is not None:
         models["image_encoder"] = stored_image_encoder(layout).abstract(dtype)
     sizes = {name: bytes_of(nnx.state(model, nnx.Param)) for name, model in models.items()}
+    sizes["vae"] *= devices
     return {"transformer": resident_bytes(transformer, offload=offload), **sizes}
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -48,7 +47,6 @@ from skyreels_jax.generation.video import (
     write_mp4,
 )
 from skyreels_jax.generation.window_generator import WindowGenerator
-from skyreels_jax.memory import component_sizes
 from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.sampling.progress import Clock, NoProgress, Progress
 from skyreels_jax.shapes import Frames, HostLatents
@@ -104,8 +102,6 @@ class Pipeline(WithLoras):
         """
         chosen = self._chosen = check_options(**options)
         self.checkpoint, self.dtype = checkpoint, (dtype := chosen.dtype)
-        kinds = jnp.dtype(dtype), jnp.dtype(chosen.vae_dtype)
-        sized = checkpoint.layout, checkpoint.config, *kinds
         self.weights, self.offload = chosen.weights, chosen.offload
         self.parallelism = chosen.parallelism(checkpoint.config)
         loaders = chosen.loaders(checkpoint, self.parallelism)
@@ -130,8 +126,9 @@ class Pipeline(WithLoras):
                 "transformer": self._denoiser,
                 "vae": vae,
             },
-            partial(component_sizes, *sized, weights=chosen.weights, offload=chosen.offload),
+            partial(chosen.sizes, checkpoint, self.parallelism.devices),
             chosen.keep,
+            self.parallelism.free,
         )
 
     @classmethod
@@ -201,7 +198,7 @@ class Pipeline(WithLoras):
     def resolve_request(self, request: Request, memory: int | None = None) -> ResolvedRequest:
         """Decide every setting of a request, as :meth:`resolve`, logging nothing."""
         if memory is None:
-            memory = self.parallelism.free(self._residency.free_memory())
+            memory = self._residency.free_memory()
         resolved = resolve(request, self.checkpoint, memory=memory)
         return replace(resolved, loras=named(self.loras))
 

@@ -16,6 +16,7 @@ from flax import nnx
 from tests import standins
 from tests.parallel.parts_on_devices import PARTS, answer
 
+from skyreels_jax.diffusion.easycache import EasyCache
 from skyreels_jax.diffusion.frame_schedule import plan_blocks, schedule_frames
 from skyreels_jax.diffusion.guidance import guidance_of
 from skyreels_jax.diffusion.teacache import TeaCache
@@ -43,17 +44,21 @@ class Case:
         kind: ``t2v``, ``i2v`` or ``df`` (asynchronous, block-causal, with kept keys and values).
         videos: at once; with both prompts in a batch these are twice as many rows.
         size: rows and columns of latents; the patches of a frame are a quarter of their product.
-        cached: whether TeaCache leaves calls out.
+        cached: what leaves calls out, if anything.
         kernels: what the blocks' kernels are quantised to.
         path: of attention.
+        lora: whether LoRAs stand beside some kernels.
+        dtype: of parameters and products.
     """
 
     kind: str = "t2v"
     videos: int = 4
     size: tuple[int, int] = (8, 8)
-    cached: bool = False
+    cached: str | None = None
     kernels: str | None = None
     path: str | None = None
+    lora: bool = False
+    dtype: str = "float32"
 
 
 CASES = {
@@ -63,8 +68,11 @@ CASES = {
     "i2v": Case("i2v", size=(6, 6)),
     "df": Case("df", size=(6, 6)),
     "df in tiles": Case("df", size=(6, 6), path="chunked"),
-    "teacache": Case(size=(6, 6), cached=True),
+    "teacache": Case(size=(6, 6), cached="teacache"),
+    "easycache": Case(size=(6, 6), cached="easycache"),
     "int8": Case(size=(6, 6), kernels="int8"),
+    "lora beside int8": Case(size=(6, 6), kernels="int8", lora=True),
+    "bf16": Case(size=(6, 6), dtype="bfloat16"),
 }
 
 
@@ -77,24 +85,32 @@ def config_of(case: Case) -> TransformerConfig:
 
 def model_of(case: Case) -> WanModel:
     """The stand-in, of a size of values at which no layer dominates; perhaps quantised."""
+    rng = np.random.default_rng(5)
     config = config_of(case)
     model = standins.transformer(config)
     for path, leaf in parameters(model).items():
         value = leaf.get_value()
         if path.endswith(".kernel") and path.startswith("blocks."):
             leaf.set_value(value / (0.3 * value.shape[-2] ** 0.5))
-    if case.kernels is None:
+    if (case.kernels, case.dtype) == (None, "float32"):
         return model
     plain = {path: leaf.get_value() for path, leaf in parameters(model).items()}
-    model = TRANSFORMER.abstract(config, jnp.float32, kernel_dtype=jnp.dtype(case.kernels))
+    kernels = None if case.kernels is None else jnp.dtype(case.kernels)
+    model = TRANSFORMER.abstract(config, case.dtype, kernel_dtype=kernels)
     for path, leaf in parameters(model).items():
         if path.endswith("_scale"):
             continue
         value = np.asarray(plain[path])
-        if path + "_scale" in parameters(model):
+        if kernels is not None and path + "_scale" in parameters(model):
             value, scale = quantize(value, case.kernels)
             parameters(model)[path + "_scale"].set_value(jnp.asarray(scale))
-        leaf.set_value(jnp.asarray(value))
+        leaf.set_value(jnp.asarray(value, leaf.dtype))
+    if case.lora:
+        for linear in (model.blocks.self_attn.q, model.blocks.ffn.fc1, model.blocks.cross_attn.o):
+            layers, before, after = linear.kernel.shape
+            sizes = (layers, before, 4), (layers, 4, after)
+            down, up = (jnp.asarray(0.3 * rng.standard_normal(size), jnp.float32) for size in sizes)
+            linear.lora_down, linear.lora_up = (nnx.data(nnx.Param(part)) for part in (down, up))
     return model
 
 
@@ -135,6 +151,8 @@ def run(case: Case, denoiser: Denoiser) -> list[np.ndarray]:
     if case.cached:
         kept = np.array(1, np.int32)
         cache = TeaCache(np.float32(50), np.array([1.0, 0.0], np.float32), kept, kept, False)
+        if case.cached == "easycache":
+            cache = EasyCache(np.float32(50), np.array(2, np.int32), np.array(0, np.int32))
         sampling = dataclasses.replace(sampling, cache=cache)
     seen: list[np.ndarray] = []
     noise = draw_noise(3, (case.videos, 16, frames, rows, columns))

@@ -1,6 +1,7 @@
-"""Videos on 8 virtual devices and on one: ``python -m tests.parallel.videos MODEL [MESH]...``.
+"""Videos on 8 virtual devices and on one: ``python -m tests.parallel.videos MODEL JSON [MESH]...``.
 
-Started as :mod:`tests.parallel.on_devices` is; each line of JSON is a mesh and its video's PSNR.
+``JSON`` are settings. Started as :mod:`tests.parallel.on_devices` is; each line of JSON is a mesh
+and its video's PSNR.
 """
 
 import json
@@ -15,8 +16,8 @@ from skyreels_jax.weights.engine import parameters
 SHORT = {"height": 48, "width": 80, "num_frames": 9, "steps": 3, "seed": 3}
 
 
-def main(model: str, meshes: list[str]) -> None:
-    given = {"batched_guidance": True, **SHORT}
+def main(model: str, settings: str, meshes: list[str]) -> None:
+    given = {**SHORT, **json.loads(settings)}
     expected = Pipeline.from_pretrained(model, dtype="float32")("a red star", **given)
     for mesh in meshes:
         pipeline = Pipeline.from_pretrained(model, dtype="float32", mesh=mesh, keep=True)
@@ -32,4 +33,4 @@ def main(model: str, meshes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(*sys.argv[1:3], sys.argv[3:])

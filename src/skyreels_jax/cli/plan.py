@@ -10,6 +10,7 @@ from skyreels_jax.errors import RequestError
 from skyreels_jax.geometry import FRAMES_PER_LATENT, SIZE_MULTIPLE, nearest_multiples
 
 if TYPE_CHECKING:
+    from skyreels_jax.generation.dry_run.compiled import Compiled
     from skyreels_jax.generation.dry_run.meshes import Job, MeshForecast
 
 # Names of `generation.dry_run.meshes.ACCELERATORS`, which a test holds equal.
@@ -26,7 +27,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "plan",
         help="which meshes of devices a model fits on, and how long a step takes there",
         description="Which meshes of devices a model fits on, and how long a step would take "
-        "there: by formula from shapes and makers' rates, without weights and without devices.",
+        "there: by formula from shapes and makers' rates, without weights and without devices; "
+        "or by the TPU's compiler.",
     )
     parser.add_argument(
         "--model",
@@ -44,11 +46,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--batched-guidance", action="store_true", help="both prompts in one call: for data=2"
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="ask the compiler about the recommended mesh (TPUs; extra `compile`; minutes)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the meshes, those that fit and are fastest first; 0 if one fits, else 2."""
+    from skyreels_jax.generation.dry_run.compiled import compile_step, grid_of
     from skyreels_jax.generation.dry_run.meshes import ACCELERATORS, forecasts
 
     if not 1 <= args.devices <= _MOST_DEVICES:
@@ -57,13 +65,22 @@ def run(args: argparse.Namespace) -> int:
             f"{min(max(args.devices, 1), _MOST_DEVICES)}"
         )
     job = _job_of(args)
+    if args.compile:
+        grid_of(args.device, args.devices)  # What cannot be compiled for is said at once.
     found = forecasts(job, args.devices, ACCELERATORS[args.device])
-    if args.json:
-        print(
-            json.dumps({"job": _described(job), "meshes": [_plain(one) for one in found]}, indent=2)
-        )
-    else:
+    if not args.json:
         _print(job, args, found)
+    described: dict[str, object] = {
+        "job": _described(job),
+        "meshes": [_plain(one) for one in found],
+    }
+    if args.compile and found:
+        compiled = compile_step(job, found[0].plan, args.device)
+        described["compiled"] = _plain_compiled(compiled, found[0])
+        if not args.json:
+            _print_compiled(compiled, found[0])
+    if args.json:
+        print(json.dumps(described, indent=2))
     return 0 if found and found[0].fits else 2
 
 
@@ -141,6 +158,36 @@ def _print(job: "Job", args: argparse.Namespace, found: Sequence["MeshForecast"]
         print(f"recommended: --mesh {best.plan}, {seconds:.0f} s for {job.steps} steps")
     else:
         print("none fits: more devices, --weights int8, fewer frames or a smaller size")
+
+
+def _print_compiled(found: "Compiled", one: "MeshForecast") -> None:
+    """What the compiler says of a step, beside the formula."""
+    kernels = ", ".join(f"{n} {name}" for name, n in found.module.kernels.items()) or "none"
+    print(f"compiled in {found.seconds[0]:.0f} s, mesh {one.plan}, a step on each device:")
+    peak = sum(one.stages["transformer"].values())
+    for name, size, formula in (
+        ("arguments", found.arguments, one.arguments),
+        ("peak", found.peak, peak),
+    ):
+        print(f"  {name} {size / _GIB:.2f} GiB, by formula {formula / _GIB:.2f}")
+    print(f"  fused attention: {kernels}; what is in the loop over layers counts once here:")
+    for kind, (count, size) in found.module.collectives.items():
+        print(f"  {count} {kind}, {size / 1e9:.3f} GB")
+
+
+def _plain_compiled(found: "Compiled", one: "MeshForecast") -> Mapping[str, object]:
+    return {
+        "mesh": str(one.plan),
+        "arguments": found.arguments,
+        "temporary": found.temporary,
+        "peak": found.peak,
+        "kernels": dict(found.module.kernels),
+        "collectives": {
+            kind: {"count": count, "bytes": size}
+            for kind, (count, size) in found.module.collectives.items()
+        },
+        "seconds": found.seconds[0],
+    }
 
 
 def _plain(one: "MeshForecast") -> Mapping[str, object]:

@@ -194,6 +194,7 @@ class Residency:
         models: Mapping[str, Lazy[Any]],
         sizes: Callable[[], Mapping[str, int]],
         keep: Keep,
+        of_all: Callable[[int | None], int | None] = lambda of_one: of_one,
     ):
         """Nothing is decided yet, unless ``keep`` does.
 
@@ -201,7 +202,9 @@ class Residency:
             models: by name; ``transformer`` and ``vae`` among them.
             sizes: gives the bytes of each; called when they are first needed.
             keep: the user's choice.
+            of_all: bytes free on all devices that the models are on, of those on one.
         """
+        self._of_all = of_all
         self._models, self._measure, self._keep = models, sizes, keep
         for model in models.values():
             model.keep = keep is True
@@ -211,8 +214,11 @@ class Residency:
         return self._measure()
 
     def free_memory(self) -> int | None:
-        """Bytes for a video, with those of kept models that it uses or that can go."""
-        free = available_memory()
+        """Bytes for a video, with those of kept models that it uses or that can go.
+
+        On a mesh they are those of all devices.
+        """
+        free = self._of_all(available_memory())
         usable = self._models if self._keep == "auto" else ("transformer",)
         kept = sum(self._sizes[name] for name in usable if self._models[name].loaded is not None)
         return None if free is None else free + kept

@@ -59,6 +59,11 @@ class Parallelism(Protocol):
         """What brings it about again; ``None`` is one device."""
         ...
 
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        ...
+
     def cut(self, patches: Float[Array, "B F P C"]) -> Float[Array, "B F Q C"]:
         """Spread the patches of each frame, filled up with zeros where they do not divide."""
         ...
@@ -111,6 +116,11 @@ class SingleDevice:
     @property
     def name(self) -> None:
         """None."""
+
+    @property
+    def devices(self) -> int:
+        """One."""
+        return 1
 
     def cut(self, patches: Float[Array, "B F P C"]) -> Float[Array, "B F P C"]:
         """As they are."""

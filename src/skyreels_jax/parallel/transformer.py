@@ -92,6 +92,11 @@ class MeshTransformer:
         """The plan as text."""
         return str(self.plan)
 
+    @property
+    def devices(self) -> int:
+        """How many the mesh has."""
+        return self.plan.devices
+
     def sharding(self, *logical: str | None) -> NamedSharding:
         """The places of an array whose axes have these logical names."""
         return NamedSharding(self.mesh, self.rules.spec(self.plan, *logical))

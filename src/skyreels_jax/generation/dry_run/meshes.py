@@ -14,15 +14,15 @@ from typing import Final
 from flax import nnx
 
 from skyreels_jax.components.encoders import tiling_for
-from skyreels_jax.geometry import latent_shape
-from skyreels_jax.memory import LATENT_COPIES, bytes_of, kernel_dtype, vae_work
+from skyreels_jax.geometry import PIXELS_PER_LATENT, latent_shape
+from skyreels_jax.memory import LATENT_COPIES, kernel_dtype, vae_work
 from skyreels_jax.models.clip_vision import CLIP_VIT_H
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.umt5 import UMT5_XXL
 from skyreels_jax.models.vae_layers import WAN_VAE
 from skyreels_jax.models.vae_tiling import Tiles
 from skyreels_jax.parallel.plan import MeshPlan, all_plans
-from skyreels_jax.parallel.rules import weight_axis
+from skyreels_jax.parallel.rules import encoder_axis, weight_axis
 from skyreels_jax.weights.components.clip import CLIP
 from skyreels_jax.weights.components.transformer import TRANSFORMER
 from skyreels_jax.weights.components.umt5 import UMT5
@@ -153,6 +153,12 @@ class MeshForecast:
     fits: bool
 
     @property
+    def arguments(self) -> int:
+        """Bytes of the transformer's stage that are there before a step."""
+        parts = self.stages["transformer"]
+        return parts["weights"] + parts["contexts"] + parts["latents"]
+
+    @property
     def largest(self) -> tuple[str, int]:
         """The stage that takes most, and its bytes."""
         return max(((n, sum(v.values())) for n, v in self.stages.items()), key=lambda one: one[1])
@@ -167,7 +173,7 @@ def forecasts(job: Job, devices: int, kind: Accelerator) -> list[MeshForecast]:
 
 def forecast(job: Job, plan: MeshPlan, kind: Accelerator) -> MeshForecast:
     """What one mesh takes."""
-    stages = dict(_other_stages(job, kind)) | {"transformer": transformer_bytes(job, plan)}
+    stages = dict(_other_stages(job, plan, kind)) | {"transformer": transformer_bytes(job, plan)}
     traffic = tuple(one for one in traffic_of(job, plan) if one.received)
     # Slabs are of one size: where patches do not divide, all compute what fills up the last.
     slab = math.ceil(job.patches / plan.sequence)
@@ -264,33 +270,51 @@ def _parameters(
 ) -> Mapping[str, tuple[tuple[int, ...], int]]:
     """Shape and bytes of every parameter of a transformer."""
     model = TRANSFORMER.abstract(config, "bfloat16", kernel_dtype=kernel_dtype(weights))
-    return {
-        path: (variable.shape, variable.size * variable.dtype.itemsize)
-        for path, variable in parameters(model).items()
-    }
+    return _shapes_and_bytes(model)
 
 
 @cache
-def _encoder_bytes(weights: str | None) -> Mapping[str, int]:
-    """Bytes of the released encoders and the VAE."""
+def _encoders(weights: str | None) -> Mapping[str, Mapping[str, tuple[tuple[int, ...], int]]]:
+    """Shape and bytes of every parameter of the released encoders and the VAE."""
     text = UMT5.abstract(UMT5_XXL, "bfloat16", kernel_dtype=kernel_dtype(weights))
     models = {
         "text encoder": text,
         "image encoder": CLIP.abstract(CLIP_VIT_H, "bfloat16"),
         "VAE": VAE.abstract(WAN_VAE, "float32"),
     }
-    return {name: bytes_of(nnx.state(model, nnx.Param)) for name, model in models.items()}
+    return {name: _shapes_and_bytes(model) for name, model in models.items()}
 
 
-def _other_stages(job: Job, kind: Accelerator) -> Iterator[tuple[str, Mapping[str, int]]]:
-    """The stages that run on the first device, whole."""
-    there = _encoder_bytes(job.weights)
-    yield "text encoder", {"weights": there["text encoder"]}
+def _shapes_and_bytes(model: nnx.Module) -> Mapping[str, tuple[tuple[int, ...], int]]:
+    return {
+        path: (variable.shape, variable.size * variable.dtype.itemsize)
+        for path, variable in parameters(model).items()
+    }
+
+
+def _encoder_stage(weights: str | None, name: str, parts: int) -> Mapping[str, int]:
+    """Bytes of an encoder of which every device has its part and one layer that is whole."""
+    own, layer = 0, 0
+    for path, (shape, size) in _encoders(weights)[name].items():
+        cut = encoder_axis(path, shape, parts) is not None
+        own += size // parts if cut else size
+        layer += size // shape[0] if cut and path.startswith("blocks.") else 0
+    return {"weights": own, "layer put together": layer}
+
+
+def _other_stages(
+    job: Job, plan: MeshPlan, kind: Accelerator
+) -> Iterator[tuple[str, Mapping[str, int]]]:
+    """The stages before and after denoising, on all devices of the mesh."""
+    yield "text encoder", _encoder_stage(job.weights, "text encoder", plan.devices)
     if job.config.image_dim is not None:
-        yield "image encoder", {"weights": there["image encoder"]}
-    work = vae_work(WAN_VAE, "decode", job.height, job.width)
-    tiling = tiling_for("auto", work, kind.memory - there["VAE"])
+        yield "image encoder", _encoder_stage(job.weights, "image encoder", plan.devices)
+    there = sum(size for _, size in _encoders(job.weights)["VAE"].values())
+    # The VAE's weights are on every device, of its work each has the rows of latents of its slab.
+    slab = PIXELS_PER_LATENT * math.ceil(job.height // PIXELS_PER_LATENT / plan.devices)
+    work = vae_work(WAN_VAE, "decode", slab, job.width)
+    tiling = tiling_for("auto", work, kind.memory - there)
     if isinstance(tiling, Tiles):
         work = vae_work(WAN_VAE, "decode", tiling.size, tiling.size)
     name = "a tile at work" if isinstance(tiling, Tiles) else "a frame's chunk at work"
-    yield "VAE", {"weights": there["VAE"], name: work}
+    yield "VAE", {"weights": there, name: work}
