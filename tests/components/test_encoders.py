@@ -117,9 +117,9 @@ def test_a_prompt_does_not_depend_on_its_company():
 def test_new_prompts_do_not_recompile():
     encoder = Umt5TextEncoder(umt5_from(UMT5, tensors_of(umt5_oracle(UMT5))), tokenizer())
     encoder.encode(["a", "a " * 150, "a " * 300])
-    compiled = encoders._apply._cache_size()
+    compiled = encoders.encode_here._cache_size()
     encoder.encode(["b b", "ab " * 20, "b " * 200, "a " * 490, "b " * 2000, ""])
-    assert encoders._apply._cache_size() == compiled
+    assert encoders.encode_here._cache_size() == compiled
 
 
 def test_a_tokenizer_of_another_checkpoint_is_refused():
