@@ -17,8 +17,8 @@ _SETTINGS: Final[Mapping[str, Any]] = {"steps": 20, "guidance_scale": 4.0, "shif
 def write_samples_of(examples: Sequence[Example]) -> SampleWriter:
     """What a run shows: MP4 and caption of each example, and a contact sheet."""
 
-    def write(model: Path, folder: Path) -> None:
-        pipeline = Pipeline.from_pretrained(model, dtype="float32", keep=True)
+    def write(model: Path, folder: Path, loras: Sequence[Path] = ()) -> None:
+        pipeline = Pipeline.from_pretrained(model, dtype="float32", keep=True, loras=loras)
         rows = []
         for number, example in enumerate(examples):
             sizes = {name: getattr(example, name) for name in ("height", "width", "fps")}

@@ -13,10 +13,10 @@ from skyreels_jax.training.checkpointing import RunSettings
 from skyreels_jax.training.config import from_table, read_toml
 from skyreels_jax.training.dataset import OnEncoded
 from skyreels_jax.training.loop import RunConfig
+from skyreels_jax.training.lora_task import make_video_task
 from skyreels_jax.training.optimizer import OptimizerConfig
 from skyreels_jax.training.task import TrainingTask
 from skyreels_jax.training.transformer_recipe import TRAINING_OF_SOURCE, VideoTraining
-from skyreels_jax.training.transformer_task import VideoTask
 from skyreels_jax.training.videos.recipe import VideoData
 
 # What is made of a recipe's tables, a seed, and what is called as clips are encoded.
@@ -26,7 +26,7 @@ _TRAINABLE: Final[Mapping[str, tuple[type, _Make]]] = {
     "vae": (VaeTraining, lambda tables, seed, _: VaeTask(tables, seed)),
     "text": (EncoderTraining, lambda tables, seed, _: TextTask(tables, seed)),
     "image": (EncoderTraining, lambda tables, seed, _: ImageTask(tables, seed)),
-    "video": (VideoTraining, VideoTask),
+    "video": (VideoTraining, make_video_task),
 }
 _COMMON: Final = ("train", "output", "run", "optimizer")
 
@@ -69,7 +69,7 @@ class Recipe:
         }
         found: dict[str, Any] = {"train": self.kind}
         for name, table in tables.items():
-            for key, value in table.items():
+            for key, value in (table or {}).items():
                 found[f"{name}.{key}"] = list(value) if isinstance(value, tuple) else value
         return found
 

@@ -13,11 +13,12 @@ from typing import Final, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Int, PyTree
 
 from skyreels_jax.models.transformer_config import Numerics
 from skyreels_jax.ops.kernels.chunked import even_tile
-from skyreels_jax.ops.linear import linear
+from skyreels_jax.ops.linear import linear, row_dropout
 
 XAVIER: Final = nnx.initializers.xavier_uniform()
 NORMAL: Final = nnx.initializers.normal(0.02)
@@ -79,12 +80,14 @@ class Linear(nnx.Module):
 
     Where ``numerics.kernels`` says so, the kernel is stored as int8 or float8 and stands for
     ``kernel * kernel_scale`` with a float32 scale of each output channel. It is all zeros until it
-    is loaded. A LoRA can then stand beside it: ``lora_down [in, rank]``, ``lora_up [rank, out]``,
-    ``None`` where there is none.
+    is loaded. A LoRA can stand beside any kernel: ``lora_down [in, rank]`` and ``lora_up [rank,
+    out]``, ``None`` where there is none. In training, what enters it may be dropped: at the share
+    ``lora_dropout``, by the data of a random key for each video, ``lora_keys [B, 2]``.
     """
 
     lora_down: nnx.Param | None
     lora_up: nnx.Param | None
+    lora_keys: nnx.Variable | None
 
     def __init__(
         self,
@@ -104,18 +107,21 @@ class Linear(nnx.Module):
             self.kernel = nnx.Param(jnp.zeros(shape, numerics.kernels))
             self.kernel_scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_features,), numerics.params)) if use_bias else None
-        self.lora_down = self.lora_up = None
+        self.lora_down = self.lora_up = self.lora_keys = None
+        self.lora_dropout = 0.0
         self.dtype = numerics.compute
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         """Along the last axis of ``x``."""
         bias = None if self.bias is None else self.bias[...]
         scale = None if self.kernel_scale is None else self.kernel_scale[...]
-        lora = None
+        lora = dropped = None
         if self.lora_down is not None and self.lora_up is not None:
             lora = self.lora_down[...], self.lora_up[...]
-        kernel = self.kernel[...]
-        return linear(x, kernel, bias, scale=scale, low_rank=lora, dtype=self.dtype)
+            if self.lora_keys is not None:
+                dropped = row_dropout(x, self.lora_keys[...], self.lora_dropout)
+        low_rank = {"low_rank": lora, "low_rank_input": dropped}
+        return linear(x, self.kernel[...], bias, scale=scale, dtype=self.dtype, **low_rank)
 
 
 class Mlp(nnx.Module):
@@ -267,8 +273,23 @@ def scan_layers(
         )
     )
     # A gradient of slices taken inside the loop would have the whole stack's size in every turn.
-    tied.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    tied.defjvp(partial(_jvp_of, plain), symbolic_zeros=True)
     return tied(carry, layers, shared)
+
+
+def _jvp_of(
+    function: Callable[..., PyTree], primals: PyTree, tangents: PyTree
+) -> tuple[PyTree, PyTree]:
+    """A ``jax.jvp`` along what moves alone: what is frozen costs neither memory nor work."""
+    leaves, tree = jax.tree.flatten(primals)
+    slopes = tree.flatten_up_to(tangents)
+    moving = [i for i, slope in enumerate(slopes) if not isinstance(slope, SymbolicZero)]
+
+    def along_moving(*values: Array) -> PyTree:
+        given = dict(zip(moving, values, strict=True))
+        return function(*tree.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+    return jax.jvp(along_moving, [leaves[i] for i in moving], [slopes[i] for i in moving])
 
 
 def layer_at(layers: _Layer, index: Int[Array, ""]) -> _Layer:
@@ -311,5 +332,5 @@ def in_row_tiles(layer: nnx.Module, x: Float[Array, "*batch I"]) -> Float[Array,
     tiled = jax.custom_jvp(
         lambda parameters, x: jax.lax.platform_dependent(parameters, x, cpu=tiles, default=whole)
     )
-    tiled.defjvp(lambda primals, tangents: jax.jvp(whole, primals, tangents))
+    tiled.defjvp(partial(_jvp_of, whole), symbolic_zeros=True)
     return tiled(parameters, x)

@@ -1,9 +1,10 @@
 """The linear maps of the models: matrix product, and convolution causal in time, in chunks."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Shaped, UInt32
 
 from skyreels_jax.ops.rows import with_rows_around
 from skyreels_jax.ops.target import target_device
@@ -21,6 +22,7 @@ def linear(
     *,
     scale: Float[Array, " E"] | None = None,
     low_rank: tuple[Float[Array, "D R"], Float[Array, "R E"]] | None = None,
+    low_rank_input: Float[Array, "*B D"] | None = None,
     dtype: DTypeLike,
 ) -> Float[Array, "*B E"]:
     """``x @ kernel + bias`` with operands in ``dtype``, summed in float32, returned in ``dtype``.
@@ -28,19 +30,35 @@ def linear(
     A kernel in int8 or float8 stands for ``kernel * scale``: its values are exact in ``dtype``, and
     the float32 sums are multiplied by ``scale``. ``low_rank`` are two matrices of which the product
     is added to that kernel, without ever being made: ``(x @ down) @ up``, of which ``x @ down`` is
-    rounded to ``dtype``. The products, the scale and the bias are rounded once, together. float32
-    operands are multiplied exactly (no TF32 or bf16 passes on accelerators): float32 is the dtype
-    in which parity is proved.
+    rounded to ``dtype``; ``low_rank_input`` is what they multiply in place of ``x``. The products,
+    the scale and the bias are rounded once, together. float32 operands are multiplied exactly (no
+    TF32 or bf16 passes on accelerators): float32 is the dtype in which parity is proved.
     """
     out = _product(x, kernel, dtype)
     if scale is not None:
         out = out * lax.broadcast_in_dim(scale, out.shape, (out.ndim - 1,))
     if low_rank is not None:
         down, up = low_rank
-        out = out + _product(_product(x, down, dtype), up, dtype)
+        given = x if low_rank_input is None else low_rank_input
+        out = out + _product(_product(given, down, dtype), up, dtype)
     if bias is not None:
         out = out + lax.broadcast_in_dim(bias.astype(jnp.float32), out.shape, (out.ndim - 1,))
     return out.astype(dtype)
+
+
+def row_dropout(
+    x: Float[Array, "B *rest"], keys: UInt32[Array, "B 2"], share: float
+) -> Float[Array, "B *rest"]:
+    """``x`` with a ``share`` of its values zero and the others larger, so that the mean stays.
+
+    Which ones follows from the data of a random key for each row of the batch, whatever the others.
+    """
+
+    def one(x: Array, key: Array) -> Array:
+        keep = jax.random.bernoulli(jax.random.wrap_key_data(key), 1 - share, x.shape)
+        return jnp.where(keep, x / (1 - share), jnp.zeros_like(x))
+
+    return jax.vmap(one)(x, keys)
 
 
 def _product(

@@ -76,7 +76,7 @@ def _checked_keys(kind: Any, table: Toml, where: str) -> dict[str, Toml]:
             raise RequestError(f"{where}: {key:.40} is unknown; {hint}")
         if name in found:
             raise RequestError(f"{where}: {name} is given twice, once as {key}")
-        inner = get_type_hints(kind)[name]
+        inner = _hint_of(kind, name)
         if is_dataclass(inner):
             value = _checked_keys(inner, value, f"{where}.{key}")
         if element := _element(inner):
@@ -98,6 +98,13 @@ def _element(hint: object) -> type | None:
     return first if rest == [...] and isinstance(first, type) and is_dataclass(first) else None
 
 
+def _hint_of(kind: object, name: str) -> object:
+    """The type of a dataclass's field; of one that may be ``None``, what it is else."""
+    hint = get_type_hints(kind)[name]
+    others = [one for one in get_args(hint) if one is not type(None)]
+    return others[0] if len(others) == 1 and type(None) in get_args(hint) else hint
+
+
 def _explained(kind: Any, table: Toml, where: str, error: Exception) -> str:
     """What is wrong in this package's words: the value, and what it should be."""
     at = _WHERE.search(str(error))
@@ -112,7 +119,7 @@ def _explained(kind: Any, table: Toml, where: str, error: Exception) -> str:
         if isinstance(value, list):
             value, hint = value[int(step)], get_args(hint)[0]
         else:
-            value, hint = value[step], get_type_hints(hint)[step]
+            value, hint = value[step], _hint_of(hint, step)
     name = f"{where}.{at[1]}"
     legal = get_args(hint) if get_origin(hint) is Literal else ()
     if legal:

@@ -20,7 +20,7 @@ from skyreels_jax.training.checkpointing import Checkpoints, RunSettings, open_c
 from skyreels_jax.training.log import OnLog, TrainingLog
 from skyreels_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from skyreels_jax.training.step import TrainState, TrainStep, TrainStepReport, init_state, make_step
-from skyreels_jax.training.task import Params, TrainingTask
+from skyreels_jax.training.task import FrozenBase, Params, TrainingTask
 from skyreels_jax.weights.writer import new_folder
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _FREE: Final = frozenset(
     f"run.{name}"
     for name in (
         *("log_every", "evaluate_every", "sample_every", "checkpoint_every"),
-        *("keep", "tensorboard", "export_raw"),
+        *("keep", "tensorboard", "export_raw", "export_every"),
     )
 ) | {"model.export_dtype", "model.remat"}
 # Folders may move: what is in them is compared by its digest.
@@ -61,6 +61,7 @@ class RunConfig:
         evaluate_every: steps between two evaluations; 0 for none but the last.
         sample_every: steps between two samples; 0 for none but the last.
         checkpoint_every: steps between two checkpoints.
+        export_every: steps between two exports, in ``exports``; 0 for none but the last.
         keep: checkpoints that stay.
         tensorboard: write the log's metrics for TensorBoard too (takes the extra ``train``).
         export_raw: write ``model-raw`` too: the parameters themselves, not their average.
@@ -74,6 +75,7 @@ class RunConfig:
     evaluate_every: int = 0
     sample_every: int = 0
     checkpoint_every: int = 500
+    export_every: int = 0
     keep: int = 2
     tensorboard: bool = False
     export_raw: bool = False
@@ -82,7 +84,7 @@ class RunConfig:
         for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} should be at least 1; nearest: 1")
-        for name in ("evaluate_every", "sample_every", "seed"):
+        for name in ("evaluate_every", "sample_every", "export_every", "seed"):
             if getattr(self, name) < 0:
                 value = getattr(self, name)
                 raise ValueError(f"{name} = {value} should not be negative; nearest: 0")
@@ -151,7 +153,9 @@ def train(
         started = int(state.step)
         log = TrainingLog(output, started, on_log, tensorboard=run.tensorboard)
         loop = _Loop(task, run, output, saved, settings, log, learning_rate(optimizer, run.steps))
-        step = make_step(task.loss, chain, draw=task.draw, accumulate=run.accumulate, ema=run.ema)
+        frozen = task.frozen() if isinstance(task, FrozenBase) else None
+        made = {"accumulate": run.accumulate, "ema": run.ema, "frozen": frozen}
+        step = make_step(task.loss, chain, draw=task.draw, **made)
         state = loop.run_steps(state, step, stop)
         done = int(state.step)
         finished = done >= run.steps
@@ -216,7 +220,7 @@ class _Loop:
         self._show(state, done, last=True)
 
     def _is_due(self, done: int) -> bool:
-        every = (self.run.evaluate_every, self.run.sample_every)
+        every = (self.run.evaluate_every, self.run.sample_every, self.run.export_every)
         return any(number > 0 and done % number == 0 for number in every)
 
     def _show(self, state: TrainState, done: int, *, last: bool = False) -> None:
@@ -227,6 +231,11 @@ class _Loop:
         params = _best(state)
         if last or (run.evaluate_every and done % run.evaluate_every == 0):
             self._evaluate(params, done)
+        exported = self.output / "exports" / f"{done:07d}"
+        due = run.export_every and done % run.export_every == 0 and not last
+        if due and not exported.exists():
+            with new_folder(exported) as partial:
+                self.task.export(params, partial)
         folder = self.output / "samples" / f"{done:07d}"
         if (last or (run.sample_every and done % run.sample_every == 0)) and not folder.exists():
             self._sample(params, folder)

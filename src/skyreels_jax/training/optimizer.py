@@ -1,13 +1,17 @@
 """What turns gradients into updates: optax's optimisers, by name and numbers."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from skyreels_jax.training.task import Params
 
 if TYPE_CHECKING:
     import optax
     from optax.contrib import MuonDimensionNumbers
+
+
+# Ends of the names of what multiplies.
+_MATRICES: Final = ("kernel", "lora_down", "lora_up")
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def make_optimizer(
 
 def _is_matrix(params: Params) -> dict[str, bool]:
     """Which parameters multiply what passes through: kernels, not norms, biases and tables."""
-    return {name: name.endswith("kernel") for name in params}
+    return {name: name.endswith(_MATRICES) for name in params}
 
 
 def _muon_axes(params: Params) -> "dict[str, MuonDimensionNumbers | None]":
@@ -109,7 +113,7 @@ def _muon_axes(params: Params) -> "dict[str, MuonDimensionNumbers | None]":
     from optax.contrib import MuonDimensionNumbers
 
     def axes(name: str, ndim: int) -> MuonDimensionNumbers | None:
-        if not name.endswith("kernel"):
+        if not name.endswith(_MATRICES):
             return None
         first = 1 if name.startswith("blocks.") else 0
         return MuonDimensionNumbers(tuple(range(first, ndim - 1)), ndim - 1)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from skyreels_jax.errors import RequestError
 from skyreels_jax.hub import locate
 from skyreels_jax.models.transformer_config import CONDITION_CHANNELS, TransformerConfig
+from skyreels_jax.training.lora import lora_targets
 from skyreels_jax.training.transformer_recipe import VideoTraining
 from skyreels_jax.weights.components.clip import stored_image_encoder
 from skyreels_jax.weights.components.transformer import stored_transformer
@@ -50,6 +51,13 @@ def find_sources(training: VideoTraining) -> TrainingSources:
             raise RequestError(
                 f"model.{name} = {wanted} does not fit {where}, which gives {has}; nearest: {has}"
             )
+    if training.lora is not None:
+        if begun is not None and begun.model_type != config.model_type:
+            raise RequestError(
+                f"lora: model.start = {shape.start!r} is {begun.model_type}, and a LoRA cannot "
+                f"make it {config.model_type}; begin with a model that is"
+            )
+        lora_targets(config, training.lora)
     return TrainingSources(vae, text, image, start, begun, config)
 
 

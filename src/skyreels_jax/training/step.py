@@ -1,6 +1,7 @@
 """One step of training: a pure function of (state, batch, key)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -68,6 +69,7 @@ def make_step(
     draw: Draw = no_draw,
     accumulate: int = 1,
     ema: float = 0.0,
+    frozen: Params | None = None,
 ) -> TrainStep:
     """A compiled step; the state given is donated.
 
@@ -79,7 +81,30 @@ def make_step(
             leading axis of every array in a batch must be a multiple.
         ema: share of the old average that stays in each step; 0 for none. It is lower in the first
             steps, ``(1 + n) / (10 + n)``, so that the initial values are soon forgotten.
+        frozen: parameters that the loss is given too and that stay as they are. They are given to
+            what is compiled: constants of it they would be twice in memory.
     """
+
+    def step(
+        state: TrainState, batch: PyTree, key: Array, frozen: Params
+    ) -> tuple[TrainState, TrainStepReport]:
+        def whole_loss(params: Params, batch: PyTree, noise: PyTree) -> LossAndMetrics:
+            return loss({**frozen, **params}, batch, noise)
+
+        made = _uncompiled(whole_loss, optimizer, draw=draw, accumulate=accumulate, ema=ema)
+        return made(state, batch, key)
+
+    return partial(jax.jit(step, donate_argnums=0), frozen=dict(frozen or {}))
+
+
+def _uncompiled(
+    loss: Loss,
+    optimizer: "optax.GradientTransformation",
+    *,
+    draw: Draw,
+    accumulate: int,
+    ema: float,
+) -> TrainStep:
     import optax
 
     def gradients(params: Params, inputs: tuple[PyTree, PyTree]) -> tuple[PyTree, dict[str, Array]]:
@@ -118,4 +143,4 @@ def make_step(
         report = TrainStepReport({**metrics, "grad_norm": norm}, is_finite)
         return kept._replace(step=state.step + 1), report
 
-    return jax.jit(step, donate_argnums=0)
+    return step

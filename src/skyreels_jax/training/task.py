@@ -52,6 +52,15 @@ class TrainingTask(Protocol):
         ...
 
 
+@runtime_checkable
+class FrozenBase(Protocol):
+    """A task whose model has parameters that are not trained, and are in no state."""
+
+    def frozen(self) -> Params:
+        """These, by other names than those of :meth:`TrainingTask.init`; the loss has both."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Template(Generic[_ModelT]):
     """A model without its parameters.

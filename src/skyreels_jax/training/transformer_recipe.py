@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from skyreels_jax.models.vae_layers import FRAME_STRIDE
 from skyreels_jax.moving_shapes.clips import CLIP_SIZES, FRAME_RATES, max_frames
 from skyreels_jax.training.config import check_at_least, check_choice, check_heads
+from skyreels_jax.training.lora import LoraTraining
 from skyreels_jax.training.objective import cosmap
 from skyreels_jax.training.sigma_distributions import (
     ContinuedVideo,
@@ -167,13 +168,18 @@ class ClipsData(VideoData):
 
 @dataclass(frozen=True)
 class VideoTraining:
-    """A run's tables ``data``, ``model`` and ``objective``."""
+    """A run's tables ``data``, ``model``, ``objective`` and, where a LoRA is trained, ``lora``."""
 
     data: VideoData
     model: TransformerShape = field(default_factory=TransformerShape)
     objective: Objective = field(default_factory=Objective)
+    lora: LoraTraining | None = None
 
     def __post_init__(self):
+        if self.lora is not None and self.model.start is None:
+            raise ValueError(
+                "model.start must name what the LoRA is of, such as 'mini' or a Hugging Face id"
+            )
         if self.model.model_type == "i2v" and self.data.image is None:
             raise ValueError(
                 "data.image must name the folder of an image encoder for i2v, such as 'mini-i2v'"

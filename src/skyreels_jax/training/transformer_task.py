@@ -7,16 +7,17 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt32
 
 from skyreels_jax.models.transformer import WanModel
+from skyreels_jax.models.transformer_attention import CrossContext
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.presets import PIPELINE_OF_TASK
 from skyreels_jax.shapes import Latents
@@ -40,8 +41,13 @@ _MEASURED_SIGMAS: Final = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 _logger = logging.getLogger(__name__)
 
-# Writes what the model of a pipeline's folder makes into another folder.
-SampleWriter = Callable[[Path, Path], None]
+
+class SampleWriter(Protocol):
+    """Writes what the model of a pipeline's folder makes, with LoRAs, into another folder."""
+
+    def __call__(self, model: Path, folder: Path, loras: Sequence[Path] = ()) -> None:
+        """Write what the model in ``model`` makes into ``folder``."""
+        ...
 
 
 class VideoNoise(NamedTuple):
@@ -50,6 +56,8 @@ class VideoNoise(NamedTuple):
     noise: Latents
     sigma: Sigmas
     known: Bool[Array, "B F"] | None
+    # Data of a random key, where a LoRA's inputs are dropped.
+    dropout: UInt32[Array, "B 2"] | None = None
 
 
 class VideoTask:
@@ -78,7 +86,7 @@ class VideoTask:
         self._sources = find_sources(training)
         self.config = self._sources.config
         self._clips = _opened(training, self._sources, seed, on_encoded)
-        self.template, self.first = Template.of(self._begin())
+        self.template, self.first = self._begun()
         self._distribution = training.objective.distribution()
         self._of_stills = dataclasses.replace(training.objective, continued=0.0).distribution()
         self._padding = self.config.text_len - self._clips.text_length
@@ -91,6 +99,9 @@ class VideoTask:
     def examples(self) -> Sequence[Example]:
         """What is shown while training."""
         return self._clips.examples()
+
+    def _begun(self) -> tuple[Template[WanModel], Params]:
+        return Template.of(self._begin())
 
     def _begin(self) -> WanModel:
         model = self._fresh(self.config)
@@ -139,10 +150,16 @@ class VideoTask:
         """See :func:`~skyreels_jax.training.objective.velocity_loss`."""
         return self._velocity_loss(params, batch, noise), {}
 
+    def _model(self, params: Params, drawn: VideoNoise) -> WanModel:
+        """The model with its parameters, for a loss."""
+        del drawn
+        return self.template.model(params)
+
     def _velocity_loss(
         self, params: Params, batch: Batch, drawn: VideoNoise, *, weighted: bool = True
     ) -> Float[Array, ""]:
-        model = self.template.model(params)
+        model = self._model(params, drawn)
+        assert not isinstance(batch.context, CrossContext)
         context = model.prepare_context(batch.context, batch.clip_fea, padding=self._padding)
         batch = batch._replace(context=context, clip_fea=None)
         weight = self.training.objective.weight if weighted else None
@@ -178,7 +195,7 @@ class VideoTask:
         """What the sample writer writes, if there is one."""
         if self.sample_writer is not None:
             with tempfile.TemporaryDirectory() as temporary:
-                self._write_pipeline(Path(temporary), params, jnp.float32, _link)
+                self._write_pipeline(Path(temporary), params, jnp.float32, symlink_to)
                 self.sample_writer(Path(temporary), folder)
 
     def _save(self, folder: Path, params: Params, format: Format, dtype: DTypeLike) -> None:
@@ -241,5 +258,6 @@ def widen_to_i2v(model: WanModel, begun: Params) -> None:
     nnx.update(model, nnx.from_flat_state(updated))
 
 
-def _link(source: str, target: str) -> None:
+def symlink_to(source: str, target: str) -> None:
+    """Make ``target`` a link to a file, in place of a copy."""
     os.symlink(os.path.abspath(source), target)

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from skyreels_jax.weights.lora.adapters import LORA, UP_BIAS, Adapter
 from skyreels_jax.weights.lora.binding import BoundLora
 from skyreels_jax.weights.lora.file import ADAPTER_METADATA
 from skyreels_jax.weights.lora.names import ModelNames
-from skyreels_jax.weights.plan import Problems
+from skyreels_jax.weights.plan import Format, Problems
 from skyreels_jax.weights.safetensors_file import TensorSpec
 
 LoraForm = Literal["peft", "comfyui"]
@@ -93,6 +94,68 @@ def in_form(lora: BoundLora, names: ModelNames, form: LoraForm) -> TensorStream:
     return _in_comfyui(lora, names) if form == "comfyui" else _in_peft(lora, names)
 
 
+@dataclass(frozen=True)
+class TrainedProduct:
+    """A product that was trained: ``up @ down``, to be scaled by alpha.
+
+    Attributes:
+        names: of its module, in each format.
+        down: ``[rank, in]``.
+        up: ``[out, rank]``.
+    """
+
+    names: Mapping[Format, str]
+    down: np.ndarray
+    up: np.ndarray
+
+
+def lora_of_products(
+    products: Sequence[TrainedProduct],
+    form: LoraForm,
+    *,
+    alpha: float,
+    rslora: bool = False,
+    dropout: float = 0.0,
+) -> TensorStream:
+    """A LoRA file of products that were trained with one alpha.
+
+    Args:
+        products: of one rank.
+        form: to write.
+        alpha: they are scaled by it over the rank.
+        rslora: over the rank's root; ComfyUI, which knows none of that, is given the alpha that
+            comes to the same.
+        dropout: that they were trained with, for PEFT's configuration.
+
+    Raises:
+        WeightsError: two are of one module.
+    """
+    written, rank = LoraWriter(), products[0].down.shape[0]
+    words = ("lora_A", "lora_B") if form == "peft" else ("lora_down", "lora_up")
+    format: Format = "diffusers" if form == "peft" else "original"
+    for product in products:
+        stem = (_PEFT if form == "peft" else _COMFY) + product.names[format]
+        for word, values in zip(words, (product.down, product.up), strict=True):
+            spec = TensorSpec(values.shape, values.dtype)
+            written.add(f"{stem}.{word}.weight", spec, partial(np.asarray, values))
+        if form == "comfyui":
+            written.add_number(f"{stem}.alpha", alpha * math.sqrt(rank) if rslora else alpha)
+    if form == "peft":
+        configuration = {
+            "r": rank,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "target_modules": sorted(product.names[format] for product in products),
+            "use_rslora": rslora,
+            "lora_dropout": dropout,
+            "use_dora": False,
+            "lora_bias": False,
+            "bias": "none",
+            "peft_type": "LORA",
+        }
+        _add_configuration(written, configuration)
+    return written.stream()
+
+
 def _in_comfyui(lora: BoundLora, names: ModelNames) -> TensorStream:
     written = LoraWriter()
     for adapter in lora.adapters:
@@ -157,9 +220,13 @@ def _in_peft(lora: BoundLora, names: ModelNames) -> TensorStream:
         if biases:
             _add_bias(written, f"{stem}.lora_B.bias", lora, adapter, biases.get(module))
     configuration = _configuration(modules, has_bias=bool(biases))
+    _add_configuration(written, configuration)
+    return written.stream()
+
+
+def _add_configuration(written: LoraWriter, configuration: Mapping[str, object]) -> None:
     text = {f"{_PEFT}{name}": value for name, value in configuration.items()}
     written.metadata[ADAPTER_METADATA] = json.dumps(text, sort_keys=True)
-    return written.stream()
 
 
 def _check_peft(
