@@ -30,6 +30,7 @@ from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.vae_tiling import ON_ONE_DEVICE
 from skyreels_jax.parallel.encoders import MeshEncoder, in_a_line
 from skyreels_jax.parallel.plan import AUTO, MeshPlan
+from skyreels_jax.parallel.processes import current_processes
 from skyreels_jax.parallel.transformer import MeshTransformer
 from skyreels_jax.parallel.vae import MeshFrames
 from skyreels_jax.torch_side.components import (
@@ -216,6 +217,14 @@ def check_options(**options: Unpack[PipelineOptions]) -> ChosenOptions:
             f"`device` {device!r} is of the hybrid backend's parts in PyTorch; JAX computes on "
             "the device that it finds, or that the environment's JAX_PLATFORMS names: leave it out"
         )
+    if current_processes() is not None:
+        if mesh is None or backend != "jax":
+            raise RequestError(
+                "several processes make one video on a `mesh` of all their devices, with `backend` "
+                "jax"
+            )
+        # What one process finds in its cache, another would have to compute with all.
+        options["prompt_cache"] = None
     return ChosenOptions(**options)
 
 

@@ -39,6 +39,7 @@ from skyreels_jax.generation.request.resolve import needed_memory, resolve
 from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.store import MemoryStore, WindowStore
+from skyreels_jax.generation.together import agreed_request, shared_by_processes
 from skyreels_jax.generation.video import (
     Video,
     decode_latents,
@@ -170,7 +171,7 @@ class Pipeline(WithLoras):
             WeightsError: a part is missing, unsound or incomplete.
             NumericsError: something was not finite; says what and where.
         """
-        resolved = self.resolve(prompt, **settings)
+        resolved = agreed_request(lambda: self.resolve(prompt, **settings))
         store, clock = MemoryStore(), Clock(progress or NoProgress())
         frames = list(stream_frames(self._generator(resolved, store, clock)))
         about = settings_of(resolved)
@@ -275,6 +276,7 @@ class Pipeline(WithLoras):
     ) -> WindowGenerator:
         self.verify()
         self.parallelism.check_rows(request.rows)
+        store, clock = shared_by_processes(store, clock)
         work = needed_memory(request, self.checkpoint)
         self._residency.decide(work.total - work.weights)
         return WindowGenerator(

@@ -54,6 +54,7 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     _add_output(add_video_flags(parser, prompted=True)[OUTPUT])
+    add_process_flags(parser)
 
 
 def add_video_flags(parser: argparse.ArgumentParser, *, prompted: bool) -> Mapping[str, Any]:
@@ -286,6 +287,30 @@ def add_resume_flags(parser: argparse.ArgumentParser) -> None:
         "--overwrite",
         action="store_true",
         help="replace a file that has come to the output's place since the job was begun",
+    )
+    add_process_flags(parser)
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """How this process joins others, for one video or one training run on all their devices."""
+    group = parser.add_argument_group("several processes (docs/clusters.md)")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the processes that Slurm, Kubernetes, a TPU slice or MPI started",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="join others: where process 0 is reached"
+    )
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    group.add_argument(
+        "--process-id", type=int, metavar="I", help="which one this is; 0 writes files and prints"
+    )
+    group.add_argument(
+        "--stall-limit",
+        type=float,
+        metavar="SECONDS",
+        help="end when one stands still for so long while others go on; 0 for never (default: 45)",
     )
 
 

@@ -16,6 +16,7 @@ from skyreels_jax.cli import dry_run
 from skyreels_jax.cli.job import begin, decode_file, go_on, open_pipeline
 from skyreels_jax.cli.products import JOB_SUFFIX, Products
 from skyreels_jax.cli.report import describe
+from skyreels_jax.cli.together import check_together, follow, join, lead
 from skyreels_jax.cli.unused import check_prompt, unused_flags
 from skyreels_jax.errors import RequestError, UnsupportedError
 from skyreels_jax.files import read_text
@@ -45,6 +46,10 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("--dry-run plans a whole generation: leave --resume-latents out")
     if args.dry_run and args.mesh:
         raise RequestError("--dry-run counts the memory of one device: leave --mesh out")
+    check_together(args, vars(args))
+    processes = join(args)
+    if processes is not None and not processes.first:
+        return follow(processes)
     products = _products(args)
     products.check(overwrite=args.overwrite)
     if args.dry_run:
@@ -73,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
             memory = pipeline.parallelism.free(available_memory())
         request = resolve_and_print(args, checkpoint, memory=memory)
         job = begin(args, pipeline, request, products)
+        lead(job)
         return go_on(pipeline, job)
 
 

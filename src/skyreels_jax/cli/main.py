@@ -14,11 +14,11 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import skyreels_jax
 from skyreels_jax.cli.flags import FLAGS, QUIET_VERBS, quietly
-from skyreels_jax.errors import SkyReelsError, is_out_of_memory, out_of_memory
+from skyreels_jax.errors import SkyReelsError, Stopped, is_out_of_memory, out_of_memory
 from skyreels_jax.generation.request.declaration import hint, in_flags, one_line
 from skyreels_jax.interrupt import (
     HUNG_UP,
@@ -28,6 +28,9 @@ from skyreels_jax.interrupt import (
     send_again,
     signals_raise,
 )
+
+if TYPE_CHECKING:
+    from skyreels_jax.parallel.processes import Processes
 
 USAGE_ERROR: Final = 2
 # What a shell returns for a program whose reader went away (SIGPIPE).
@@ -141,17 +144,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SkyReelsError as error:
         if args.verbose:
             logging.getLogger(__name__).exception("refused")
-        line = in_flags(one_line(str(error)))
-        print(f"skyreels-jax: error: {line}", file=sys.stderr)
+        _say_error(in_flags(one_line(str(error))), stopped=isinstance(error, Stopped))
         return error.exit_code
     except (MemoryError, RuntimeError, OSError) as error:
         if args.verbose or not is_out_of_memory(error):
             raise
-        print(f"skyreels-jax: error: {in_flags(out_of_memory(error))}", file=sys.stderr)
+        _say_error(in_flags(out_of_memory(error)))
         return USAGE_ERROR
     except KeyboardInterrupt as stop:
         print("skyreels-jax: stopped", file=sys.stderr)
+        if (processes := _joined()) is not None:
+            processes.failed("stopped")
         return exit_code(stop)
+
+
+def _joined() -> "Processes | None":
+    """The processes that this one has joined; imports nothing that is not there."""
+    module = sys.modules.get("skyreels_jax.parallel.processes")
+    return None if module is None else module.current_processes()
+
+
+def _say_error(line: str, *, stopped: bool = False) -> None:
+    """One line on standard error, and to the processes that this one has joined."""
+    who = ""
+    if (processes := _joined()) is not None:
+        if stopped and not processes.first:
+            return
+        if not stopped:
+            processes.failed(line)
+        who = "" if processes.first else f"process {processes.id}: "
+    print(f"skyreels-jax: error: {who}{line}", file=sys.stderr)
 
 
 def _nearest(verb: str) -> str:
@@ -187,6 +209,8 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
             code = CLOSED_PIPE
     except KeyboardInterrupt as stop:  # After the verb, while its last line is written.
         code = exit_code(stop)
+    if (processes := _joined()) is not None:
+        processes.leave(code)
     if code in (INTERRUPTED, TERMINATED, HUNG_UP):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -4,6 +4,7 @@ import argparse
 import os
 
 from skyreels_jax.cli.job import check_how, go_on, open_pipeline, output_of
+from skyreels_jax.cli.together import check_together, follow, join, lead
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.job_folder import FolderStore, require_job
 from skyreels_jax.media import check_output
@@ -17,10 +18,14 @@ def run(args: argparse.Namespace) -> int:
         RequestError: it is no job, somebody works on it, its checkpoint is another now, or a file
             that it did not make is where its video belongs.
     """
+    processes = join(args)
+    if processes is not None and not processes.first:
+        return follow(processes)
     require_job(args.job)
     with locked(args.job, "job"):
         job = FolderStore.open(args.job)
         check_how(job)
+        check_together(args, job.how)
         output = args.output or output_of(job)
         check_output(output)
         with locked(output, "output"):
@@ -33,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
                     "another with --output, or --overwrite to replace it"
                 )
             job.how["output"] = os.path.abspath(output)
+            lead(job)
             return _go_on(job)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from skyreels_jax.cli.flags import add_process_flags
 from skyreels_jax.errors import RequestError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("config", type=Path, help="what to train on what; see docs/training.md")
     parser.add_argument("--output", type=Path, metavar="DIR", help="instead of the file's `output`")
     parser.add_argument("--steps", type=int, metavar="N", help="instead of the file's `run.steps`")
+    add_process_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,11 +40,13 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = read_recipe(args.config, overrides)
 
+    from skyreels_jax.cli.together import join
     from skyreels_jax.cli.training_samples import write_samples_of
     from skyreels_jax.hub import enable_compilation_cache
     from skyreels_jax.training.loop import train
     from skyreels_jax.training.transformer_task import VideoTask
 
+    join(args)
     enable_compilation_cache()
     try:
         recipe.output.mkdir(parents=True, exist_ok=True)

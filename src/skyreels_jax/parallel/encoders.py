@@ -18,6 +18,7 @@ from jaxtyping import Array
 from skyreels_jax.models.clip_vision import ClipVision
 from skyreels_jax.models.umt5 import Umt5Encoder
 from skyreels_jax.ops.target import compiled_for, device_of
+from skyreels_jax.parallel.placing import send_parts
 from skyreels_jax.parallel.rules import encoder_axis
 
 _Tree = TypeVar("_Tree")
@@ -76,11 +77,12 @@ class MeshEncoder:
 
     def placement(self, path: str, value: np.ndarray) -> Array:
         """Put a loaded parameter where it belongs: each device is sent its part alone."""
-        return jax.device_put(value, NamedSharding(self.mesh, self.spec(path, value.shape)))
+        return send_parts(value, NamedSharding(self.mesh, self.spec(path, value.shape)))
 
     def apply(self, graph: nnx.GraphDef[_Model], state: nnx.State, *inputs: Array) -> Array:
         """What the model makes of inputs; it is the same on every device."""
-        return _encoded(self, graph, state, *inputs)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return _encoded(self, graph, state, *(send_parts(value, whole) for value in inputs))
 
     def abstract(self, state: nnx.State) -> nnx.State:
         """Shapes of a model's parameters with the places where :meth:`placement` puts them."""

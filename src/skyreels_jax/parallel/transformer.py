@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
+from skyreels_jax.errors import RequestError
 from skyreels_jax.models.layers import layer_at
 from skyreels_jax.models.parallelism import LayerFunction, LayerInputs, SharedInputs
 from skyreels_jax.models.transformer_attention import FrameKeyValues
@@ -25,6 +26,7 @@ from skyreels_jax.models.transformer_layers import FrameTokens
 from skyreels_jax.ops.positions import RopeTable
 from skyreels_jax.ops.target import Device, compiled_for, device_of
 from skyreels_jax.parallel.attention import MeshAttention
+from skyreels_jax.parallel.placing import send_parts
 from skyreels_jax.parallel.plan import AUTO, MESH_AXES, MeshPlan, choose_plan
 from skyreels_jax.parallel.rules import Rules, weight_axis
 
@@ -61,7 +63,7 @@ class MeshTransformer:
         Args:
             given: a plan, its text, or ``auto``.
             config: of the transformer.
-            devices: to take; ``None`` for all of this process.
+            devices: to take; ``None`` for all of this process and those that it has joined.
 
         Raises:
             RequestError: the plan is illegal; says why, and what would be legal.
@@ -73,6 +75,11 @@ class MeshTransformer:
         else:
             plan = MeshPlan.parse(given) if isinstance(given, str) else given
         plan.require(config, devices=len(devices))
+        if plan.devices < len(devices) and jax.process_count() > 1:
+            raise RequestError(
+                f"`mesh` {plan} has {plan.devices} devices, and {jax.process_count()} processes "
+                f"have {len(devices)}: a mesh of several processes has all of them"
+            )
         sizes = tuple(plan.size(axis) for axis in MESH_AXES)
         mesh = jax.make_mesh(
             sizes,
@@ -230,7 +237,7 @@ class MeshTransformer:
 
     def placement(self, path: str, value: np.ndarray) -> jax.Array:
         """Put a loaded parameter where it belongs: each device is sent its part alone."""
-        return jax.device_put(value, self.weight_sharding(path, value.shape))
+        return send_parts(value, self.weight_sharding(path, value.shape))
 
     def weight_sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """The places of the parameter of a dotted path."""
@@ -258,7 +265,7 @@ class MeshTransformer:
             sharding = self._sharding_for(leaf.shape)
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-            return jax.device_put(leaf, sharding)
+            return send_parts(leaf, sharding)
 
         return jax.tree.map(placed, tree)
 

@@ -6,6 +6,7 @@ the last devices have fewer, and what fills up their slabs is zero for every con
 of attention.
 """
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -22,6 +23,8 @@ from skyreels_jax.models.vae_tiling import Chunk, ChunkStep
 from skyreels_jax.ops.rows import cut_in_rows
 from skyreels_jax.ops.target import compiled_for, device_of
 from skyreels_jax.parallel.encoders import LINE
+from skyreels_jax.parallel.placing import gather_parts, send_parts
+from skyreels_jax.parallel.processes import current_processes
 
 _Rows = Float[Array, "*frames height width C"]
 
@@ -100,13 +103,13 @@ class MeshFrames:
         filling = slab * self.mesh.size * (PIXEL_STRIDE // unit) - whole
         chunk = np.pad(chunk, ((0, 0), (0, 0), (0, 0), (0, filling), (0, 0)))
         program = self.program(step, graph, slab=slab, count=count)
-        chunk = jax.device_put(chunk, NamedSharding(self.mesh, _spec(chunk)))
+        chunk = send_parts(chunk, NamedSharding(self.mesh, _spec(chunk)))
         cache = jax.tree.map(
-            lambda leaf: jax.device_put(leaf, NamedSharding(self.mesh, _spec_kept(leaf))), cache
+            lambda leaf: send_parts(leaf, NamedSharding(self.mesh, _spec_kept(leaf))), cache
         )
         out, cache = program(parameters, chunk, cache)
         rows = out.shape[3] // (slab * self.mesh.size) * count
-        return np.asarray(out)[:, :, :, :rows], cache
+        return gather_parts(out)[:, :, :, :rows], cache
 
     def program(
         self, step: ChunkStep, graph: nnx.GraphDef[WanVae], *, slab: int, count: int
@@ -122,7 +125,12 @@ class MeshFrames:
         return _program(self.mesh, step, graph, _Slabs(self.mesh.size, slab, count))
 
     def free(self, of_one: int | None) -> int | None:
-        """Bytes free on all devices, of those on one; a CPU's devices share them."""
+        """Bytes free on all devices, of those on one; a CPU's devices share them.
+
+        Several processes take process 0's number: they cut frames into the same tiles.
+        """
+        if (processes := current_processes()) is not None:
+            of_one = json.loads(processes.share(lambda: json.dumps(of_one).encode()))
         if of_one is None or device_of(self.mesh.devices.flat[0]).platform == "cpu":
             return of_one
         return of_one * self.mesh.size
@@ -130,7 +138,7 @@ class MeshFrames:
     def placement(self, path: str, value: np.ndarray) -> Array:
         """Put a loaded parameter on every device: they are few and small."""
         del path
-        return jax.device_put(value, NamedSharding(self.mesh, PartitionSpec()))
+        return send_parts(value, NamedSharding(self.mesh, PartitionSpec()))
 
 
 @lru_cache(maxsize=16)

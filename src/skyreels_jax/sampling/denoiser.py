@@ -214,6 +214,7 @@ class Denoiser:
         with clock.stage("denoise", schedule.iterations):
             monitor = StepMonitor(clock, schedule)
             for iteration, program in plan.work:
+                clock.on_submit()
                 state, report = programs[program](plan.step, state, iteration)
                 if report is not None:
                     monitor.submitted(report)

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
@@ -70,7 +70,7 @@ class Clock:
     """Times the stages of one generation and passes them on to a :class:`Progress`.
 
     Whoever sets ``stop``, from another thread or a signal handler, ends the denoising after the
-    step under way.
+    step under way. ``on_submit`` is called before each step is handed to the device.
     """
 
     progress: Progress = field(default_factory=NoProgress)
@@ -80,6 +80,7 @@ class Clock:
     calls: int = 0
     blocks: tuple[int, int] = (0, 0)
     stop: StopRequest = field(default_factory=StopRequest)
+    on_submit: Callable[[], None] = lambda: None
     _inside: float = 0.0
 
     def check(self) -> None:
