@@ -106,7 +106,9 @@ def is_cheap(words: list[str]) -> bool:
     if words[:2] == ["skyreels-jax", "generate"]:
         given = dict(zip(words, words[1:], strict=False))
         return given.get("--model", "mini") in ("mini", "mini-i2v")
-    return words[:2] in ([["skyreels-jax", verb] for verb in ("doctor", "data", "batch")])
+    if words[:2] == ["skyreels-jax", "data"]:
+        return words[2] == "shapes"
+    return words[:2] in ([["skyreels-jax", verb] for verb in ("doctor", "batch")])
 
 
 CHECKED_PAGES = ("batch", "long_video", "quality", "training")

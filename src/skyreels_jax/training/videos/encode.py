@@ -189,7 +189,7 @@ def _encode_clips(clips: list[PlannedClip], files: EncodedFiles, on_encoded: OnE
         streams.setdefault((clip.file.path, clip.fps, clip.source_fps, size), []).append(clip)
     done = 0
     for together in streams.values():
-        for clip, frames in _cut_frames(together):
+        for clip, frames in cut_frames(together):
             _write(files.clip(clip), {"latents": _latents(vae, frames), "first": frames[0]})
             if encoder is not None:
                 known = _known(vae, frames)
@@ -198,7 +198,7 @@ def _encode_clips(clips: list[PlannedClip], files: EncodedFiles, on_encoded: OnE
             on_encoded("clips", done, len(clips))
 
 
-def _cut_frames(clips: Sequence[PlannedClip]) -> Iterator[tuple[PlannedClip, Frames]]:
+def cut_frames(clips: Sequence[PlannedClip]) -> Iterator[tuple[PlannedClip, Frames]]:
     """Clips of one file, rate and size with their frames, as they are complete."""
     path, bucket = clips[0].file.path, clips[0].bucket
     waiting = sorted(clips, key=lambda clip: (clip.start + clip.bucket.frames, clip.start))
