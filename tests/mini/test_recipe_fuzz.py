@@ -11,7 +11,8 @@ from tests.bounded import MOST, memory_below
 from skyreels_jax.errors import RequestError
 from skyreels_jax.mini.recipe import read_recipe
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "mini").glob("*.toml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = [*sorted((ROOT / "configs" / "mini").glob("*.toml")), ROOT / "examples" / "videos.toml"]
 # What stands where a value belongs.
 VALUES = (
     *("0", "-1", "1e400", "nan", "inf", "9223372036854775808", "1_0", "true", '""', '"a"', "'\\'"),
