@@ -270,6 +270,17 @@ class CaptionEncoder:
                 f"tokenizer; nearest: {longest}"
             )
 
+    def encode_alone(self, caption: str, lengths: Sequence[int]) -> Float[np.ndarray, "S text_dim"]:
+        """States of one text as they are whatever else is encoded: its own rows, to the bit.
+
+        It is padded to the least of some lengths that holds it; raises as :meth:`check`.
+        """
+        tokens = self._tokenizer.encode([caption])
+        self._check_lengths(own := tokens.lengths[0])
+        padded = next(length for length in lengths if length >= own)
+        states = self._apply(tokens.ids[:, :padded], tokens.mask[:, :padded])
+        return states[0, :own].astype(np.float32)
+
     def __call__(self, captions: Sequence[str]) -> Float[np.ndarray, "B S text_dim"]:
         """States, zero past a text's end; raises as :meth:`check`."""
         tokens = self._tokenizer.encode(captions)

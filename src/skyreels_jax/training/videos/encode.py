@@ -27,7 +27,7 @@ from skyreels_jax.hub import fingerprint
 from skyreels_jax.media import RgbImage, fit_image
 from skyreels_jax.models.vae import WanVae, encode_pixels
 from skyreels_jax.models.vae_layers import FRAME_STRIDE
-from skyreels_jax.prompts import clean
+from skyreels_jax.prompts import TEXT_LEN, clean
 from skyreels_jax.shapes import Frames
 from skyreels_jax.training.dataset import (
     CaptionEncoder,
@@ -45,8 +45,8 @@ from skyreels_jax.weights.layout import ComponentName, Layout
 _FORMAT: Final = 1
 # Frames are resized as those of a video that diffusion forcing continues.
 _RESAMPLING: Final = Image.Resampling.BICUBIC
-# Captions in one call of the encoder.
-_TEXTS: Final = 8
+# A caption is padded to the least of these that holds it: few shapes, and the same for ever.
+_LENGTHS: Final = (32, 64, 128, 256, TEXT_LEN)
 # Seconds after which a temporary file is taken to be left over.
 _STALE: Final = 3600.0
 
@@ -165,17 +165,21 @@ def encode_videos(
     for clip in plan.clips:
         groups.setdefault(clip.content, []).append(clip)
     taken: dict[Path, PlannedClip] = {}
+    missing: set[Path] = set()
     for content in sorted(groups)[index::count]:
         for clip in groups[content]:
-            if any(is_missing(file) for file in files.needed(clip)):
+            if lacks := {file for file in files.needed(clip) if is_missing(file)}:
                 taken[files.clip(clip)] = clip
+                missing |= lacks
     texts = [t for t in ["", *plan.captions][index::count] if is_missing(files.text(t))]
-    _encode_clips(list(taken.values()), files, on_encoded)
-    _encode_texts(texts, plan.text_length, files, on_encoded)
+    _encode_clips(list(taken.values()), missing, files, on_encoded)
+    _encode_texts(texts, files, on_encoded)
     return len(taken), len(texts)
 
 
-def _encode_clips(clips: list[PlannedClip], files: EncodedFiles, on_encoded: OnEncoded) -> None:
+def _encode_clips(
+    clips: list[PlannedClip], missing: set[Path], files: EncodedFiles, on_encoded: OnEncoded
+) -> None:
     if not clips:
         return
     vae = stored_vae(files.sources.vae).load(jnp.float32)
@@ -190,8 +194,9 @@ def _encode_clips(clips: list[PlannedClip], files: EncodedFiles, on_encoded: OnE
     done = 0
     for together in streams.values():
         for clip, frames in cut_frames(together):
-            _write(files.clip(clip), {"latents": _latents(vae, frames), "first": frames[0]})
-            if encoder is not None:
+            if files.clip(clip) in missing:
+                _write(files.clip(clip), {"latents": _latents(vae, frames), "first": frames[0]})
+            if encoder is not None and files.first(clip) in missing:
                 known = _known(vae, frames)
                 _write(files.first(clip), {"known": known, "image": encoder(frames[:1])[0]})
             done += 1
@@ -238,20 +243,13 @@ def _known(vae: WanVae, frames: Frames) -> Float[np.ndarray, "Y F H W"]:
     return np.concatenate([mask, latents])
 
 
-def _encode_texts(
-    texts: list[str], length: int, files: EncodedFiles, on_encoded: OnEncoded
-) -> None:
+def _encode_texts(texts: list[str], files: EncodedFiles, on_encoded: OnEncoded) -> None:
     if not texts:
         return
-    encoder = CaptionEncoder(files.sources.text, length, dtype=jnp.dtype(files.text_dtype))
-    for start in range(0, len(texts), _TEXTS):
-        some = texts[start : start + _TEXTS]
-        # One shape, whatever is left: a text's states do not depend on the others'.
-        states = encoder([*some, *[""] * (_TEXTS - len(some))])
-        for text, rows in zip(some, states, strict=False):
-            used = np.flatnonzero(np.any(rows != 0, axis=1))
-            _write(files.text(text), {"rows": rows[: used[-1] + 1 if used.size else 0]})
-        on_encoded("captions", min(start + _TEXTS, len(texts)), len(texts))
+    encoder = CaptionEncoder(files.sources.text, TEXT_LEN, dtype=jnp.dtype(files.text_dtype))
+    for number, text in enumerate(texts, 1):
+        _write(files.text(text), {"rows": encoder.encode_alone(text, _LENGTHS)})
+        on_encoded("captions", number, len(texts))
 
 
 def _write(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
