@@ -25,6 +25,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("config", type=Path, help="what to train on what; see docs/training.md")
     parser.add_argument("--output", type=Path, metavar="DIR", help="instead of the file's `output`")
+    parser.add_argument(
+        "--mesh",
+        metavar="MESH",
+        help="instead of the file's `run.mesh`: `auto`, or `data=2,fsdp=4`",
+    )
     parser.add_argument("--steps", type=int, metavar="N", help="instead of the file's `run.steps`")
     add_process_flags(parser)
 
@@ -36,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
         overrides["output"] = str(args.output)
     if args.steps is not None:
         overrides["steps"] = args.steps
+    if args.mesh is not None:
+        overrides["mesh"] = args.mesh
     from skyreels_jax.mini.recipe import read_recipe
 
     recipe = read_recipe(args.config, overrides)
@@ -64,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
             recipe.output,
             settings=recipe.settings(),
             on_log=on_log,
+            on_mesh=lambda mesh: print(f"mesh: {mesh}", file=sys.stderr, flush=True),
         )
     state = "done" if result.finished else "stopped; the same command goes on"
     if result.started == result.step and result.finished:

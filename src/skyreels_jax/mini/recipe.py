@@ -9,11 +9,13 @@ from typing import Any, Final
 from skyreels_jax.errors import RequestError
 from skyreels_jax.mini.tasks import EncoderTraining, ImageTask, TextTask
 from skyreels_jax.mini.vae_task import VaeTask, VaeTraining
+from skyreels_jax.parallel.plan import AUTO, MeshPlan
 from skyreels_jax.training.checkpointing import RunSettings
 from skyreels_jax.training.config import from_table, read_toml
 from skyreels_jax.training.dataset import OnEncoded
 from skyreels_jax.training.loop import RunConfig
 from skyreels_jax.training.lora_task import make_video_task
+from skyreels_jax.training.mesh import check_rows
 from skyreels_jax.training.optimizer import OptimizerConfig
 from skyreels_jax.training.task import TrainingTask
 from skyreels_jax.training.transformer_recipe import TRAINING_OF_SOURCE, VideoTraining
@@ -80,17 +82,17 @@ def read_recipe(file: Path, overrides: Mapping[str, str | int] | None = None) ->
     Args:
         file: TOML: ``train`` names the kind; ``output`` a folder; the tables ``run`` and
             ``optimizer`` are of every kind, the others of the kind.
-        overrides: ``output`` and ``steps`` in place of the file's.
+        overrides: ``output``, ``steps`` and ``mesh`` in place of the file's.
 
     Raises:
         RequestError: anything in it is unknown, missing or illegal.
     """
     values, where = dict(read_toml(file)), file.name
     for name, value in (overrides or {}).items():
-        if name != "steps":
+        if name == "output":
             values[name] = value
         elif isinstance(run := values.get("run", {}), Mapping):
-            values["run"] = {**run, "steps": value}
+            values["run"] = {**run, name: value}
     kind = values.get("train")
     if not isinstance(kind, str) or kind not in _TRAINABLE:
         raise RequestError(f"{where}: train = {kind!r} should be one of {', '.join(_TRAINABLE)}")
@@ -111,6 +113,8 @@ def read_recipe(file: Path, overrides: Mapping[str, str | int] | None = None) ->
                 f"{where}: run.accumulate = {parts} should divide data.batch = {batch}; "
                 f"nearest: {near}"
             )
+        if recipe.run.mesh not in (None, AUTO):
+            check_rows(MeshPlan.parse(recipe.run.mesh), batch // parts)
     return recipe
 
 

@@ -3,9 +3,9 @@
 Models call the hooks and know of no device; :mod:`skyreels_jax.parallel` has those of many.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,17 @@ from skyreels_jax.models.transformer_layers import FrameTokens
 from skyreels_jax.ops.positions import RopeTable
 
 _Tree = TypeVar("_Tree")
+_Shared = TypeVar("_Shared")
+_Out = TypeVar("_Out")
+
+
+# What of a block is computed again for the backward pass instead of kept: ``full`` keeps a block's
+# inputs alone, ``dots`` the results of its linear layers too.
+Remat = Literal["full", "dots"]
+REMAT_POLICIES: Final[Mapping[Remat, Callable[..., bool]]] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class SharedInputs(NamedTuple):
@@ -80,6 +91,16 @@ class Parallelism(Protocol):
         self, layer: LayerFunction, tokens: FrameTokens, layers: LayerInputs, shared: SharedInputs
     ) -> tuple[FrameTokens, FrameKeyValues | None]:
         """Run ``layer`` for each of ``layers`` in order; the second results are stacked."""
+        ...
+
+    def map_layers(
+        self,
+        layer: Callable[[nnx.State, _Shared], _Out],
+        parameters: nnx.State,
+        shared: _Shared,
+        path: str,
+    ) -> _Out:
+        """Call ``layer`` with each layer's parameters, which are those at a path of the model."""
         ...
 
     def check_rows(self, rows: int) -> None:
@@ -146,6 +167,21 @@ class SingleDevice:
             return layer(None, tokens, of_layer, shared)
 
         return scan_layers(step, tokens, layers, shared)
+
+    def map_layers(
+        self,
+        layer: Callable[[nnx.State, _Shared], _Out],
+        parameters: nnx.State,
+        shared: _Shared,
+        path: str,
+    ) -> _Out:
+        """One after the other; the results are stacked."""
+        del path
+
+        def step(_: None, parameters: nnx.State, shared: _Shared) -> tuple[None, _Out]:
+            return None, layer(parameters, shared)
+
+        return scan_layers(step, None, parameters, shared)[1]
 
     def check_rows(self, rows: int) -> None:
         """Any number will do."""

@@ -17,10 +17,16 @@ from skyreels_jax.models.layers import (
     Linear,
     Mlp,
     gelu_tanh,
-    scan_layers,
     silu,
 )
-from skyreels_jax.models.parallelism import SINGLE_DEVICE, LayerInputs, Parallelism, SharedInputs
+from skyreels_jax.models.parallelism import (
+    REMAT_POLICIES,
+    SINGLE_DEVICE,
+    LayerInputs,
+    Parallelism,
+    Remat,
+    SharedInputs,
+)
 from skyreels_jax.models.transformer_attention import (
     AttentionFunction,
     CrossContext,
@@ -62,13 +68,13 @@ class WanModel(nnx.Module):
         dtype: DTypeLike = jnp.bfloat16,
         param_dtype: DTypeLike = jnp.bfloat16,
         kernel_dtype: DTypeLike | None = None,
-        remat: bool = False,
+        remat: Remat | bool = False,
     ):
         """Parameters as the original initialises them for training from scratch.
 
         ``dtype`` computes and ``param_dtype`` stores (see :class:`Numerics`); with ``kernel_dtype``
         the kernels of the blocks' linears are zeros in int8 or float8, to be loaded. ``remat``
-        keeps only the blocks' inputs for the backward pass and computes the rest again.
+        is what of the blocks the backward pass computes again (:data:`.Remat`; True is ``full``).
         """
         in_blocks = Numerics(dtype, param_dtype, kernel_dtype)
         numerics = in_blocks.unquantized()
@@ -76,7 +82,7 @@ class WanModel(nnx.Module):
         dim = config.dim
         self.config = config
         self.numerics = numerics
-        self.remat = remat
+        self.remat: Remat | None = "full" if remat is True else remat or None
         self.patch_embedding = PatchEmbedding(config, numerics=numerics, rngs=rngs)
         self.text_embedding = Mlp(
             (config.text_dim, dim, dim),
@@ -238,7 +244,10 @@ class WanModel(nnx.Module):
             return x, FrameKeyValues(own.key.reshape(by_frame), own.value.reshape(by_frame))
 
         if self.remat:
-            layer = partial(jax.checkpoint, prevent_cse=False, static_argnums=0)(layer)
+            policy = REMAT_POLICIES[self.remat]
+            layer = partial(jax.checkpoint, prevent_cse=False, static_argnums=0, policy=policy)(
+                layer
+            )
         layers = LayerInputs(parameters, context, stacked)
         return self.parallelism.run_layers(layer, tokens, layers, shared)
 
@@ -284,12 +293,12 @@ class WanModel(nnx.Module):
         image = None if clip_fea is None else self.img_emb(clip_fea)
         graph, parameters = nnx.split(self.blocks.cross_attn)
 
-        def layer(
-            _: None, parameters: nnx.State, states: tuple[Array, Array | None]
-        ) -> tuple[None, CrossContext]:
-            return None, nnx.merge(graph, parameters).prepare(*states)
+        def layer(parameters: nnx.State, states: tuple[Array, Array | None]) -> CrossContext:
+            return nnx.merge(graph, parameters).prepare(*states)
 
-        prepared = scan_layers(layer, None, parameters, (text, image))[1]
+        prepared = self.parallelism.map_layers(
+            layer, parameters, (text, image), "blocks.cross_attn."
+        )
         if padding:
             prepared = prepared._replace(text=last_counts(prepared.text, padding))
         return prepared

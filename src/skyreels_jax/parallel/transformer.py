@@ -19,7 +19,12 @@ from jaxtyping import Array, Float, PyTree
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.models.layers import layer_at
-from skyreels_jax.models.parallelism import LayerFunction, LayerInputs, SharedInputs
+from skyreels_jax.models.parallelism import (
+    SINGLE_DEVICE,
+    LayerFunction,
+    LayerInputs,
+    SharedInputs,
+)
 from skyreels_jax.models.transformer_attention import FrameKeyValues
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.transformer_layers import FrameTokens
@@ -31,6 +36,8 @@ from skyreels_jax.parallel.plan import AUTO, MESH_AXES, MeshPlan, choose_plan
 from skyreels_jax.parallel.rules import Rules, weight_axis
 
 _Tree = TypeVar("_Tree")
+_Shared = TypeVar("_Shared")
+_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,16 @@ class MeshTransformer:
         )
         with compiled_for(self.device):
             return mapped(tokens, stacks, layers.past, given)
+
+    def map_layers(
+        self,
+        layer: Callable[[nnx.State, _Shared], _Out],
+        parameters: nnx.State,
+        shared: _Shared,
+        path: str,
+    ) -> _Out:
+        """One after the other; the compiler finds out where."""
+        return SINGLE_DEVICE.map_layers(layer, parameters, shared, path)
 
     def _spec_of_states(self) -> PartitionSpec:
         """The cut of keys and values by frame, stacked over layers."""

@@ -29,12 +29,16 @@ class TrainingLog:
         latest: the last value of every metric.
     """
 
-    def __init__(self, output: Path, step: int, on_log: OnLog, *, tensorboard: bool):
-        """Go on after ``step``."""
-        self._board = _tensorboard(output / "tensorboard", step) if tensorboard else None
+    def __init__(
+        self, output: Path, step: int, on_log: OnLog, *, tensorboard: bool, writes: bool = True
+    ):
+        """Go on after ``step``; one of several processes ``writes``."""
+        self._writes = writes
+        self._board = _tensorboard(output / "tensorboard", step) if tensorboard and writes else None
         self._file, self._on_log = output / LOG_FILE, on_log
         lines = [line for line in _read(self._file) if line["step"] <= step]
-        write_text(self._file, "".join(f"{json.dumps(line)}\n" for line in lines))
+        if writes:
+            write_text(self._file, "".join(f"{json.dumps(line)}\n" for line in lines))
         self._evaluated = {line["step"] for line in lines if "loss" not in line}
         self._started = time.monotonic() - (lines[-1]["seconds"] if lines else 0.0)
         self.latest: dict[str, float] = {}
@@ -47,6 +51,8 @@ class TrainingLog:
         """Add a line, and call ``on_log``."""
         seconds = round(time.monotonic() - self._started, 2)
         self.latest |= metrics
+        if not self._writes:
+            return
         with self._file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, "seconds": seconds, **metrics}) + "\n")
         if self._board is not None:

@@ -1,11 +1,8 @@
 """The training loop: batches, steps, logs, checkpoints, and an orderly end."""
 
 import logging
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -16,9 +13,13 @@ from jaxtyping import PyTree
 
 from skyreels_jax.errors import RequestError, SkyReelsError
 from skyreels_jax.interrupt import StopRequest, stop_requested
+from skyreels_jax.parallel.plan import AUTO, MeshPlan
 from skyreels_jax.training.checkpointing import Checkpoints, RunSettings, open_checkpoints
 from skyreels_jax.training.log import OnLog, TrainingLog
+from skyreels_jax.training.mesh import TrainingMesh
 from skyreels_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from skyreels_jax.training.prefetch import prefetched
+from skyreels_jax.training.processes import agreed, any_says, is_first, whole
 from skyreels_jax.training.step import TrainState, TrainStep, TrainStepReport, init_state, make_step
 from skyreels_jax.training.task import FrozenBase, Params, TrainingTask
 from skyreels_jax.weights.writer import new_folder
@@ -26,14 +27,12 @@ from skyreels_jax.weights.writer import new_folder
 if TYPE_CHECKING:
     import optax
 
-# Batches made before they are asked for.
-_PREFETCHED: Final = 2
 # Settings that may change when a run goes on: they decide how it is watched, not what it learns.
 _FREE: Final = frozenset(
     f"run.{name}"
     for name in (
         *("log_every", "evaluate_every", "sample_every", "checkpoint_every"),
-        *("keep", "tensorboard", "export_raw", "export_every"),
+        *("keep", "tensorboard", "export_raw", "export_every", "mesh"),
     )
 ) | {"model.export_dtype", "model.remat"}
 # Folders may move: what is in them is compared by its digest.
@@ -65,6 +64,8 @@ class RunConfig:
         keep: checkpoints that stay.
         tensorboard: write the log's metrics for TensorBoard too (takes the extra ``train``).
         export_raw: write ``model-raw`` too: the parameters themselves, not their average.
+        mesh: devices along each axis, such as ``data=2,fsdp=2``, or ``auto``; one device unless
+            given. Whatever it is, a run learns the same from the same batches.
     """
 
     steps: int
@@ -79,8 +80,11 @@ class RunConfig:
     keep: int = 2
     tensorboard: bool = False
     export_raw: bool = False
+    mesh: str | None = None
 
     def __post_init__(self):
+        if self.mesh not in (None, AUTO):
+            MeshPlan.parse(self.mesh)
         for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} should be at least 1; nearest: 1")
@@ -119,6 +123,7 @@ def train(
     *,
     settings: RunSettings | None = None,
     on_log: OnLog = lambda step, metrics: None,
+    on_mesh: Callable[[str], None] = lambda mesh: None,
 ) -> Outcome:
     """Train to the end, going on from the newest checkpoint in ``output`` if there is one.
 
@@ -133,6 +138,7 @@ def train(
         output: folder of checkpoints, log and samples; the exported model is in ``model``.
         settings: what the run is made of, by dotted name; kept with each checkpoint.
         on_log: called with each line of the log.
+        on_mesh: called with the mesh and its reason, if there is one.
 
     Raises:
         DivergedError: with the step, its batch and the last good checkpoint.
@@ -141,8 +147,11 @@ def train(
     """
     output.mkdir(parents=True, exist_ok=True)
     settings, first = {**(settings or {}), **task.fingerprint()}, task.init()
+    mesh = None if run.mesh is None else _mesh_of(task, run.mesh, run.accumulate)
+    if mesh is not None:
+        on_mesh(str(mesh))
     chain = make_optimizer(optimizer, run.steps, first)
-    state = init_state(first, chain, run.ema)
+    state = init_state(first, chain, run.ema, mesh)
     with (
         open_checkpoints(output / "checkpoints", keep=run.keep) as saved,
         stop_requested() as stop,
@@ -151,12 +160,13 @@ def train(
             _check_settings(saved, settings, output, run.steps)
             state = saved.restore(state)
         started = int(state.step)
-        log = TrainingLog(output, started, on_log, tensorboard=run.tensorboard)
-        loop = _Loop(task, run, output, saved, settings, log, learning_rate(optimizer, run.steps))
+        log = TrainingLog(output, started, on_log, tensorboard=run.tensorboard, writes=is_first())
+        rate = learning_rate(optimizer, run.steps)
+        loop = _Loop(task, run, output, saved, settings, log, rate, mesh)
+        loss = task.loss if mesh is None else mesh.loss_of(first, task.loss)
         frozen = task.frozen() if isinstance(task, FrozenBase) else None
-        made = {"accumulate": run.accumulate, "ema": run.ema, "frozen": frozen}
-        step = make_step(task.loss, chain, draw=task.draw, **made)
-        state = loop.run_steps(state, step, stop)
+        made = {"accumulate": run.accumulate, "ema": run.ema, "frozen": frozen, "mesh": mesh}
+        state = loop.run_steps(state, make_step(loss, chain, draw=task.draw, **made), stop)
         done = int(state.step)
         finished = done >= run.steps
         if finished:
@@ -175,14 +185,15 @@ class _Loop:
     settings: RunSettings
     log: TrainingLog
     rate: "optax.Schedule"
+    mesh: TrainingMesh | None
 
     def run_steps(self, state: TrainState, step: TrainStep, stop: StopRequest) -> TrainState:
         """Up to the end or until asked to stop; the state is saved then."""
         run, key = self.run, jax.random.key(self.run.seed)
         done, last, logged, since = int(state.step), None, int(state.step), time.monotonic()
         self._show(state, done)
-        with _prefetched(self.task.batch, done, run.steps) as batches:
-            while done < run.steps and not stop.is_set():
+        with prefetched(self._batch, done, run.steps) as batches:
+            while done < run.steps and not self._is_asked_to_stop(stop, done):
                 state, report = step(state, next(batches), jax.random.fold_in(key, done))
                 # Read one step late: the device never waits for the host.
                 if last is not None:
@@ -209,15 +220,27 @@ class _Loop:
                 self.saved.save(state, self.settings, wait=True)
         return state
 
+    def _batch(self, index: int) -> PyTree:
+        batch = self.task.batch(index)
+        return batch if self.mesh is None else self.mesh.place_batch(batch)
+
     def finish(self, state: TrainState) -> None:
         """Write the model, then evaluate and sample: what is not there yet of it."""
         done = int(state.step)
         for name, params in (("model", _best(state)), ("model-raw", state.params)):
             if name == "model-raw" and not self.run.export_raw:
                 continue
-            with new_folder(self.output / name, overwrite=True) as partial:
-                self.task.export(params, partial)
+            params = whole(params)
+            if is_first():
+                with new_folder(self.output / name, overwrite=True) as partial:
+                    self.task.export(params, partial)
         self._show(state, done, last=True)
+
+    def _is_asked_to_stop(self, stop: StopRequest, done: int) -> bool:
+        """Several processes ask each other when they log: all must take the same last step."""
+        if jax.process_count() == 1:
+            return stop.is_set()
+        return done % self.run.log_every == 0 and any_says(stop.is_set())
 
     def _is_due(self, done: int) -> bool:
         every = (self.run.evaluate_every, self.run.sample_every, self.run.export_every)
@@ -233,15 +256,21 @@ class _Loop:
             self._evaluate(params, done)
         exported = self.output / "exports" / f"{done:07d}"
         due = run.export_every and done % run.export_every == 0 and not last
-        if due and not exported.exists():
-            with new_folder(exported) as partial:
-                self.task.export(params, partial)
+        if due and not agreed(exported.exists()):
+            readable = whole(params)
+            if is_first():
+                with new_folder(exported) as partial:
+                    self.task.export(readable, partial)
         folder = self.output / "samples" / f"{done:07d}"
-        if (last or (run.sample_every and done % run.sample_every == 0)) and not folder.exists():
-            self._sample(params, folder)
+        due = last or (run.sample_every and done % run.sample_every == 0)
+        if due and not agreed(folder.exists()):
+            readable = whole(params)
+            if is_first():
+                self._sample(readable, folder)
 
     def _evaluate(self, params: Params, done: int) -> None:
-        if not self.log.is_evaluated(done) and (metrics := self.task.evaluate(params)):
+        done_before = agreed(self.log.is_evaluated(done))
+        if not done_before and (metrics := self.task.evaluate(params)):
             self.log.write(done, metrics)
 
     def _sample(self, params: Params, folder: Path) -> None:
@@ -262,6 +291,20 @@ class _Loop:
             f"step {step + 1} is not finite ({metrics}), from batch {step}; last good checkpoint: "
             f"{'none was saved' if last is None else where}; lower learning_rate or clip"
         )
+
+
+def _mesh_of(task: TrainingTask, given: str, accumulate: int) -> TrainingMesh:
+    """The mesh of a run, which can train the task."""
+    if isinstance(task, FrozenBase):
+        raise RequestError(
+            f"run.mesh = {given!r}: a LoRA, whose base is not trained, is trained on one device so "
+            "far; leave run.mesh out, or train the transformer itself"
+        )
+    rows = jax.tree.leaves(task.batch(0))[0].shape[0]
+    mesh = TrainingMesh.of(given, rows // accumulate, task)
+    if mesh.layered is not None:
+        mesh.layered.on_mesh(mesh)
+    return mesh
 
 
 def _check_settings(saved: Checkpoints, settings: RunSettings, output: Path, steps: int) -> None:
@@ -289,41 +332,3 @@ def _check_settings(saved: Checkpoints, settings: RunSettings, output: Path, ste
 
 def _best(state: TrainState) -> Params:
     return state.average or state.params
-
-
-@contextmanager
-def _prefetched(batch: Callable[[int], PyTree], start: int, end: int) -> Iterator[Iterator[PyTree]]:
-    """Batches ``start`` to ``end``, made in a thread while the device computes."""
-    ready: queue.Queue[PyTree] = queue.Queue(_PREFETCHED)
-    ended = threading.Event()
-
-    def put(item: PyTree) -> None:
-        while not ended.is_set():
-            with suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                break
-
-    def make() -> None:
-        for index in range(start, end):
-            try:
-                put(batch(index))
-            except Exception as error:
-                put(error)
-                break
-            if ended.is_set():
-                break
-
-    def take() -> Iterator[PyTree]:
-        for _ in range(start, end):
-            item = ready.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
-
-    thread = threading.Thread(target=make, daemon=True)
-    thread.start()
-    try:
-        yield take()
-    finally:
-        ended.set()
-        thread.join()

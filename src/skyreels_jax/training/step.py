@@ -13,6 +13,8 @@ from skyreels_jax.training.task import LossAndMetrics, Params
 if TYPE_CHECKING:
     import optax
 
+    from skyreels_jax.training.mesh import TrainingMesh
+
 # Parameters, a batch and what :data:`Draw` gave to the loss and other metrics by name.
 Loss = Callable[[Params, PyTree, PyTree], LossAndMetrics]
 # A batch and a key to all that is random in a step: arrays with the batch's leading axis.
@@ -49,11 +51,23 @@ class TrainStepReport(NamedTuple):
 TrainStep = Callable[[TrainState, PyTree, Array], tuple[TrainState, TrainStepReport]]
 
 
-def init_state(params: Params, optimizer: "optax.GradientTransformation", ema: float) -> TrainState:
-    """The state before the first step."""
-    params = dict(params)
-    average = {name: jnp.array(value) for name, value in params.items()} if ema else {}
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+def init_state(
+    params: Params,
+    optimizer: "optax.GradientTransformation",
+    ema: float,
+    mesh: "TrainingMesh | None" = None,
+) -> TrainState:
+    """The state before the first step, on a mesh if one is given."""
+
+    def begun(params: dict[str, Array]) -> TrainState:
+        average = {name: jnp.array(value) for name, value in params.items()} if ema else {}
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+
+    if mesh is None:
+        return begun(dict(params))
+    shardings = mesh.state_shardings(jax.eval_shape(begun, dict(params)))
+    placed = mesh.place(dict(params), shardings.params)
+    return jax.jit(begun, out_shardings=shardings)(placed)
 
 
 def no_draw(batch: PyTree, key: Array) -> tuple[()]:
@@ -70,11 +84,13 @@ def make_step(
     accumulate: int = 1,
     ema: float = 0.0,
     frozen: Params | None = None,
+    mesh: "TrainingMesh | None" = None,
 ) -> TrainStep:
     """A compiled step; the state given is donated.
 
     Args:
-        loss: to descend; a mean over the examples of a batch.
+        loss: to descend; a mean over the examples of a batch. On a mesh, of parameters in parts
+            (:meth:`.TrainingMesh.loss_of`).
         optimizer: whose state is in the TrainState.
         draw: what is random, for the whole batch: its parts get theirs of it.
         accumulate: parts of a batch whose gradients are averaged, one in memory at a time. The
@@ -83,6 +99,7 @@ def make_step(
             steps, ``(1 + n) / (10 + n)``, so that the initial values are soon forgotten.
         frozen: parameters that the loss is given too and that stay as they are. They are given to
             what is compiled: constants of it they would be twice in memory.
+        mesh: the devices that state and batch are on; ``None`` for one.
     """
 
     def step(
@@ -91,8 +108,8 @@ def make_step(
         def whole_loss(params: Params, batch: PyTree, noise: PyTree) -> LossAndMetrics:
             return loss({**frozen, **params}, batch, noise)
 
-        made = _uncompiled(whole_loss, optimizer, draw=draw, accumulate=accumulate, ema=ema)
-        return made(state, batch, key)
+        made = {"draw": draw, "accumulate": accumulate, "ema": ema, "mesh": mesh}
+        return _uncompiled(whole_loss, optimizer, **made)(state, batch, key)
 
     return partial(jax.jit(step, donate_argnums=0), frozen=dict(frozen or {}))
 
@@ -104,6 +121,7 @@ def _uncompiled(
     draw: Draw,
     accumulate: int,
     ema: float,
+    mesh: "TrainingMesh | None",
 ) -> TrainStep:
     import optax
 
@@ -126,7 +144,12 @@ def _uncompiled(
         return jax.tree.map(lambda x: x / accumulate, total)
 
     def step(state: TrainState, batch: PyTree, key: Array) -> tuple[TrainState, TrainStepReport]:
-        grads, metrics = averaged(state.params, (batch, draw(batch, key)))
+        inputs = batch, draw(batch, key)
+        if mesh is None:
+            grads, metrics = averaged(state.params, inputs)
+        else:
+            spread = mesh.gradients(averaged)
+            grads, metrics = spread(state.params, mesh.constrain_rows(inputs))
         # optax mixes dtypes and ranks, which a strict caller forbids.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             norm = optax.tree.norm(grads)
@@ -141,6 +164,7 @@ def _uncompiled(
         after = TrainState(state.step, params, optimizer_state, average)
         kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
         report = TrainStepReport({**metrics, "grad_norm": norm}, is_finite)
-        return kept._replace(step=state.step + 1), report
+        kept = kept._replace(step=state.step + 1)
+        return (kept if mesh is None else mesh.constrain_state(kept)), report
 
     return step

@@ -41,7 +41,9 @@ class TransformerShape:
             its numbers replace these. A ``t2v`` one may begin an ``i2v`` one: what it lacks then
             begins with no effect.
         dtype: to compute in; parameters are float32.
-        remat: keep only the blocks' inputs for the backward pass.
+        remat: what of the blocks is computed again for the backward pass: ``full`` (or ``true``)
+            keeps the blocks' inputs alone, ``dots`` the results of their linear layers too;
+            ``false`` keeps all.
         export_dtype: of the exported transformer.
     """
 
@@ -55,7 +57,7 @@ class TransformerShape:
     inject_sample_info: bool = True
     start: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
+    remat: bool | Literal["full", "dots"] = False
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     def __post_init__(self):

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from skyreels_jax.presets import PIPELINE_OF_TASK
 from skyreels_jax.shapes import Latents
 from skyreels_jax.training.batches import ClipBatches, Example, MovingShapes
 from skyreels_jax.training.dataset import OnEncoded
+from skyreels_jax.training.layers_in_parts import LayersInParts
 from skyreels_jax.training.objective import Batch, velocity_loss
 from skyreels_jax.training.sigma_distributions import Sigmas, draw_sigmas
 from skyreels_jax.training.sources import TrainingSources, find_sources
@@ -35,6 +36,9 @@ from skyreels_jax.weights.components.transformer import TRANSFORMER, stored_tran
 from skyreels_jax.weights.layout import ComponentName, Layout
 from skyreels_jax.weights.pipeline_folder import write_pipeline_files
 from skyreels_jax.weights.plan import Format
+
+if TYPE_CHECKING:
+    from skyreels_jax.training.mesh import TrainingMesh
 
 # Sigmas at which the held-out loss is measured.
 _MEASURED_SIGMAS: Final = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -155,11 +159,40 @@ class VideoTask:
         del drawn
         return self.template.model(params)
 
+    def on_mesh(self, mesh: "TrainingMesh") -> None:
+        """Evaluate parameters that are on a mesh from now on."""
+
+        def loss_at(
+            layers: LayersInParts, params: Params, batch: Batch, sigma: Array
+        ) -> Float[Array, ""]:
+            return self._loss_at(params, batch, sigma, layers)
+
+        self._held_loss = mesh.evaluation_of(self.first, loss_at)
+
+    @property
+    def layered(self) -> TransformerConfig | None:
+        """The transformer; its loss can put layers together on a mesh."""
+        return self.config
+
+    def loss_in_parts(
+        self, layers: LayersInParts, params: Params, batch: Batch, noise: VideoNoise
+    ) -> LossAndMetrics:
+        """:meth:`loss` on one of many devices, of its parts of the blocks' parameters."""
+        return self._velocity_loss(params, batch, noise, layers=layers), {}
+
     def _velocity_loss(
-        self, params: Params, batch: Batch, drawn: VideoNoise, *, weighted: bool = True
+        self,
+        params: Params,
+        batch: Batch,
+        drawn: VideoNoise,
+        *,
+        weighted: bool = True,
+        layers: LayersInParts | None = None,
     ) -> Float[Array, ""]:
         model = self._model(params, drawn)
         assert not isinstance(batch.context, CrossContext)
+        if layers is not None:
+            layers.adopt(model)
         context = model.prepare_context(batch.context, batch.clip_fea, padding=self._padding)
         batch = batch._replace(context=context, clip_fea=None)
         weight = self.training.objective.weight if weighted else None
@@ -167,10 +200,13 @@ class VideoTask:
             model, batch, drawn.noise, drawn.sigma, known=drawn.known, weight=weight
         )
 
-    def _loss_at(self, params: Params, batch: Batch, sigma: Array) -> Float[Array, ""]:
+    def _loss_at(
+        self, params: Params, batch: Batch, sigma: Array, layers: LayersInParts | None = None
+    ) -> Float[Array, ""]:
         noise = jax.random.normal(jax.random.key(0), batch.latents.shape)
         sigmas = jnp.broadcast_to(sigma, (batch.latents.shape[0], 1))
-        return self._velocity_loss(params, batch, VideoNoise(noise, sigmas, None), weighted=False)
+        drawn = VideoNoise(noise, sigmas, None)
+        return self._velocity_loss(params, batch, drawn, weighted=False, layers=layers)
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """Loss on held-out clips at fixed sigmas, and its mean; nothing where there are none."""
