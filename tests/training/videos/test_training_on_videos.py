@@ -151,7 +151,7 @@ def test_clips_are_encoded_as_generation_encodes_them(folder: Path):
         images = [prepare_image(f, *size, Image.Resampling.BICUBIC) for f in frames]
         latents = vae.encode(np.stack([image.pixels for image in images], axis=1))
         batch = videos._batch([clip], [clip.file.captions[0]])
-        # Measured: 0 to 2.4e-7; the next clip is more than 0.1 away.
+        # Measured: no difference; the next clip is 0.5 or more away.
         np.testing.assert_allclose(batch.latents[0], latents, atol=1e-5)
         other = videos._batch([videos.plan.clips[number - 1]], [""]).latents[0]
         assert other.shape != latents.shape or np.abs(other - latents).max() > 0.05
@@ -160,7 +160,8 @@ def test_clips_are_encoded_as_generation_encodes_them(folder: Path):
         side = stored_image_encoder(sources.image).config.image_size
         pixels = squash(images[0], side)
         features = FirstFrameEncoder(sources.image)._apply(pixels[None])[0]
-        np.testing.assert_allclose(batch.clip_fea[0], features, atol=1e-3)
+        # Measured: 5.7e-6, of features up to 11.
+        np.testing.assert_allclose(batch.clip_fea[0], features, atol=1e-4)
 
 
 def test_a_sheet_and_images_train_too(folder: Path):
