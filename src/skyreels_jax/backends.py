@@ -29,6 +29,7 @@ from skyreels_jax.models.parallelism import SINGLE_DEVICE, Parallelism
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.vae_tiling import ON_ONE_DEVICE
 from skyreels_jax.parallel.encoders import MeshEncoder, in_a_line
+from skyreels_jax.parallel.loading import PlacementInParts
 from skyreels_jax.parallel.plan import AUTO, MeshPlan
 from skyreels_jax.parallel.processes import current_processes
 from skyreels_jax.parallel.transformer import MeshTransformer
@@ -43,7 +44,7 @@ from skyreels_jax.weights.components.clip import stored_image_encoder
 from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
-from skyreels_jax.weights.engine import on_default_device
+from skyreels_jax.weights.engine import Placement, on_default_device
 from skyreels_jax.weights.lora.binding import Lora
 from skyreels_jax.weights.lora.source import with_loras
 from skyreels_jax.weights.lora.stack import LoraLike
@@ -115,7 +116,7 @@ class ChosenOptions:
         return {
             "dtype": jnp.dtype(self.dtype),
             "kernel_dtype": self.kernels,
-            "placement": on_host if self.offload else parallelism.placement,
+            "placement": on_host if self.offload else _placement_of(parallelism),
         }
 
     def loaders(self, checkpoint: Checkpoint, parallelism: Parallelism) -> "ComponentLoaders":
@@ -226,6 +227,13 @@ def check_options(**options: Unpack[PipelineOptions]) -> ChosenOptions:
         # What one process finds in its cache, another would have to compute with all.
         options["prompt_cache"] = None
     return ChosenOptions(**options)
+
+
+def _placement_of(parallelism: Parallelism) -> Placement:
+    """How the transformer's parameters are placed; several processes read a part each."""
+    if isinstance(parallelism, MeshTransformer) and current_processes() is not None:
+        return PlacementInParts(parallelism)
+    return parallelism.placement
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ class _WatchedProgress:
         self.progress.begin(stage, total)
 
     def advance(self, stage: Stage, done: int) -> None:
-        """Another step or some frames."""
-        self.processes.beat(stage, step=True)
+        """Another step or some frames; the VAE compiles in between for another number of them."""
+        self.processes.beat(stage, open_ended=stage != "denoise", step=stage == "denoise")
         self.progress.advance(stage, done)
 
     def end(self, stage: Stage, seconds: float) -> None:

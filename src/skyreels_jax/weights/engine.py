@@ -7,7 +7,9 @@ cover the file and the model exactly (:mod:`skyreels_jax.weights.plan`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -34,6 +36,26 @@ from skyreels_jax.weights.safetensors_file import TensorSource, TensorSpec
 
 # Puts one finished parameter, given its dotted path, where it will live.
 Placement = Callable[[str, np.ndarray], jax.Array]
+
+
+@runtime_checkable
+class _Parts(Protocol):
+    """A parameter of which several processes read a part each, a layer at a time."""
+
+    value: jax.Array | None
+
+    def indices(self) -> list[tuple[slice, ...]]: ...
+
+    def put(self, layer: int | None, parts: list[np.ndarray]) -> None: ...
+
+
+@runtime_checkable
+class _InParts(Protocol):
+    """A placement that may want parts instead of a whole parameter."""
+
+    def __call__(self, path: str, value: np.ndarray) -> jax.Array: ...
+
+    def begin(self, path: str, shape: tuple[int, ...], dtype: DTypeLike) -> _Parts | None: ...
 
 
 @dataclass(frozen=True)
@@ -133,8 +155,17 @@ def load_into(
         where = f"{tensors[found.name].file}: {found.name}"
         return layer, lambda: _slot_of(source.read(found.name), found), where
 
+    begin = placement.begin if isinstance(placement, _InParts) else None
     with pool() as threads:
         for target, slots in layers.items():
+            if target not in scales and begin and (parts := begin(target, shapes[target], dtype)):
+                for slot in slots:
+                    _, read, where = unfilled(np.empty(shapes[target][:1]), slot)
+                    whole = read()
+                    found = [(whole[index], where) for index in parts.indices()]
+                    parts.put(slot.layer, [_filled(threads, *one, dtype) for one in found])
+                filled[target] = variables[target].replace(parts.value)
+                continue
             if target in scales:
                 value = aligned_empty(shapes[target], variables[target].dtype)
                 scale = aligned_empty(variables[scales[target]].shape, np.float32)
@@ -151,6 +182,15 @@ def load_into(
     state = model if isinstance(model, nnx.State) else nnx.state(model)
     flat = [(path, filled[".".join(map(str, path))]) for path, _ in nnx.to_flat_state(state)]
     return nnx.from_flat_state(flat)
+
+
+def _filled(
+    threads: ThreadPoolExecutor, values: np.ndarray, where: str, dtype: DTypeLike
+) -> np.ndarray:
+    """A part of a tensor, rounded and proved finite."""
+    out = aligned_empty(values.shape, dtype)
+    fill_all(threads, [(out, lambda: values, where)])
+    return out
 
 
 def export(
