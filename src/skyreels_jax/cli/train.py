@@ -31,6 +31,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="instead of the file's `run.mesh`: `auto`, or `data=2,fsdp=4`",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="instead of the file's `run.steps`")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what a step takes of the device's memory, from headers alone, and train nothing",
+    )
     add_process_flags(parser)
 
 
@@ -46,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     from skyreels_jax.mini.recipe import read_recipe
 
     recipe = read_recipe(args.config, overrides)
+    if args.dry_run:
+        return _dry_run(recipe)
 
     from skyreels_jax.cli.together import join
     from skyreels_jax.cli.training_samples import write_samples_of
@@ -80,6 +87,28 @@ def run(args: argparse.Namespace) -> int:
     if result.finished:
         print(recipe.output / "model")
     return 0 if result.finished else result.stop.exit_code
+
+
+def _dry_run(recipe: "Recipe") -> int:
+    """Print the memory of a step of a recipe that trains the transformer."""
+    from skyreels_jax.training.footprint import footprint
+    from skyreels_jax.training.optimizer import make_optimizer
+    from skyreels_jax.training.sources import find_sources
+
+    if recipe.kind != "video":
+        raise RequestError(f"--dry-run is of train = 'video', not of {recipe.kind!r}")
+    sources, run = find_sources(recipe.tables), recipe.run
+    found = footprint(
+        recipe.tables,
+        sources.config,
+        lambda params: make_optimizer(recipe.optimizer, run.steps, params),
+        ema=run.ema,
+        accumulate=run.accumulate,
+    )
+    print(f"a step of {found.clips}, the largest clips that there can be")
+    for name, size in found.parts().items():
+        print(f"{name:<32} {'unknown' if size is None else f'{size / 1e9:.3f} GB':>12}")
+    return 0
 
 
 @contextmanager

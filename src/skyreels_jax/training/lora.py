@@ -233,7 +233,7 @@ class LoraModel:
         for target in targets:
             linear = attrgetter(target.path)(model)
             assert isinstance(linear, Linear)
-            sizes[target.path] = linear.kernel[...].shape[-2:]
+            sizes[target.path] = linear.kernel.get_value().shape[-2:]
             # Of no size: the values come with every call.
             linear.lora_down = nnx.data(nnx.Param(jnp.zeros(())))
             linear.lora_up = nnx.data(nnx.Param(jnp.zeros(())))

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, TYPE_CHECKING, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ _MEASURED_SIGMAS: Final = (0.1, 0.3, 0.5, 0.7, 0.9)
 _logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class SampleWriter(Protocol):
     """Writes what the model of a pipeline's folder makes, with LoRAs, into another folder."""
 
