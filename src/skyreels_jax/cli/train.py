@@ -11,6 +11,7 @@ from skyreels_jax.cli.flags import add_process_flags
 from skyreels_jax.errors import RequestError
 
 if TYPE_CHECKING:
+    from skyreels_jax.mini.recipe import Recipe
     from skyreels_jax.training.dataset import OnEncoded
     from skyreels_jax.training.log import OnLog
 

@@ -1,27 +1,29 @@
 """What a training run will take, from the recipe and from headers alone: no weight is read."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jax import ShapeDtypeStruct as Abstract
-from jaxtyping import PyTree
+from flax import nnx
+from jaxtyping import Array, PyTree
 
 from skyreels_jax.geometry import PIXELS_PER_LATENT, latent_frames
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.training.lora import LoraModel
 from skyreels_jax.training.objective import Batch, velocity_loss
-from skyreels_jax.training.step import init_state, make_step
+from skyreels_jax.training.step import TrainState, init_state, make_step
 from skyreels_jax.training.task import LossAndMetrics, Params, Template
 from skyreels_jax.training.transformer_recipe import ClipsData, VideoTraining
 from skyreels_jax.training.videos.recipe import FolderData, sides_of
-from skyreels_jax.weights.components.transformer import TRANSFORMER
 
 if TYPE_CHECKING:
     import optax
+
+_Model = Callable[[Params], WanModel]
 
 
 @dataclass(frozen=True)
@@ -109,70 +111,82 @@ def footprint(
     Args:
         training: the recipe's tables.
         config: of the transformer that it describes.
-        optimizer: of trained parameters, or their shapes.
+        optimizer: of trained parameters.
         ema: of the parameters; 0 keeps no average.
         accumulate: parts of a batch.
         clips: the largest; as the data has them unless given.
         compiles: whether the compiler is asked for intermediate values.
     """
     clips = largest_clips(training) if clips is None else clips
-    template, trained, lora = _abstract(training, config)
-    chain = optimizer(trained)
-    frozen = {} if lora is None else lora.frozen
-    batch = _abstract_batch(config, clips)
-    state = jax.eval_shape(lambda params: init_state(params, chain, ema), trained)
+    made: list[tuple[_Model, optax.GradientTransformation]] = []
+
+    def begin() -> tuple[Params, TrainState, Batch]:
+        frozen, trained, model = _model_of(training, config)
+        chain = optimizer(trained)
+        made.append((model, chain))
+        return frozen, init_state(trained, chain, ema), _batch_of(config, clips)
+
+    # Nothing is computed: what begins as shapes stays so.
+    frozen, state, batch = jax.eval_shape(begin)
+    model, chain = made[0]
 
     def loss(params: Params, batch: Batch, drawn: PyTree) -> LossAndMetrics:
-        noise, sigma = drawn
-        model = template.model(params) if lora is None else lora.model(params)
-        return velocity_loss(model, batch, noise, sigma), {}
+        return velocity_loss(model(params), batch, *drawn), {}
 
-    def draw(batch: Batch, key: jax.Array) -> PyTree:
+    def draw(batch: Batch, key: Array) -> PyTree:
         shape = batch.latents.shape
-        noise = jax.random.normal(key, shape)
-        return noise, jax.random.uniform(key, (shape[0], shape[2]))
+        return jax.random.normal(key, shape), jax.random.uniform(key, (shape[0], shape[2]))
 
     temporary = None
     if compiles:
-        step = make_step(loss, chain, draw=draw, accumulate=accumulate, frozen=frozen)
+        step = make_step(loss, chain, draw=draw, accumulate=accumulate)
+        assert isinstance(step, partial)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        lowered = step.func.lower(state, batch, key, **step.keywords)  # pyright: ignore
-        memory = lowered.compile().memory_analysis()
+        memory = step.func.lower(state, batch, key, frozen=frozen).compile().memory_analysis()
         temporary = None if memory is None else memory.temp_size_in_bytes
-    parts = (frozen, trained, state.optimizer, state.average, batch)
-    return Footprint(clips, *map(_bytes, parts), temporary)
+    return Footprint(
+        clips,
+        frozen=_bytes(frozen),
+        trained=_bytes(state.params),
+        optimizer=_bytes(state.optimizer),
+        average=_bytes(state.average),
+        batch=_bytes(batch),
+        temporary=temporary,
+    )
 
 
-def _abstract(
-    training: VideoTraining, config: TransformerConfig
-) -> tuple[Template[WanModel], Params, LoraModel | None]:
-    """A model of shapes alone, its trained parameters, and the LoRA that they are, if so."""
+def _model_of(training: VideoTraining, config: TransformerConfig) -> tuple[Params, Params, _Model]:
+    """Parameters that are not trained, those that are, and the model with both."""
     shape, lora = training.model, training.lora
     base = "float32" if lora is None else lora.base
-    kernels = jnp.int8 if base == "int8" else None
-    stored = jnp.bfloat16 if base == "int8" else jnp.dtype(base)
-    model = TRANSFORMER.abstract(config, jnp.dtype(shape.dtype), stored, kernels)
-    model.remat = shape.remat
+    model = WanModel(
+        config,
+        rngs=nnx.Rngs(0),
+        dtype=jnp.dtype(shape.dtype),
+        param_dtype=jnp.bfloat16 if base == "int8" else jnp.dtype(base),
+        kernel_dtype=jnp.int8 if base == "int8" else None,
+        remat=shape.remat,
+    )
     if lora is None:
         template, params = Template.of(model)
-        return template, params, None
-    made = LoraModel.of(model, lora)
-    return made.template, jax.eval_shape(lambda: made.init(0)), made
+        return {}, params, template.model
+    whole = LoraModel.of(model, lora)
+    return whole.frozen, whole.init(0), replace(whole, frozen={}).model
 
 
-def _abstract_batch(config: TransformerConfig, clips: ClipShape) -> Batch:
+def _batch_of(config: TransformerConfig, clips: ClipShape) -> Batch:
     rows, steps = clips.batch, latent_frames(clips.frames)
     sides = clips.height // PIXELS_PER_LATENT, clips.width // PIXELS_PER_LATENT
     image = channels = None
     if config.model_type == "i2v":
-        image = Abstract((rows, config.image_tokens, config.image_dim or 0), jnp.float32)
-        channels = Abstract((rows, config.in_dim - config.latent_dim, steps, *sides), jnp.float32)
+        image = jnp.zeros((rows, config.image_tokens, config.image_dim or 0))
+        channels = jnp.zeros((rows, config.in_dim - config.latent_dim, steps, *sides))
     return Batch(
-        Abstract((rows, config.latent_dim, steps, *sides), jnp.float32),
-        Abstract((rows, config.text_len, config.text_dim), jnp.float32),
+        jnp.zeros((rows, config.latent_dim, steps, *sides)),
+        jnp.zeros((rows, config.text_len, config.text_dim)),
         image,
         channels,
-        Abstract((rows,), jnp.int32),
+        jnp.zeros((rows,), jnp.int32),
     )
 
 
