@@ -64,7 +64,7 @@ class LoraTask(VideoTask):
             param_dtype=jnp.bfloat16 if is_int8 else jnp.dtype(lora.base),
             kernel_dtype=jnp.int8 if is_int8 else None,
         )
-        model.remat = shape.remat
+        model.remat = "full" if shape.remat is True else shape.remat or None
         self._lora = LoraModel.of(model, lora)
         return self._lora.template, self._lora.init(self.seed)
 
