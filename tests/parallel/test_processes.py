@@ -115,7 +115,7 @@ def start(
     return started
 
 
-def finish(started: list[subprocess.Popen], folder: Path, seconds: float = 300) -> list[int]:
+def finish(started: list[subprocess.Popen], folder: Path, seconds: float = 600) -> list[int]:
     """Their exit codes; nobody is left behind."""
     try:
         return [process.wait(seconds) for process in started]
@@ -186,7 +186,7 @@ def windows(job: Path) -> int:
 @pytest.mark.parametrize(
     ("fault", "seconds", "words"),
     [
-        ("kill", 45, ("is gone", "distributed", "coordination")),
+        ("kill", 45, ("closed by peer", "is gone", "distributed", "coordination")),
         ("raise", 45, ("planted fault",)),
         ("hang", 60, ("process 1 has stood still",)),
     ],
