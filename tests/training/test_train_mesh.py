@@ -5,13 +5,17 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.parallel.plan import MeshPlan
 from skyreels_jax.training.mesh import TrainingMesh, check_rows
+from skyreels_jax.training.optimizer import OptimizerConfig, make_optimizer
 
-# Of a gradient's largest value, and of the loss; measured at most TOLD below.
+# Of a gradient's largest value (measured at most 1.2e-6), and of the loss (3e-7).
 TOLERANCE = 5e-6
 
 
@@ -106,3 +110,36 @@ def test_each_device_has_its_part_and_no_stack_is_put_together():
         # Forwards 2 matrices of contexts and 9 of blocks, backwards 2 and the 8 that are needed;
         # each has one scatter.
         assert one["collectives"]["layers"] == {"all-gather": 21, "reduce-scatter": 11}
+
+
+def after_three_steps(signal: float, rounding: int) -> dict[str, np.ndarray]:
+    """Adafactor on two matrices; the gradient of one is a signal and differing rounding, 1e-10."""
+    rng, noise = np.random.default_rng(0), np.random.default_rng(rounding)
+    draw = lambda size: rng.standard_normal((2, 160, 160)) * size  # noqa: E731
+    params = {n: jnp.asarray(draw(0.05), jnp.float32) for n in ("a.kernel", "b.kernel")}
+    optimizer = make_optimizer(OptimizerConfig("adafactor", 1e-2, "constant", 0), 10, params)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for _ in range(3):
+            off = noise.standard_normal((2, 160, 160))
+            grads = {
+                "a.kernel": jnp.asarray(draw(0.01) * (1 + 1e-7 * off), jnp.float32),
+                "b.kernel": jnp.asarray(draw(signal) + 1e-10 * off, jnp.float32),
+            }
+            updates, state = update(grads, state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+    return {name: np.asarray(value) for name, value in params.items()}
+
+
+@pytest.mark.slow
+def test_adafactor_makes_rounding_large_where_a_gradient_is_nothing_else():
+    """Without any mesh: what differs on one is a gradient that is rounding alone."""
+
+    def apart(signal: float) -> dict[str, float]:
+        one, other = (after_three_steps(signal, seed) for seed in (1, 2))
+        return {name: float(np.max(np.abs(one[name] - other[name]))) for name in one}
+
+    assert max(apart(1e-3).values()) < 1e-7  # measured 1.5e-8
+    silent = apart(0.0)
+    assert silent["a.kernel"] < 1e-7
+    assert silent["b.kernel"] > 1e-3  # measured 5.7e-3, of steps of 1e-2 times the values' size
