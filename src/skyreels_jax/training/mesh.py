@@ -264,12 +264,12 @@ class TrainingMesh:
         self, params: Params, cut_axes: Mapping[str, int], *, layered: bool
     ) -> dict[str, Array]:
         """Whole parameters on each device, but those of layers that are put together in turn."""
-        found = dict(params)
+        found: dict[str, Array] = {}
         for name, axis in cut_axes.items():
             if not (layered and name.startswith(STACKED)):
                 axes = self.rules.axes("weights", self.plan)
                 found[name] = jax.lax.all_gather(params[name], axes, axis=axis, tiled=True)
-        return found
+        return {**params, **self._together(found)}
 
     def _together(self, found: _Tree) -> _Tree:
         """All results only when each is there, on a CPU.
