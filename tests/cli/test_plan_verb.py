@@ -1,11 +1,14 @@
 """``skyreels-jax plan``: a table, JSON, and what is refused."""
 
 import json
+from collections import Counter
 
 import pytest
 from tests.cli.commands import Command
 
 from skyreels_jax.cli.plan import ACCELERATOR_NAMES
+from skyreels_jax.generation.dry_run import compiled
+from skyreels_jax.generation.dry_run.compiled import Compiled, Module, grid_of
 from skyreels_jax.generation.dry_run.meshes import ACCELERATORS
 
 MODEL = ("plan", "--model", "SkyReels-V2-T2V-14B-720P")
@@ -34,6 +37,42 @@ def test_json_says_the_same(command: Command):
     assert set(first["bytes"]) == {"text encoder", "VAE", "transformer"}
     kinds = {one["kind"] for one in first["collectives_per_call"]}
     assert "all-gather of weights" in kinds
+
+
+def test_the_compiler_is_asked_about_the_recommended_mesh(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+):
+    """It takes a minute; what is said of its answer is tested here."""
+    asked = []
+
+    def answer(job, plan, kind) -> Compiled:
+        asked.append((str(plan), kind))
+        module = Module(Counter(splash=4), {"all-gather": (50, 2_000_000_000)})
+        return Compiled(2**30, 2**29, 3 * 2**29, module, (52.0, 55.0))
+
+    monkeypatch.setattr(compiled, "compile_step", answer)
+    words = (*MODEL, "--device", "v6e", "--devices", "8", "--compile")
+    lines = command(*words).out.splitlines()
+    (start,) = [n for n, line in enumerate(lines) if line.startswith("compiled in 52 s, mesh ")]
+    assert lines[start + 1].startswith("  arguments 1.00 GiB, by formula 3.5")
+    assert lines[start + 2].startswith("  peak 1.50 GiB, by formula 5.8")
+    assert "fused attention: 4 splash" in lines[start + 3]
+    assert lines[start + 4] == "  50 all-gather, 2.000 GB"
+    found = json.loads(command(*words, "--json").out)["compiled"]
+    assert found["mesh"] == asked[1][0]
+    assert found["collectives"] == {"all-gather": {"count": 50, "bytes": 2_000_000_000}}
+    assert asked == [(found["mesh"], "v6e")] * 2
+
+
+def test_what_cannot_be_compiled_for_is_said_at_once(command: Command):
+    for device, count, says in (
+        ("h100", "8", "the compiler is asked for TPUs, v5e, v6e, v5p, and not for h100"),
+        ("v5e", "3", "there is no slice of 3 v5e; there are 1, 4, 8, 16, 32, 64, 128"),
+    ):
+        outcome = command(*MODEL, "--device", device, "--devices", count, "--compile")
+        assert (outcome.code, outcome.out) == (2, "")
+        assert says in outcome.errors[0]
+    assert grid_of("v5p", 16) == "v5p:2x2x4"
 
 
 def test_what_fits_nowhere_is_2(command: Command):

@@ -14,7 +14,7 @@ from skyreels_jax.testing.random_checkpoint import Kind
 
 # Of the largest latent, after each of three steps in float32 with guidance 3.
 TOL = 2e-6  # measured at most 1.85e-6
-TOL_BF16 = 1e-2  # measured at most TODO
+TOL_BF16 = 4e-2  # measured 1.3e-2
 FAST = [
     ("uneven", "fsdp=2,ring=2,ulysses=2", "-"),
     # Layers of the VAE whose rows, and a text encoder whose parameters, are cut over 4 devices.

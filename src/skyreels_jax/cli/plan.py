@@ -56,7 +56,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Print the meshes, those that fit and are fastest first; 0 if one fits, else 2."""
-    from skyreels_jax.generation.dry_run.compiled import compile_step, grid_of
+    from skyreels_jax.generation.dry_run import compiled
     from skyreels_jax.generation.dry_run.meshes import ACCELERATORS, forecasts
 
     if not 1 <= args.devices <= _MOST_DEVICES:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         )
     job = _job_of(args)
     if args.compile:
-        grid_of(args.device, args.devices)  # What cannot be compiled for is said at once.
+        compiled.grid_of(args.device, args.devices)  # What cannot be compiled for is said at once.
     found = forecasts(job, args.devices, ACCELERATORS[args.device])
     if not args.json:
         _print(job, args, found)
@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
         "meshes": [_plain(one) for one in found],
     }
     if args.compile and found:
-        compiled = compile_step(job, found[0].plan, args.device)
-        described["compiled"] = _plain_compiled(compiled, found[0])
+        answer = compiled.compile_step(job, found[0].plan, args.device)
+        described["compiled"] = _plain_compiled(answer, found[0])
         if not args.json:
-            _print_compiled(compiled, found[0])
+            _print_compiled(answer, found[0])
     if args.json:
         print(json.dumps(described, indent=2))
     return 0 if found and found[0].fits else 2

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
@@ -88,12 +89,9 @@ class MeshTransformer:
                 f"have {len(devices)}: a mesh of several processes has all of them"
             )
         sizes = tuple(plan.size(axis) for axis in MESH_AXES)
-        mesh = jax.make_mesh(
-            sizes,
-            MESH_AXES,
-            axis_types=(AxisType.Auto,) * len(sizes),
-            devices=devices[: plan.devices],
-        )
+        # Of a slice of 4 x 4 TPUs, an axis of 8 is one row and a half of another direction.
+        grid = create_device_mesh(sizes, devices[: plan.devices], allow_split_physical_axes=True)
+        mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
         return cls(mesh, plan, config, reason)
 
     @property

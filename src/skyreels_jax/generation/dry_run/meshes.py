@@ -34,8 +34,8 @@ ASSUMED_SHARE: Final = 0.5
 # Of a device's memory, what a program can have.
 USABLE_SHARE: Final = 0.94
 # Of one block at work in bfloat16, by token: bytes per feature of the model and of its hidden
-# layer. With them the formula is within 10 % of what the TPU's compiler said of 1.3B on 1 device
-# and of 14B on 1, 8 and 16; on 64 it is 18 % below, and on one H100 13 %.
+# layer. With them the formula is within 10 % of what the TPU's compiler said of 1.3B and of 14B on
+# 1, 8, 16 and 64 devices; on one H100 it is 13 % below.
 _BYTES_PER_FEATURE: Final = 12
 _BYTES_PER_HIDDEN: Final = 2
 _BF16: Final = 2
@@ -209,16 +209,18 @@ def transformer_bytes(job: Job, plan: MeshPlan) -> Mapping[str, int]:
         size if weight_axis(path, shape, parts) is None else size // parts
         for path, (shape, size) in _parameters(config, job.weights).items()
     )
-    layer = sum(_put_together(job, plan)) // config.num_layers
+    layer = sum(_put_together(job, plan)) // config.num_layers if parts > 1 else 0
     tokens = job.latent_frames * math.ceil(job.patches / plan.sequence) * job.rows // plan.data
     states = config.text_len + config.image_tokens
     prompts = 2 if job.guided else 1
     context = 2 * prompts * config.num_layers * states * config.dim * _BF16 // plan.sequence
     latents = math.prod(latent_shape(job.frames, job.height, job.width))
+    # Those that are gathered, device by device and then frame by frame.
+    keys_values = 2 * 2 * plan.fsdp * tokens * config.dim * _BF16 if plan.fsdp > 1 else 0
     return {
         "weights": weights,
-        # The layer that runs and the next.
-        "layers put together": 2 * layer if parts > 1 else 0,
+        # The layer that runs, and all keys and values or the next layer.
+        "layers put together": layer + max(layer, keys_values),
         "contexts": context,
         "latents": LATENT_COPIES * 4 * config.in_dim * latents,
         "activations": tokens
@@ -293,13 +295,14 @@ def _shapes_and_bytes(model: nnx.Module) -> Mapping[str, tuple[tuple[int, ...], 
 
 
 def _encoder_stage(weights: str | None, name: str, parts: int) -> Mapping[str, int]:
-    """Bytes of an encoder of which every device has its part and one layer that is whole."""
-    own, layer = 0, 0
+    """Bytes of an encoder of which every device has its part, and one matrix whole at a time."""
+    own, whole = 0, 0
     for path, (shape, size) in _encoders(weights)[name].items():
         cut = encoder_axis(path, shape, parts) is not None
         own += size // parts if cut else size
-        layer += size // shape[0] if cut and path.startswith("blocks.") else 0
-    return {"weights": own, "layer put together": layer}
+        if cut and path.startswith("blocks."):
+            whole = max(whole, size // shape[0])
+    return {"weights": own, "matrix put together": whole}
 
 
 def _other_stages(
