@@ -1,5 +1,6 @@
 """What `python -m benchmarks.compile` reads in compiled programs, and that it compiles for TPUs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -85,3 +86,27 @@ def test_programs_of_the_released_size_are_compiled_for_a_tpu(stage: str, kernel
     # Of a v5e's 16 GiB, less than a third.
     assert 3 < float(cells[4]) < 5.3  # measured 4.6 both
     assert cells[5:7] == [kernels, "none"]
+
+
+@pytest.mark.slow
+def test_a_step_on_a_mesh_takes_what_plan_says():
+    """1.3B on the 8 chips of a v5e: the compiler's bytes against the formula's."""
+    root = Path(__file__).parent.parent
+    words = ["plan", "--model", "SkyReels-V2-DF-1.3B-540P", "--device", "v5e", "--devices", "8"]
+    told = subprocess.run(
+        [sys.executable, "-m", "skyreels_jax", *words, "--compile", "--json"],
+        env=os.environ | {"PYTHONPATH": str(root / "src")},
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stderr
+    answer = json.loads(told.stdout)
+    compiled, best = answer["compiled"], answer["meshes"][0]
+    assert compiled["mesh"] == best["mesh"]
+    parts = best["bytes"]["transformer"]
+    arguments = parts["weights"] + parts["contexts"] + parts["latents"]
+    assert compiled["arguments"] == pytest.approx(arguments, rel=0.05)  # measured 0.5 %
+    assert compiled["peak"] == pytest.approx(sum(parts.values()), rel=0.1)  # measured 0.5 %
+    assert compiled["kernels"] == {"splash": 4}
+    # No gather of a whole stack, which has 2.6 GB: all gathers together are less than half of that.
+    assert compiled["collectives"]["all-gather"]["bytes"] < 1.3e9  # measured 0.9e9

@@ -115,7 +115,7 @@ LONG = {
     "base_num_frames": 9,
     "overlap_history": 5,
     "cache": "teacache",
-    "cache_threshold": 50.0,
+    "cache_threshold": 1.0,
 }
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from skyreels_jax.components.encoders import tiling_for
 from skyreels_jax.geometry import PIXELS_PER_LATENT, latent_shape
-from skyreels_jax.memory import LATENT_COPIES, kernel_dtype, vae_work
+from skyreels_jax.memory import kernel_dtype, vae_work
 from skyreels_jax.models.clip_vision import CLIP_VIT_H
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.umt5 import UMT5_XXL
@@ -38,6 +38,13 @@ USABLE_SHARE: Final = 0.94
 # 1, 8, 16 and 64 devices; on one H100 it is 13 % below.
 _BYTES_PER_FEATURE: Final = 12
 _BYTES_PER_HIDDEN: Final = 2
+# Of the next layer, so much of it is there when most memory is taken.
+_NEXT_LAYER: Final = 0.7
+# Around the layers, by value of the latents.
+_BYTES_AROUND: Final = 138
+# Copies of the latents that a step begins with: sample and solver's state.
+_STATE_COPIES: Final = 4
+_LANES: Final = 128
 _BF16: Final = 2
 # Of cross-attention, what makes the keys and values of text and image.
 _ONCE: Final = ("k", "v", "k_img", "v_img")
@@ -214,17 +221,22 @@ def transformer_bytes(job: Job, plan: MeshPlan) -> Mapping[str, int]:
     states = config.text_len + config.image_tokens
     prompts = 2 if job.guided else 1
     context = 2 * prompts * config.num_layers * states * config.dim * _BF16 // plan.sequence
-    latents = math.prod(latent_shape(job.frames, job.height, job.width))
+    latents = latent_shape(job.frames, job.height, job.width)
+    values = config.in_dim * math.prod(latents)
+    # TPUs fill up rows or columns, whichever takes less.
+    filled = min(_LANES * math.ceil(side / _LANES) / side for side in latents[1:])
     # Those that are gathered, device by device and then frame by frame.
     keys_values = 2 * 2 * plan.fsdp * tokens * config.dim * _BF16 if plan.fsdp > 1 else 0
+    together = layer + max(round(_NEXT_LAYER * layer), keys_values)
+    working = tokens * (_BYTES_PER_FEATURE * config.dim + _BYTES_PER_HIDDEN * config.ffn_dim)
+    # Before and after the layers every device has whole latents, and patches of them.
+    around = _BYTES_AROUND * job.rows * values - together
     return {
         "weights": weights,
-        # The layer that runs, and all keys and values or the next layer.
-        "layers put together": layer + max(layer, keys_values),
+        "layers put together": together,
         "contexts": context,
-        "latents": LATENT_COPIES * 4 * config.in_dim * latents,
-        "activations": tokens
-        * (_BYTES_PER_FEATURE * config.dim + _BYTES_PER_HIDDEN * config.ffn_dim),
+        "latents": round(_STATE_COPIES * 4 * values * filled),
+        "activations": max(working, around),
     }
 
 
