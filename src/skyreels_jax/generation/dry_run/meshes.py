@@ -175,7 +175,8 @@ def forecasts(job: Job, devices: int, kind: Accelerator) -> list[MeshForecast]:
     """All legal meshes of so many devices, those that fit first, the fastest of them first."""
     legal = [plan for plan in all_plans(devices) if not list(plan.problems(job.config, job.rows))]
     found = [forecast(job, plan, kind) for plan in legal]
-    return sorted(found, key=lambda one: (not one.fits, one.seconds))
+    # Of equals those with a fused kernel for attention, which a ring has not.
+    return sorted(found, key=lambda one: (not one.fits, one.seconds, one.plan.ring))
 
 
 def forecast(job: Job, plan: MeshPlan, kind: Accelerator) -> MeshForecast:
