@@ -201,7 +201,9 @@ DATA_SETS: list[tuple[Callable[[Path], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "says"), DATA_SETS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("spoil", "says"), DATA_SETS, ids=lambda value: getattr(value, "__name__", str(value)[:40])
+)
 def test_a_bad_data_set_is_reported(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -1,0 +1,119 @@
+"""Two processes train as one does that has the devices of both."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tests.parallel.test_processes import finish, start
+
+STEPS = 20
+# Of parameters up to 1 that have moved by 2e-3 in all; sums have other orders.
+TOLERANCE = 1e-6
+RECIPE = """
+train = "video"
+output = "{output}"
+
+[run]
+steps = {steps}
+log_every = 5
+checkpoint_every = 10
+ema = 0.9
+mesh = "fsdp=2"
+
+[optimizer]
+name = "adamw"
+learning_rate = 1e-4
+warmup = 5
+
+[model]
+start = "mini"
+remat = true
+export_dtype = "float32"
+
+[objective]
+frames = 0.2
+
+[data]
+vae = "mini"
+text = "mini"
+encoded = "{encoded}"
+batch = 4
+clips = 8
+frames = 9
+"""
+
+
+def recipe(folder: Path, name: str, *, steps: int = STEPS, seed: int = 0) -> Path:
+    text = RECIPE.format(output=folder / name, encoded=folder / "encoded", steps=steps)
+    file = folder / f"{name}.toml"
+    file.write_text(text.replace("[run]", f"[run]\nseed = {seed}"))
+    return file
+
+
+def trained(folder: Path, name: str, count: int, **changed: int) -> dict[str, np.ndarray]:
+    """The model that so many processes with two devices in all have trained."""
+    said = folder / f"{name}-{count}"
+    said.mkdir()
+    words = ["train", str(recipe(folder, name, **changed))]
+    assert finish(start(count, 2 // count, words, said), said, 560) == [0] * count
+    return weights(folder / name)
+
+
+def weights(output: Path) -> dict[str, np.ndarray]:
+    (file,) = (output / "model" / "transformer").glob("*.safetensors")
+    return load_file(file)
+
+
+def apart(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    assert one.keys() == other.keys()
+    return max(float(np.abs(value - other[name]).max()) for name, value in one.items())
+
+
+def losses(output: Path) -> list[float]:
+    lines = (output / "log.jsonl").read_text().splitlines()
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_two_processes_are_those_of_one(tmp_path: Path):
+    one = trained(tmp_path, "one", 1)
+    two = trained(tmp_path, "two", 2)
+    difference = apart(one, two)
+    print("apart", difference, losses(tmp_path / "one"), losses(tmp_path / "two"))
+    assert difference < TOLERANCE
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5)
+    # One log, one model, and nothing half written.
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(
+        p.name for p in (tmp_path / "two").iterdir()
+    )
+    assert apart(one, trained(tmp_path, "other", 1, seed=1)) > 100 * TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(tmp_path: Path):
+    undisturbed = trained(tmp_path, "whole", 2)
+    said = tmp_path / "said"
+    said.mkdir()
+    words = ["train", str(recipe(tmp_path, "killed"))]
+    processes = start(2, 1, words, said)
+    try:
+        until = time.monotonic() + 400
+        while not any((tmp_path / "killed" / "checkpoints").glob("10*")):
+            assert time.monotonic() < until and processes[0].poll() is None
+            time.sleep(0.1)
+        processes[1].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        assert processes[0].wait(45) != 0
+        print("ended after", time.monotonic() - began)
+    finally:
+        for process in processes:
+            process.kill()
+    assert "process 1" in (said / "0.err").read_text()
+    again = tmp_path / "again"
+    again.mkdir()
+    assert finish(start(2, 1, words, again), again, 560) == [0, 0]
+    assert apart(undisturbed, weights(tmp_path / "killed")) == 0
