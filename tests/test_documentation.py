@@ -105,7 +105,8 @@ def is_cheap(words: list[str]) -> bool:
     """Whether a command needs nothing but what the package ships."""
     if words[:2] == ["skyreels-jax", "generate"]:
         given = dict(zip(words, words[1:], strict=False))
-        return given.get("--model", "mini") in ("mini", "mini-i2v")
+        # A LoRA is what the command before it has trained.
+        return given.get("--model", "mini") in ("mini", "mini-i2v") and "--lora" not in given
     if words[:2] == ["skyreels-jax", "data"]:
         return words[2] == "shapes"
     return words[:2] in ([["skyreels-jax", verb] for verb in ("doctor", "batch")])

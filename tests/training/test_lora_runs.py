@@ -138,7 +138,7 @@ def _same_with_the_file(task: LoraTask, folder: Path) -> None:
         for loras in ((), (Lora(folder / PEFT_FILE),), (Lora(folder / COMFYUI_FILE),))
     )
     for one in merged:
-        assert np.abs(one - beside).max() < 1e-5 * np.abs(beside).max()  # measured 1e-6
+        assert np.abs(one - beside).max() < 1e-5 * np.abs(beside).max()  # measured 1.1e-6
     assert np.abs(base - beside).max() > 1e-3 * np.abs(beside).max()
 
 

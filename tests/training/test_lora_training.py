@@ -29,7 +29,8 @@ from skyreels_jax.weights.lora.writing import TrainedProduct, lora_of_products
 from skyreels_jax.weights.writer import write_tensor_file
 
 # Largest difference of a matrix's gradient over the largest gradient in it, from PEFT's by PyTorch
-# in float32. Measured 1.6e-6 (t2v), 2.1e-6 (diffusion forcing), 2.3e-5 (i2v).
+# in float32. Measured 2.4e-6 (t2v), 8.1e-6 (diffusion forcing), 1.0e-5 (i2v);
+# of the loss at most 3.4e-7.
 GRAD_TOL = 1e-4
 LOSS_TOL = 1e-5
 # Targets of which some are of some blocks and some of none: every way that a stack is put together.
@@ -124,7 +125,7 @@ def test_every_gradient_is_pefts(name: str, rslora: bool, remat: bool):
 @pytest.mark.slow
 def test_a_scale_that_is_not_alpha_by_rank_is_caught():
     off, gaps = both_gradients("diffusion forcing", LORA, factor=1 / LORA.scale)
-    assert off > 100 * LOSS_TOL  # measured 0.4
+    assert off > 100 * LOSS_TOL  # measured 0.058
     assert min(gaps.values()) > 10 * GRAD_TOL
 
 
@@ -265,7 +266,9 @@ def trained(folder: Path, lora: LoraTraining, dtype: object = np.float32):
     return model, matrices, found
 
 
-OUTPUT_TOL = 1e-5  # relative; measured 7e-7 for either form, here merged and in diffusers + peft
+OUTPUT_TOL = (
+    1e-5  # relative; measured at most 5.4e-7 in diffusers + peft, 4.5e-7 merged, for either form
+)
 
 
 @pytest.mark.parametrize("rslora", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -285,7 +288,7 @@ def test_a_file_gives_the_same_everywhere(checkpoints: Checkpoints, tmp_path: Pa
             {k: torch.tensor(v) for k, v in with_file(folder, files[form]).items()}
         )
         assert relative(forward(merged), ours) < OUTPUT_TOL
-    assert relative(forward(torch_model(folder)), ours) > 100 * OUTPUT_TOL  # measured 0.9
+    assert relative(forward(torch_model(folder)), ours) > 100 * OUTPUT_TOL  # measured 0.49 and more
     # The negative twin: ComfyUI's form without alphas is of another scale.
     tensors = {k: v for k, v in load_file(files["comfyui"]).items() if not k.endswith("alpha")}
     save_file(tensors, tmp_path / "bare.safetensors")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from skyreels_jax.models.vae import WanVae
 
 Chunk = np.ndarray | Array
+# Of a tile it waits in the host's memory while others have their turn.
+KeptFrames = PyTree[np.ndarray | Array]
 _Grid = Sequence[Sequence[Chunk]]
 # A chunk and what was kept of those before it to a result and what is kept.
 ChunkStep = Callable[["nnx.GraphDef[WanVae]", nnx.State, Chunk, Cache], tuple[Array, Cache]]
@@ -74,7 +76,7 @@ class FrameDevices(Protocol):
         graph: "nnx.GraphDef[WanVae]",
         parameters: nnx.State,
         chunk: Chunk,
-        cache: Cache,
+        cache: KeptFrames,
         unit: int,
     ) -> tuple[Chunk, Cache]:
         """What ``step`` gives; ``unit`` is how many pixels one element of the chunk is high."""
@@ -95,7 +97,7 @@ class WholeFrameDevice:
         graph: "nnx.GraphDef[WanVae]",
         parameters: nnx.State,
         chunk: Chunk,
-        cache: Cache,
+        cache: KeptFrames,
         unit: int,
     ) -> tuple[Chunk, Cache]:
         """The step itself."""

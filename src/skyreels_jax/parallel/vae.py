@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PyTree
 
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_layers import PIXEL_STRIDE, Cache
-from skyreels_jax.models.vae_tiling import Chunk, ChunkStep
+from skyreels_jax.models.vae_tiling import Chunk, ChunkStep, KeptFrames
 from skyreels_jax.ops.rows import cut_in_rows
 from skyreels_jax.ops.target import compiled_for, device_of
 from skyreels_jax.parallel.encoders import LINE
@@ -93,7 +93,7 @@ class MeshFrames:
         graph: nnx.GraphDef[WanVae],
         parameters: nnx.State,
         chunk: Chunk,
-        cache: Cache,
+        cache: KeptFrames,
         unit: int,
     ) -> tuple[Chunk, Cache]:
         """Every device its rows; the result is in the host's memory, what is kept is not."""
