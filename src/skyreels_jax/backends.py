@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, TypedDict, Unpack, get_args
+from typing import Any, Final, Literal, TypedDict, Unpack, get_args
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -252,7 +252,7 @@ def _jax_loaders(
     device: str,
     vae_tiling: VaeTiling,
     kernels: DTypeLike | None,
-    parallelism: Parallelism = SINGLE_DEVICE,
+    parallelism: Parallelism,
 ) -> ComponentLoaders:
     """Encoders and VAE in JAX, on the transformer's devices; ``device`` is not theirs."""
     del device
@@ -285,7 +285,7 @@ def _hybrid_loaders(
     device: str,
     vae_tiling: VaeTiling,
     kernels: DTypeLike | None,
-    parallelism: Parallelism = SINGLE_DEVICE,
+    parallelism: Parallelism,
 ) -> ComponentLoaders:
     """Encoders and VAE in PyTorch, the VAE on whole frames and in float32.
 
@@ -301,19 +301,10 @@ def _hybrid_loaders(
     )
 
 
-class _Loaders(Protocol):
-    def __call__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: DTypeLike,
-        vae_dtype: DTypeLike,
-        device: str,
-        vae_tiling: VaeTiling,
-        kernels: DTypeLike | None,
-        parallelism: Parallelism = SINGLE_DEVICE,
-    ) -> ComponentLoaders: ...
-
-
+_Loaders = Callable[
+    [Checkpoint, DTypeLike, DTypeLike, str, VaeTiling, DTypeLike | None, Parallelism],
+    ComponentLoaders,
+]
 LOADERS: Final[Mapping[Backend, _Loaders]] = {"jax": _jax_loaders, "hybrid": _hybrid_loaders}
 
 

@@ -31,6 +31,7 @@ from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.video import generate
+from skyreels_jax.models.parallelism import SINGLE_DEVICE
 from skyreels_jax.models.vae_layers import CausalConv
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.prompts import Tokenizer
@@ -78,7 +79,7 @@ def by_backend(folder: Path, backend: Backend) -> Components:
     """Parts as :class:`Pipeline` has them."""
     checkpoint = Checkpoint.open(folder)
     float32 = jnp.dtype(jnp.float32)
-    parts = LOADERS[backend](checkpoint, float32, float32, "cpu", "off", None)
+    parts = LOADERS[backend](checkpoint, float32, float32, "cpu", "off", None, SINGLE_DEVICE)
     image = parts.image_encoder() if checkpoint.config.image_dim else None
     return Components(parts.text_encoder(), parts.vae(), image)
 

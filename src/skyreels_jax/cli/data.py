@@ -146,10 +146,10 @@ def _folder_recipe(file: Path) -> "tuple[VideoTraining, FolderData]":
 def _run_check(args: argparse.Namespace) -> int:
     from skyreels_jax.media import write_image
     from skyreels_jax.outputs import check_place
-    from skyreels_jax.prompts import Tokenizer
     from skyreels_jax.training.sources import layout_of
     from skyreels_jax.training.videos.plan import plan_clips
     from skyreels_jax.training.videos.report import draw_sheet, report_lines, report_of
+    from skyreels_jax.weights.tokenizer_file import open_tokenizer
 
     if args.sheet is not None:
         if args.sheet.suffix.lower() != ".png":
@@ -157,7 +157,7 @@ def _run_check(args: argparse.Namespace) -> int:
         check_place(args.sheet)
     _, data = _folder_recipe(args.config)
     tokenizer = layout_of("data.text", data.text).component("tokenizer")
-    plan = plan_clips(data, Tokenizer.from_folder(tokenizer))
+    plan = plan_clips(data, open_tokenizer(tokenizer))
     if args.json:
         print(json.dumps(report_of(plan), indent=2))
     else:
@@ -172,15 +172,15 @@ def _run_encode(args: argparse.Namespace) -> int:
     from skyreels_jax.cli.train import encoding_progress
     from skyreels_jax.generation.batch_rows import choose_shard
     from skyreels_jax.hub import enable_compilation_cache
-    from skyreels_jax.prompts import Tokenizer
     from skyreels_jax.training.sources import find_sources
     from skyreels_jax.training.videos.encode import EncodedFiles, encode_videos
     from skyreels_jax.training.videos.plan import plan_clips, require_sound
+    from skyreels_jax.weights.tokenizer_file import open_tokenizer
 
     shard = choose_shard(args.shard, os.environ)
     training, data = _folder_recipe(args.config)
     sources = find_sources(training)
-    plan = plan_clips(data, Tokenizer.from_folder(sources.text.component("tokenizer")))
+    plan = plan_clips(data, open_tokenizer(sources.text.component("tokenizer")))
     require_sound(plan, data.skip_broken)
     files = EncodedFiles(Path(data.encoded).expanduser(), sources, data.text_dtype)
     share = (shard.index, shard.count)

@@ -1,10 +1,25 @@
-"""Values of the host onto devices of several processes, and back: each process has its own part."""
+"""The mesh of a plan; values of the host onto devices and back, of several processes too."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental.mesh_utils import create_device_mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from skyreels_jax.parallel.plan import MESH_AXES, MeshPlan
+
+
+def mesh_of(
+    plan: MeshPlan,
+    devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm]
+) -> Mesh:
+    """The mesh of a plan, of the first of so many devices."""
+    sizes = tuple(plan.size(axis) for axis in MESH_AXES)
+    # Of a slice of 4 x 4 TPUs, an axis of 8 is one row and a half of another direction.
+    grid = create_device_mesh(sizes, devices[: plan.devices], allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def send_parts(value: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
@@ -32,8 +31,8 @@ from skyreels_jax.models.transformer_layers import FrameTokens
 from skyreels_jax.ops.positions import RopeTable
 from skyreels_jax.ops.target import Device, compiled_for, device_of
 from skyreels_jax.parallel.attention import MeshAttention
-from skyreels_jax.parallel.placing import send_parts
-from skyreels_jax.parallel.plan import AUTO, MESH_AXES, MeshPlan, choose_plan
+from skyreels_jax.parallel.placing import mesh_of, send_parts
+from skyreels_jax.parallel.plan import AUTO, MeshPlan, choose_plan
 from skyreels_jax.parallel.rules import Rules, weight_axis
 
 _Tree = TypeVar("_Tree")
@@ -88,11 +87,7 @@ class MeshTransformer:
                 f"`mesh` {plan} has {plan.devices} devices, and {jax.process_count()} processes "
                 f"have {len(devices)}: a mesh of several processes has all of them"
             )
-        sizes = tuple(plan.size(axis) for axis in MESH_AXES)
-        # Of a slice of 4 x 4 TPUs, an axis of 8 is one row and a half of another direction.
-        grid = create_device_mesh(sizes, devices[: plan.devices], allow_split_physical_axes=True)
-        mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
-        return cls(mesh, plan, config, reason)
+        return cls(mesh_of(plan, devices), plan, config, reason)
 
     @property
     def device(self) -> Device:

@@ -29,11 +29,11 @@ from skyreels_jax.moving_shapes.clips import FRAME_RATES
 from skyreels_jax.moving_shapes.render import render
 from skyreels_jax.moving_shapes.scene import HELD_OUT, Scene, draw_held_out, draw_scene
 from skyreels_jax.ops.resize import bicubic_resize
-from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.training.vae_objective import moments
 from skyreels_jax.weights.components.clip import stored_image_encoder
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.layout import Layout
+from skyreels_jax.weights.tokenizer_file import open_tokenizer
 
 # Wordings of a clip's caption that are kept with it.
 WORDINGS: Final = 6
@@ -242,7 +242,7 @@ class CaptionEncoder:
 
     def __init__(self, layout: Layout, length: int, *, dtype: DTypeLike = jnp.float32):
         """Load tokenizer and text encoder of a folder; ``length`` holds the longest text."""
-        self._tokenizer = Tokenizer.from_folder(layout.component("tokenizer"))
+        self._tokenizer = open_tokenizer(layout.component("tokenizer"))
         self._model = stored_text_encoder(layout).load(dtype)
         self._apply = _compiled(self._model)
         self.length = length

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, KeyPath
 from jaxtyping import Array, PyTree
 
 from skyreels_jax.errors import RequestError
+from skyreels_jax.parallel.placing import mesh_of, send_parts
 from skyreels_jax.parallel.plan import AUTO, MESH_AXES, MeshPlan
 from skyreels_jax.parallel.rules import Rules, weight_axis
 from skyreels_jax.training.layers_in_parts import STACKED, LayeredTask, LayersInParts
@@ -105,13 +105,7 @@ class TrainingMesh:
                 f"run.mesh = {given!r}: ring and ulysses cut patches of a transformer's frames, "
                 "which is not what this run trains; take data and fsdp"
             )
-        mesh = jax.make_mesh(
-            tuple(plan.size(axis) for axis in MESH_AXES),
-            MESH_AXES,
-            axis_types=(AxisType.Auto,) * len(MESH_AXES),
-            devices=devices[: plan.devices],
-        )
-        return cls(mesh, plan, reason, layered)
+        return cls(mesh_of(plan, devices), plan, reason, layered)
 
     def sharding(self, *logical: str | None) -> NamedSharding:
         """The places of an array whose axes have these logical names."""
@@ -148,7 +142,7 @@ class TrainingMesh:
 
     def place(self, tree: PyTree, shardings: PyTree) -> PyTree:
         """Arrays where they belong; each of several processes has them whole and puts its own."""
-        return jax.tree.map(_placed, tree, shardings)
+        return jax.tree.map(send_parts, tree, shardings)
 
     def constrain_state(self, state: "TrainState") -> "TrainState":
         """A state within a compiled function, where it belongs."""
@@ -166,7 +160,7 @@ class TrainingMesh:
         """
         for leaf in jax.tree.leaves(batch)[:1]:
             check_rows(self.plan, leaf.shape[0])
-        return jax.tree.map(lambda leaf: _placed(leaf, self.sharding("rows")), batch)
+        return jax.tree.map(lambda leaf: send_parts(leaf, self.sharding("rows")), batch)
 
     def loss_of(self, params: Params, loss: _Loss) -> _Loss:
         """The loss for :meth:`gradients`: that of a :class:`.LayeredTask` takes layers in parts.
@@ -300,13 +294,6 @@ def check_rows(plan: MeshPlan, rows: int) -> None:
             f"run.mesh = '{plan}' cuts the rows of a batch in {parts}, and {rows} do not divide by "
             f"it; nearest: {' or '.join(map(str, near))} rows, or 'fsdp={less}'"
         )
-
-
-def _placed(value: PyTree, sharding: NamedSharding) -> jax.Array:
-    if sharding.is_fully_addressable:
-        return jax.device_put(value, sharding)
-    host = np.asarray(value)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _without_an_axis(

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from skyreels_jax.parallel.placing import gather_parts
 from skyreels_jax.training.task import Params
 
 
@@ -33,7 +34,4 @@ def whole(params: Params) -> Params:
     """Parameters that every process can read: in the host's memory where they are not now."""
     if jax.process_count() == 1:
         return params
-    from jax.experimental.multihost_utils import process_allgather
-
-    gathered = ((name, process_allgather(value, tiled=True)) for name, value in params.items())
-    return {name: jax.numpy.asarray(value) for name, value in gathered}
+    return {name: jax.numpy.asarray(gather_parts(value)) for name, value in params.items()}

@@ -8,7 +8,6 @@ from typing import Final
 import jax.numpy as jnp
 import numpy as np
 
-from skyreels_jax.prompts import Tokenizer
 from skyreels_jax.training.batches import HELD_CLIPS, TRAINING_STREAM, Example
 from skyreels_jax.training.dataset import OnEncoded
 from skyreels_jax.training.objective import Batch
@@ -17,6 +16,7 @@ from skyreels_jax.training.videos.buckets import Bucket
 from skyreels_jax.training.videos.encode import EncodedFiles, encode_videos, read_encoded
 from skyreels_jax.training.videos.plan import DataPlan, PlannedClip, plan_clips, require_sound
 from skyreels_jax.training.videos.recipe import FolderData
+from skyreels_jax.weights.tokenizer_file import open_tokenizer
 
 # A stream of random numbers that no other use shares.
 _ORDER_STREAM: Final = 2
@@ -89,7 +89,7 @@ class Videos:
             RequestError: something is wrong with the data; `skyreels-jax data check` says all.
             WeightsError: an encoder cannot be loaded, or what is encoded not be written.
         """
-        tokenizer = Tokenizer.from_folder(sources.text.component("tokenizer"))
+        tokenizer = open_tokenizer(sources.text.component("tokenizer"))
         self.plan = plan_clips(data, tokenizer)
         require_sound(self.plan, data.skip_broken)
         self.text_length = self.plan.text_length
