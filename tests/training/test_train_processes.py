@@ -112,7 +112,12 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(tmp_path: Path):
     finally:
         for process in processes:
             process.kill()
-    assert "process 1" in (said / "0.err").read_text()
+    heard = (said / "0.err").read_text()
+    # The broken exchange is heard of first, or JAX's own runtime is, which ends the process itself.
+    ours = "another process is gone" in heard and "goes on from the last checkpoint" in heard
+    assert ours or "distributed service detected fatal errors" in heard, heard[-3000:]
+    # Orbax may log what its thread that writes a checkpoint met; the program's own end is a line.
+    assert "Error" not in heard.strip().splitlines()[-1] or not ours
     again = tmp_path / "again"
     again.mkdir()
     assert finish(start(2, 1, words, again), again, 560) == [0, 0]

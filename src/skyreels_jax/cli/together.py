@@ -1,11 +1,12 @@
 """Verbs of which several processes do one: joining, and what those do that print nothing."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NoReturn
 
 from skyreels_jax.cli.job import open_pipeline
-from skyreels_jax.errors import RequestError
+from skyreels_jax.errors import RequestError, SkyReelsError, is_out_of_memory
 from skyreels_jax.generation.job_folder import FolderStore
 from skyreels_jax.generation.together import share_request
 from skyreels_jax.parallel.processes import (
@@ -73,6 +74,22 @@ def lead(job: FolderStore) -> None:
         return
     kept = {name: getattr(job.request, name) for name in ("weights", "offload")}
     share_request(processes, lambda: (job.request, {**job.how, **kept}))
+
+
+@contextmanager
+def broken_off_in_words(advice: str) -> Iterator[None]:
+    """An exchange that breaks off because another process is gone, as one line.
+
+    Raises:
+        SkyReelsError: it did in the body; with ``advice`` on how to go on.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if current_processes() is None or is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0][:160]
+        raise SkyReelsError(f"another process is gone ({reason}); {advice}") from error
 
 
 def follow(processes: Processes) -> int:

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(recipe)
 
-    from skyreels_jax.cli.together import join
+    from skyreels_jax.cli.together import broken_off_in_words, join
     from skyreels_jax.cli.training_samples import write_samples_of
     from skyreels_jax.hub import enable_compilation_cache
     from skyreels_jax.training.loop import train
@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
         task = recipe.task(on_encoded)
     if isinstance(task, VideoTask):
         task.sample_writer = write_samples_of(task.examples())
-    with _progress(recipe.run.steps) as on_log:
+    advice = "the same command in every process goes on from the last checkpoint"
+    with _progress(recipe.run.steps) as on_log, broken_off_in_words(advice):
         result = train(
             task,
             recipe.run,
