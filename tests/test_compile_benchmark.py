@@ -105,8 +105,9 @@ def test_a_step_on_a_mesh_takes_what_plan_says():
     assert compiled["mesh"] == best["mesh"]
     parts = best["bytes"]["transformer"]
     arguments = parts["weights"] + parts["contexts"] + parts["latents"]
-    assert compiled["arguments"] == pytest.approx(arguments, rel=0.05)  # measured 0.5 %
-    assert compiled["peak"] == pytest.approx(sum(parts.values()), rel=0.1)  # measured 0.5 %
+    assert compiled["arguments"] == pytest.approx(arguments, rel=0.05)  # measured here 0.45 %
+    peak = sum(parts.values())
+    assert compiled["peak"] == pytest.approx(peak, rel=0.1)  # measured here 0.52 %
     assert compiled["kernels"] == {"splash": 4}
     # No gather of a whole stack, which has 2.6 GB: all gathers together are less than half of that.
-    assert compiled["collectives"]["all-gather"]["bytes"] < 1.3e9  # measured 0.9e9
+    assert compiled["collectives"]["all-gather"]["bytes"] < 1.3e9  # measured 0.91e9

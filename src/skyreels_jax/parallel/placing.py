@@ -24,7 +24,9 @@ def mesh_of(
 
 def send_parts(value: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
     """A value that all processes have, or an array of all, each part on its device."""
-    if sharding.is_fully_addressable or not getattr(value, "is_fully_addressable", True):
+    # Of what is traced nobody can say where it is.
+    of_all = isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True)
+    if of_all or sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
     value = np.asarray(value)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
