@@ -11,6 +11,7 @@ from skyreels_jax.cli.flags import add_process_flags
 from skyreels_jax.errors import RequestError
 
 if TYPE_CHECKING:
+    from skyreels_jax.generation.request.keywords import VideoSettings
     from skyreels_jax.mini.recipe import Recipe
     from skyreels_jax.training.dataset import OnEncoded
     from skyreels_jax.training.log import OnLog
@@ -52,11 +53,12 @@ def run(args: argparse.Namespace) -> int:
     from skyreels_jax.mini.recipe import read_recipe
 
     recipe = read_recipe(args.config, overrides)
+    shown = _sample_prompts(recipe)
     if args.dry_run:
         return _dry_run(recipe)
 
     from skyreels_jax.cli.together import broken_off_in_words, join
-    from skyreels_jax.cli.training_samples import write_samples_of
+    from skyreels_jax.cli.training_samples import samples_of, write_samples_of
     from skyreels_jax.hub import enable_compilation_cache
     from skyreels_jax.training.loop import train
     from skyreels_jax.training.transformer_task import VideoTask
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     with encoding_progress() as on_encoded:
         task = recipe.task(on_encoded)
     if isinstance(task, VideoTask):
-        task.sample_writer = write_samples_of(task.examples())
+        task.sample_writer = write_samples_of(shown or samples_of(task.examples()))
     advice = "the same command in every process goes on from the last checkpoint"
     with _progress(recipe.run.steps) as on_log, broken_off_in_words(advice):
         result = train(
@@ -89,6 +91,17 @@ def run(args: argparse.Namespace) -> int:
     if result.finished:
         print(recipe.output / "model")
     return 0 if result.finished else result.stop.exit_code
+
+
+def _sample_prompts(recipe: "Recipe") -> "list[tuple[str, VideoSettings]]":
+    """What `run.sample_prompts` asks to see; empty where it does not stand."""
+    if recipe.run.sample_prompts is None:
+        return []
+    if recipe.kind != "video":
+        raise RequestError(f"run.sample_prompts is of train = 'video', not of {recipe.kind!r}")
+    from skyreels_jax.cli.sample_prompts import read_sample_prompts
+
+    return read_sample_prompts(Path(recipe.run.sample_prompts).expanduser(), recipe.tables)
 
 
 def _dry_run(recipe: "Recipe") -> int:

@@ -32,7 +32,7 @@ _FREE: Final = frozenset(
     f"run.{name}"
     for name in (
         *("log_every", "evaluate_every", "sample_every", "checkpoint_every"),
-        *("keep", "tensorboard", "export_raw", "export_every", "mesh"),
+        *("keep", "tensorboard", "export_raw", "export_every", "mesh", "sample_prompts"),
     )
 ) | {"model.export_dtype", "model.remat"}
 # Folders may move: what is in them is compared by its digest.
@@ -59,6 +59,8 @@ class RunConfig:
         log_every: steps between two lines of the log.
         evaluate_every: steps between two evaluations; 0 for none but the last.
         sample_every: steps between two samples; 0 for none but the last.
+        sample_prompts: a file of prompts for the samples, a line each, as in musubi-tuner; the
+            data's own captions unless given.
         checkpoint_every: steps between two checkpoints.
         export_every: steps between two exports, in ``exports``; 0 for none but the last.
         keep: checkpoints that stay.
@@ -75,6 +77,7 @@ class RunConfig:
     log_every: int = 10
     evaluate_every: int = 0
     sample_every: int = 0
+    sample_prompts: str | None = None
     checkpoint_every: int = 500
     export_every: int = 0
     keep: int = 2
