@@ -22,6 +22,7 @@ from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.training.layers_in_parts import LayersInParts
 from skyreels_jax.training.loop import DivergedError, RunConfig, train
+from skyreels_jax.training.lora import LoraModel, LoraTraining
 from skyreels_jax.training.mesh import TrainingMesh
 from skyreels_jax.training.objective import Batch, velocity_loss
 from skyreels_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -112,26 +113,67 @@ class VideoToy:
         (folder / "sum").write_text(str(float(jnp.sum(params["head.linear.kernel"]))))
 
 
+class LoraToy(VideoToy):
+    """A LoRA of the transformer, whose own parameters stay: kernels of 8 bits if that is asked."""
+
+    def __init__(self, base: str, remat: Remat | bool = False):
+        super().__init__(remat=remat)
+        kernels = {"float32": None, "int8": jnp.int8}[base]
+        kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32, "kernel_dtype": kernels}
+        model = WanModel(self.config, rngs=nnx.Rngs(0), remat=remat, **kinds)
+        self.lora = LoraModel.of(model, LoraTraining(rank=4, targets="attention+ffn"))
+        rng = np.random.default_rng(5)
+        # After some training: neither matrix is zero.
+        self.first = {
+            name: jnp.asarray(0.05 * rng.standard_normal(x.shape), jnp.float32)
+            for name, x in self.lora.init(0).items()
+        }
+        for name, value in self.lora.frozen.items():
+            if value.dtype == jnp.int8:
+                self.lora.frozen[name] = jnp.asarray(rng.integers(-99, 99, value.shape), jnp.int8)
+            if name.endswith("kernel_scale"):
+                self.lora.frozen[name] = 3e-3 * value
+        head = 0.1 * jax.random.normal(jax.random.key(7), (32, 64))
+        self.lora.frozen["head.linear.kernel"] = head
+
+    def frozen(self):
+        return self.lora.frozen
+
+    def _loss(self, params, batch, drawn, layers: LayersInParts | None):
+        model = self.lora.model(params)
+        if layers is not None:
+            layers.adopt(model)
+        noise, sigma, known = drawn
+        context = model.prepare_context(batch.context, None)
+        return velocity_loss(model, batch._replace(context=context), noise, sigma, known=known)
+
+
 def remat_of(word: str) -> Remat | bool:
     return {"none": False, "full": True, "dots": "dots"}[word]  # pyright: ignore[reportReturnType]
 
 
-def stepping(mesh: str | None, optimizer: str, accumulate: int = 1, remat: str = "none"):
-    """A task, its mesh, its step and its first state."""
-    task = VideoToy(remat=remat_of(remat))
+def stepping(
+    mesh: str | None, optimizer: str, accumulate: int = 1, remat: str = "none", base: str = ""
+):
+    """A task, its mesh, its step and its first state; with ``base``, of a LoRA."""
+    task = LoraToy(base, remat_of(remat)) if base else VideoToy(remat=remat_of(remat))
+    frozen = task.frozen() if isinstance(task, LoraToy) else {}
     on = None if mesh is None else TrainingMesh.of(mesh, task.rows // accumulate, task)
     config = OptimizerConfig(name=optimizer, warmup=0, schedule="constant")  # pyright: ignore[reportArgumentType]
     params = task.init()
     chain = make_optimizer(config, 10, params)
-    loss = task.loss if on is None else on.loss_of(params, task.loss)
-    step = make_step(loss, chain, draw=task.draw, accumulate=accumulate, ema=0.9, mesh=on)
+    loss = task.loss if on is None else on.loss_of({**frozen, **params}, task.loss)
+    if on is not None:
+        frozen = on.place(frozen, on.weight_shardings(frozen))
+    made = {"draw": task.draw, "accumulate": accumulate, "ema": 0.9, "frozen": frozen}
+    step = make_step(loss, chain, mesh=on, **made)
     return task, on, step, init_state(params, chain, 0.9, on)
 
 
 @functools.cache
-def descended(mesh: str | None, accumulate: int = 1, remat: str = "none"):
+def descended(mesh: str | None, accumulate: int = 1, remat: str = "none", base: str = ""):
     """Loss, norm and the gradients of all parameters, of one step of plain descent."""
-    task, on, step, state = stepping(mesh, "sgd", accumulate, remat)
+    task, on, step, state = stepping(mesh, "sgd", accumulate, remat, base)
     batch = task.batch(0)
     state, report = step(state, batch if on is None else on.place_batch(batch), jax.random.key(1))
     # The momentum after one step is the gradient, which is not cut: its norm is below 1.
@@ -146,12 +188,14 @@ def descended(mesh: str | None, accumulate: int = 1, remat: str = "none"):
     return metrics, found
 
 
-def gradients(mesh: str, accumulate: str, remat: str, fault: str = "-") -> list[float]:
+def gradients(
+    mesh: str, accumulate: str, remat: str, fault: str = "-", base: str = ""
+) -> list[float]:
     """Largest differences to one device: of the loss, and of a gradient, of its own largest."""
-    metrics, expected = descended(None)
+    metrics, expected = descended(None, base=base)
     if fault != "-":
         FAULTS[fault]()
-    found, grads = descended(mesh, int(accumulate), remat)
+    found, grads = descended(mesh, int(accumulate), remat, base)
     apart = [
         np.max(np.abs(grads[name] - expected[name])) / np.max(np.abs(expected[name]))
         for name in expected
@@ -172,12 +216,25 @@ def other_rows() -> None:
     )
 
 
-FAULTS = {"unsummed": unsummed, "other rows": other_rows}
+def other_parts() -> None:
+    """Each device has another's part of what is not trained."""
+    true = TrainingMesh.place
+
+    def turned(self: TrainingMesh, tree, shardings):
+        if isinstance(tree, dict) and "blocks.ffn.fc1.kernel" in tree:
+            name = "blocks.ffn.fc1.kernel"
+            tree = {**tree, name: jnp.roll(tree[name], tree[name].shape[1] // 2, axis=1)}
+        return true(self, tree, shardings)
+
+    TrainingMesh.place = turned
 
 
-def places(mesh: str, optimizer: str) -> dict[str, object]:
+FAULTS = {"other parts": other_parts, "unsummed": unsummed, "other rows": other_rows}
+
+
+def places(mesh: str, optimizer: str, base: str = "") -> dict[str, object]:
     """How much of the state each device has, and which collectives its compiled step has."""
-    task, on, step, state = stepping(mesh, optimizer)
+    task, on, step, state = stepping(mesh, optimizer, base=base)
     assert on is not None
     large = {n for n, x in state.params.items() if n.startswith("blocks.") and x.ndim == 3}
     share = lambda x: x.addressable_shards[0].data.nbytes / x.nbytes  # noqa: E731
@@ -187,19 +244,24 @@ def places(mesh: str, optimizer: str) -> dict[str, object]:
         if any(getattr(key, "key", None) in large for key in path) and leaf.ndim == 3
     ]
     batch = on.place_batch(task.batch(0))
-    text = step.func.lower(state, batch, jax.random.key(1), frozen={}).compile().as_text()  # pyright: ignore
+    given = step.keywords["frozen"]
+    text = step.func.lower(state, batch, jax.random.key(1), frozen=given).compile().as_text()  # pyright: ignore
+    is_whole = lambda n, x: n in (cut or large) and held_whole(text, x)  # noqa: E731
+    cut = {n for n, x in given.items() if n.startswith("blocks.") and x.ndim == 3}
     return {
+        "frozen": sorted({share(given[name]) for name in cut}),
         "params": sorted({share(state.params[name]) for name in large}),
         "average": sorted({share(state.average[name]) for name in large}),
         "moments": sorted(set(moments)),
         "collectives": counted(text),
-        "whole": sorted(n for n in large if held_whole(text, state.params[n])),
+        "whole": sorted(n for n, x in {**given, **state.params}.items() if is_whole(n, x)),
     }
 
 
 def held_whole(module: str, value: jax.Array) -> bool:
     """Whether an array of the whole stack's shape is anywhere in a compiled program."""
-    return f"f32[{','.join(map(str, value.shape))}]" in module
+    # Of any type: what an 8-bit kernel becomes before its product is as large as any.
+    return f"[{','.join(map(str, value.shape))}]" in module
 
 
 def run_of(folder: Path, steps: int, mesh: str | None, optimizer: str, accumulate: int = 1) -> Path:

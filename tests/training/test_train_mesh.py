@@ -68,6 +68,27 @@ def test_gradients_are_those_of_one_device():
 
 
 @pytest.mark.slow
+def test_gradients_of_a_lora_are_those_of_one_device():
+    """What is not trained is cut; its matrices of 8 bits too."""
+    whole = [
+        "gradients:data=2,fsdp=2:1:none:-:float32",
+        "gradients:fsdp=4:2:full:-:int8",
+        "gradients:ring=2,fsdp=2:1:dots:-:float32",
+    ]
+    faults = [
+        "gradients:fsdp=4:1:none:unsummed:float32",
+        "gradients:fsdp=4:1:none:other parts:float32",
+    ]
+    for found in (answers(*whole, faults[0]), answers(faults[1])):
+        for word, (of_loss, of_gradients) in found.items():
+            if word in whole:
+                assert of_loss < TOLERANCE
+                assert of_gradients < TOLERANCE
+            else:
+                assert of_gradients > 1000 * TOLERANCE
+
+
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_on_other_meshes():
     meshes = ["fsdp=4", "data=2,fsdp=2"]
     words = [":".join(["restored", name, *meshes]) for name in ("adamw", "muon", "adafactor")]
@@ -102,7 +123,8 @@ def test_what_diverges_says_where():
 
 @pytest.mark.slow
 def test_each_device_has_its_part_and_no_stack_is_put_together():
-    found = answers("places:data=2,fsdp=2:adamw", "places:fsdp=4:adamw")
+    lora = "places:fsdp=4:adamw:int8"
+    found = answers("places:data=2,fsdp=2:adamw", "places:fsdp=4:adamw", lora)
     for mesh, share in (("data=2,fsdp=2", 1 / 2), ("fsdp=4", 1 / 4)):
         one = found[f"places:{mesh}:adamw"]
         assert one["params"] == one["average"] == one["moments"] == [share]
@@ -110,6 +132,11 @@ def test_each_device_has_its_part_and_no_stack_is_put_together():
         # Forwards 2 matrices of contexts and 9 of blocks, backwards 2 and the 8 that are needed;
         # each has one scatter.
         assert one["collectives"]["layers"] == {"all-gather": 21, "reduce-scatter": 11}
+    # Of a LoRA the base is cut, and has no gradient; its own matrices are whole.
+    assert found[lora]["frozen"] == [1 / 4]
+    assert found[lora]["params"] == found[lora]["moments"] == [1]
+    assert found[lora]["whole"] == []
+    assert found[lora]["collectives"]["layers"] == {"all-gather": 19}
 
 
 def after_three_steps(signal: float, rounding: int) -> dict[str, np.ndarray]:

@@ -10,6 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 from tests.parallel.test_processes import finish, start
 
+from skyreels_jax.training.lora_task import PEFT_FILE
+
 STEPS = 20
 # Of parameters up to 1 that have moved by 2e-3 in all; sums have other orders.
 TOLERANCE = 1e-6
@@ -47,8 +49,11 @@ frames = 9
 """
 
 
-def recipe(folder: Path, name: str, *, steps: int = STEPS, seed: int = 0) -> Path:
+def recipe(
+    folder: Path, name: str, *, steps: int = STEPS, seed: int = 0, mesh: str = "fsdp=2"
+) -> Path:
     text = RECIPE.format(output=folder / name, encoded=folder / "encoded", steps=steps)
+    text = text.replace("fsdp=2", mesh)
     file = folder / f"{name}.toml"
     file.write_text(text.replace("[run]", f"[run]\nseed = {seed}"))
     return file
@@ -91,6 +96,27 @@ def test_twenty_steps_of_two_processes_are_those_of_one(tmp_path: Path):
         p.name for p in (tmp_path / "two").iterdir()
     )
     assert apart(one, trained(tmp_path, "other", 1, seed=1)) > 100 * TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_lora_of_two_processes_is_that_of_one_device(tmp_path: Path):
+    found = {}
+    for name, count, mesh, seed in (
+        ("one", 1, "data=1", 0),
+        ("two", 2, "data=1,fsdp=2", 0),
+        ("other", 1, "data=1", 1),
+    ):
+        file = recipe(tmp_path, name, steps=6, seed=seed, mesh=mesh)
+        file.write_text(file.read_text() + '[lora]\nrank = 4\ndropout = 0.1\nbase = "int8"\n')
+        said = tmp_path / f"said by {name}"
+        said.mkdir()
+        started = start(count, 2 // count, ["train", str(file)], said)
+        assert finish(started, said, 560) == [0] * count
+        found[name] = load_file(tmp_path / name / "model" / PEFT_FILE)
+    difference = apart(found["one"], found["two"])
+    print("apart", difference, losses(tmp_path / "one"), losses(tmp_path / "two"))
+    assert difference < TOLERANCE
+    assert apart(found["one"], found["other"]) > 100 * TOLERANCE
 
 
 @pytest.mark.slow

@@ -156,6 +156,10 @@ class LayersInParts(SingleDevice):
 
 
 def _all_but_weights(primitive: Primitive, *operands: object, **_: object) -> bool:
-    """The policy that keeps all but what is put together of devices' parts."""
-    del operands
+    """The policy that keeps all but what is put together of devices' parts.
+
+    Nor a matrix of it in another type, as that of an 8-bit kernel; what is of rows has more axes.
+    """
+    if primitive.name == "convert_element_type":
+        return all(getattr(value, "ndim", 0) > 2 for value in operands)
     return primitive.name != "all_gather"

@@ -166,8 +166,8 @@ def train(
         log = TrainingLog(output, started, on_log, tensorboard=run.tensorboard, writes=is_first())
         rate = learning_rate(optimizer, run.steps)
         loop = _Loop(task, run, output, saved, settings, log, rate, mesh)
-        loss = task.loss if mesh is None else mesh.loss_of(first, task.loss)
-        frozen = task.frozen() if isinstance(task, FrozenBase) else None
+        frozen = task.frozen() if isinstance(task, FrozenBase) else {}
+        loss = task.loss if mesh is None else mesh.loss_of({**frozen, **first}, task.loss)
         made = {"accumulate": run.accumulate, "ema": run.ema, "frozen": frozen, "mesh": mesh}
         state = loop.run_steps(state, make_step(loss, chain, draw=task.draw, **made), stop)
         done = int(state.step)
@@ -298,11 +298,6 @@ class _Loop:
 
 def _mesh_of(task: TrainingTask, given: str, accumulate: int) -> TrainingMesh:
     """The mesh of a run, which can train the task."""
-    if isinstance(task, FrozenBase):
-        raise RequestError(
-            f"run.mesh = {given!r}: a LoRA, whose base is not trained, is trained on one device so "
-            "far; leave run.mesh out, or train the transformer itself"
-        )
     rows = jax.tree.leaves(task.batch(0))[0].shape[0]
     mesh = TrainingMesh.of(given, rows // accumulate, task)
     if mesh.layered is not None:

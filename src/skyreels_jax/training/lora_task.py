@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from skyreels_jax.errors import RequestError
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.training.dataset import OnEncoded
 from skyreels_jax.training.lora import LoraModel, LoraTarget
@@ -26,6 +27,9 @@ from skyreels_jax.weights.filling import rounded
 from skyreels_jax.weights.lora.writing import LoraForm, TrainedProduct, lora_of_products
 from skyreels_jax.weights.plan import Format
 from skyreels_jax.weights.writer import write_tensor_file
+
+if TYPE_CHECKING:
+    from skyreels_jax.training.mesh import TrainingMesh
 
 # The file that diffusers' ``load_lora_weights`` looks for in a folder, and that for ComfyUI.
 PEFT_FILE: Final = "pytorch_lora_weights.safetensors"
@@ -72,6 +76,23 @@ class LoraTask(VideoTask):
         """The transformer's own parameters, which the loss is given too."""
         return self._lora.frozen
 
+    def on_mesh(self, mesh: "TrainingMesh") -> None:
+        """Cut the transformer's own parameters over the mesh, and evaluate there from now on.
+
+        Raises:
+            RequestError: inputs are dropped, and the mesh cuts the tokens of a video.
+        """
+        lora, frozen = self._lora.lora, self._lora.frozen
+        if lora.dropout and mesh.plan.ring * mesh.plan.ulysses > 1:
+            raise RequestError(
+                f"run.mesh = '{mesh.plan}' cuts the tokens of a video, of which lora.dropout = "
+                f"{lora.dropout} would drop the same in each part; nearest: "
+                f"'data={mesh.plan.data},fsdp={mesh.plan.sequence}', or dropout = 0"
+            )
+        placed = mesh.place(frozen, mesh.weight_shardings(frozen))
+        self._lora = dataclasses.replace(self._lora, frozen=placed)
+        super().on_mesh(mesh)
+
     def fingerprint(self) -> Mapping[str, str]:
         """Digests of the data and of the transformer's own parameters."""
         digest = hashlib.sha256()
@@ -87,6 +108,9 @@ class LoraTask(VideoTask):
             return drawn
         keys = jax.random.split(jax.random.fold_in(key, 1), batch.latents.shape[0])
         return drawn._replace(dropout=jax.random.key_data(keys))
+
+    def _all_parameters(self) -> Params:
+        return {**self._lora.frozen, **self.first}
 
     def _model(self, params: Params, drawn: VideoNoise) -> WanModel:
         return self._lora.model(params, drawn.dropout)

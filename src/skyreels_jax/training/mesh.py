@@ -27,10 +27,13 @@ if TYPE_CHECKING:
 
 _Tree = TypeVar("_Tree")
 _Loss = Callable[[Params, PyTree, PyTree], LossAndMetrics]
-_Gradients = Callable[[Params, tuple[PyTree, PyTree]], tuple[PyTree, dict[str, Array]]]
+_Gradients = Callable[[Params, tuple[PyTree, PyTree], Params], tuple[PyTree, dict[str, Array]]]
 
 # Other than for one video: ``fsdp`` cuts rows, which attention need not gather, and along ``data``
 # there are whole copies of what is trained.
+# Matrices that are small beside those that they stand at, and whole on every device: a collective
+# each would take longer than their bytes are worth.
+_BESIDE: Final = (".lora_down", ".lora_up")
 TRAINING_RULES: Final = Rules(
     rows=("data", "fsdp"),
     patches=("ring", "ulysses"),
@@ -111,8 +114,13 @@ class TrainingMesh:
         """The places of an array whose axes have these logical names."""
         return NamedSharding(self.mesh, self.rules.spec(self.plan, *logical))
 
+    def _weight_axis(self, name: str, shape: tuple[int, ...]) -> int | None:
+        if name.endswith(_BESIDE):
+            return None
+        return weight_axis(name, shape, self.rules.parts("weights", self.plan))
+
     def _weight_spec(self, name: str, shape: tuple[int, ...]) -> PartitionSpec:
-        axis = weight_axis(name, shape, self.rules.parts("weights", self.plan))
+        axis = self._weight_axis(name, shape)
         if axis is None:
             return PartitionSpec()
         return self.rules.spec(
@@ -140,6 +148,11 @@ class TrainingMesh:
 
         return jax.tree_util.tree_map_with_path(place, state)
 
+    def weight_shardings(self, params: Params) -> dict[str, NamedSharding]:
+        """Where parameters (or their shapes) are that no state has."""
+        specs = self._weight_specs(params)
+        return {name: NamedSharding(self.mesh, spec) for name, spec in specs.items()}
+
     def place(self, tree: PyTree, shardings: PyTree) -> PyTree:
         """Arrays where they belong; each of several processes has them whole and puts its own."""
         return jax.tree.map(send_parts, tree, shardings)
@@ -166,7 +179,7 @@ class TrainingMesh:
         """The loss for :meth:`gradients`: that of a :class:`.LayeredTask` takes layers in parts.
 
         Args:
-            params: whole ones, or their shapes.
+            params: all that the loss takes, whole ones, or their shapes.
             loss: of whole parameters.
         """
         if self.layered is None:
@@ -183,7 +196,7 @@ class TrainingMesh:
         layers, specs = self._layers(params), self._weight_specs(params)
 
         def on_device(params: Params, *given: PyTree) -> Array:
-            return loss(layers, self._joined(params, layers.cut_axes, layered=True), *given)
+            return loss(layers, self._joined(params, layers.cut_axes, True), *given)
 
         def evaluate(params: Params, *given: PyTree) -> Array:
             whole = PartitionSpec()
@@ -203,8 +216,7 @@ class TrainingMesh:
         return LayersInParts(self.plan, self.rules, self._cut_axes(params))
 
     def _cut_axes(self, params: Params) -> dict[str, int]:
-        parts = self.rules.parts("weights", self.plan)
-        found = {name: weight_axis(name, value.shape, parts) for name, value in params.items()}
+        found = {name: self._weight_axis(name, value.shape) for name, value in params.items()}
         return {name: axis for name, axis in found.items() if axis is not None}
 
     def _weight_specs(self, params: Params) -> dict[str, PartitionSpec]:
@@ -214,17 +226,19 @@ class TrainingMesh:
         """Gradients of a mean over all rows, of a function that gives those over some.
 
         Args:
-            local: from parameters and a device's rows to gradients and metrics, which are means.
-                The layers of a :class:`.LayeredTask` are in parts, and so are their gradients: the
-                transpose of a gather has summed them along the axes that cut them.
+            local: from parameters, a device's rows and parameters that are not trained to
+                gradients and metrics, which are means. The layers of a :class:`.LayeredTask` are
+                in parts, and so are their gradients: the transpose of a gather has summed them
+                along the axes that cut them.
         """
         axes = tuple(axis for axis in MESH_AXES if self.plan.size(axis) > 1)
         of_weights, layered = self.rules.axes("weights", self.plan), self.layered is not None
 
         def spread(
-            params: Params, inputs: tuple[PyTree, PyTree]
+            params: Params, inputs: tuple[PyTree, PyTree], frozen: Params
         ) -> tuple[PyTree, dict[str, Array]]:
             cut_axes, specs = self._cut_axes(params), self._weight_specs(params)
+            frozen_axes, of_frozen = self._cut_axes(frozen), self._weight_specs(frozen)
 
             def summed(name: str, grad: Array) -> Array:
                 done = of_weights if name in cut_axes else ()
@@ -236,9 +250,14 @@ class TrainingMesh:
                 return (jax.lax.psum(grad, left) if left else grad) / self.plan.devices
 
             def on_device(
-                params: Params, inputs: tuple[PyTree, PyTree]
+                params: Params, inputs: tuple[PyTree, PyTree], frozen: Params
             ) -> tuple[PyTree, dict[str, Array]]:
-                found = local(self._joined(params, cut_axes, layered=layered), inputs)
+                whole = self._joined({**frozen, **params}, {**frozen_axes, **cut_axes}, layered)
+                found = local(
+                    {name: whole[name] for name in params},
+                    inputs,
+                    {name: whole[name] for name in frozen},
+                )
                 grads, metrics = self._together(found)
                 metrics = jax.lax.pmean(metrics, axes) if axes else metrics
                 return {name: summed(name, grad) for name, grad in grads.items()}, metrics
@@ -246,16 +265,16 @@ class TrainingMesh:
             mapped = jax.shard_map(
                 on_device,
                 mesh=self.mesh,
-                in_specs=(specs, self.rules.spec(self.plan, "rows")),
+                in_specs=(specs, self.rules.spec(self.plan, "rows"), of_frozen),
                 out_specs=(specs, PartitionSpec()),
                 check_vma=False,
             )
-            return mapped(params, inputs)
+            return mapped(params, inputs, frozen)
 
         return spread
 
     def _joined(
-        self, params: Params, cut_axes: Mapping[str, int], *, layered: bool
+        self, params: Params, cut_axes: Mapping[str, int], layered: bool
     ) -> dict[str, Array]:
         """Whole parameters on each device, but those of layers that are put together in turn."""
         found: dict[str, Array] = {}

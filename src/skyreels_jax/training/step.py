@@ -98,18 +98,16 @@ def make_step(
         ema: share of the old average that stays in each step; 0 for none. It is lower in the first
             steps, ``(1 + n) / (10 + n)``, so that the initial values are soon forgotten.
         frozen: parameters that the loss is given too and that stay as they are. They are given to
-            what is compiled: constants of it they would be twice in memory.
+            what is compiled: constants of it they would be twice in memory. On a mesh they are
+            where :meth:`.TrainingMesh.weight_shardings` says.
         mesh: the devices that state and batch are on; ``None`` for one.
     """
 
     def step(
         state: TrainState, batch: PyTree, key: Array, frozen: Params
     ) -> tuple[TrainState, TrainStepReport]:
-        def whole_loss(params: Params, batch: PyTree, noise: PyTree) -> LossAndMetrics:
-            return loss({**frozen, **params}, batch, noise)
-
         made = {"draw": draw, "accumulate": accumulate, "ema": ema, "mesh": mesh}
-        return _uncompiled(whole_loss, optimizer, **made)(state, batch, key)
+        return _uncompiled(loss, optimizer, frozen, **made)(state, batch, key)
 
     return partial(jax.jit(step, donate_argnums=0), frozen=dict(frozen or {}))
 
@@ -117,6 +115,7 @@ def make_step(
 def _uncompiled(
     loss: Loss,
     optimizer: "optax.GradientTransformation",
+    frozen: Params,
     *,
     draw: Draw,
     accumulate: int,
@@ -125,20 +124,27 @@ def _uncompiled(
 ) -> TrainStep:
     import optax
 
-    def gradients(params: Params, inputs: tuple[PyTree, PyTree]) -> tuple[PyTree, dict[str, Array]]:
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, *inputs)
+    def gradients(
+        params: Params, inputs: tuple[PyTree, PyTree], frozen: Params
+    ) -> tuple[PyTree, dict[str, Array]]:
+        def whole_loss(params: Params) -> LossAndMetrics:
+            return loss({**frozen, **params}, *inputs)
+
+        (value, metrics), grads = jax.value_and_grad(whole_loss, has_aux=True)(params)
         return grads, {"loss": value, **metrics}
 
-    def averaged(params: Params, inputs: tuple[PyTree, PyTree]) -> tuple[PyTree, dict[str, Array]]:
+    def averaged(
+        params: Params, inputs: tuple[PyTree, PyTree], frozen: Params
+    ) -> tuple[PyTree, dict[str, Array]]:
         if accumulate == 1:
-            return gradients(params, inputs)
+            return gradients(params, inputs, frozen)
         parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), inputs)
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradients, params, first)
+        shapes = jax.eval_shape(gradients, params, first, frozen)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
         def add(total: PyTree, part: tuple[PyTree, PyTree]) -> tuple[PyTree, None]:
-            return jax.tree.map(jnp.add, total, gradients(params, part)), None
+            return jax.tree.map(jnp.add, total, gradients(params, part, frozen)), None
 
         total, _ = jax.lax.scan(add, zeros, parts)
         return jax.tree.map(lambda x: x / accumulate, total)
@@ -146,10 +152,10 @@ def _uncompiled(
     def step(state: TrainState, batch: PyTree, key: Array) -> tuple[TrainState, TrainStepReport]:
         inputs = batch, draw(batch, key)
         if mesh is None:
-            grads, metrics = averaged(state.params, inputs)
+            grads, metrics = averaged(state.params, inputs, frozen)
         else:
             spread = mesh.gradients(averaged)
-            grads, metrics = spread(state.params, mesh.constrain_rows(inputs))
+            grads, metrics = spread(state.params, mesh.constrain_rows(inputs), frozen)
         # optax mixes dtypes and ranks, which a strict caller forbids.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             norm = optax.tree.norm(grads)

@@ -168,7 +168,11 @@ class VideoTask:
         ) -> Float[Array, ""]:
             return self._loss_at(params, batch, sigma, layers)
 
-        self._held_loss = mesh.evaluation_of(self.first, loss_at)
+        self._held_loss = mesh.evaluation_of(self._all_parameters(), loss_at)
+
+    def _all_parameters(self) -> Params:
+        """All that :meth:`loss` takes."""
+        return self.first
 
     @property
     def layered(self) -> TransformerConfig | None:
