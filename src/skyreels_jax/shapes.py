@@ -15,8 +15,13 @@ D      model width; ``N`` heads of ``K`` features, ``D = N * K``
 Pixels have their own axes: ``T`` frames, ``height``, ``width`` and 3 colours.
 """
 
+from typing import Final
+
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
+
+# Latent frames that the models' positions end at: 4 min 16 s at 16 frames a second.
+ROPE_FRAMES: Final = 1024
 
 Latents = Float[Array, "B C F H W"]
 Tokens = Float[Array, "B L D"]

@@ -105,6 +105,11 @@ class FrameSchedule:
         """Number of model evaluations (pairs of them under guidance)."""
         return len(self.index)
 
+    def describe(self, done: int) -> str:
+        """The iteration that ``done`` counts last, for a message."""
+        timestep = self.timesteps[done - 1].max()
+        return f"step {done} of {self.iterations} (timestep {timestep})"
+
 
 def schedule_frames(
     plan: BlockPlan, timesteps: Sequence[int] | Int[np.ndarray, " N"], *, ar_step: int

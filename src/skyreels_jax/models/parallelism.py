@@ -38,11 +38,15 @@ REMAT_POLICIES: Final[Mapping[Remat, Callable[..., bool]]] = {
 
 
 class SharedInputs(NamedTuple):
-    """What every block takes: projected time embedding, positions, how many frames are past."""
+    """What every block takes: projected time embedding, positions, how many frames are past.
+
+    ``past_rope`` has the positions of past frames whose keys are un-rotated.
+    """
 
     e0: Float[Array, "B steps 6 D"]
     rope: RopeTable
     past_frames: Int[Array, ""] | None
+    past_rope: RopeTable | None = None
 
 
 class LayerInputs(NamedTuple):

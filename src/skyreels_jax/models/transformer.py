@@ -32,6 +32,7 @@ from skyreels_jax.models.transformer_attention import (
     CrossContext,
     FrameKeyValues,
     PastFrames,
+    PastTokens,
     last_counts,
 )
 from skyreels_jax.models.transformer_config import Numerics, TransformerConfig
@@ -171,7 +172,11 @@ class WanModel(nnx.Module):
         tokens, grid = self.embed_patches(x, y)
         mask = None if block_length is None else BlockCausal(tokens.shape[2], block_length)
         count = None if past is None else past.count
-        shared = SharedInputs(e0, self.positions(grid, past), count)
+        past_rope = None
+        if past is not None and past.places is not None:
+            slots = (len(past.places), *grid[1:])
+            past_rope = rope_table(slots, self.config.head_dim, frames=past.places)
+        shared = SharedInputs(e0, self.positions(grid, past), count, past_rope)
         given = (context, shared, mask, attention, past)
 
         def key_values() -> FrameKeyValues:
@@ -208,8 +213,8 @@ class WanModel(nnx.Module):
         """Rotary angles of the tokens of ``grid``, which may follow those of ``past``."""
         if past is None:
             return rope_table(grid, self.config.head_dim)
-        slots = past.key.shape[2]
-        return rope_table(grid, self.config.head_dim, first=past.count, latest=slots)
+        first = past.count if past.first is None else past.first
+        return rope_table(grid, self.config.head_dim, frames=first + jnp.arange(grid[0]))
 
     def run_blocks(
         self,
@@ -234,7 +239,8 @@ class WanModel(nnx.Module):
         ) -> tuple[FrameTokens, FrameKeyValues | None]:
             past = None
             if given.past is not None and shared.past_frames is not None:
-                past = _in_a_row(given.past, shared.past_frames)
+                row = _in_a_row(given.past, shared.past_frames)
+                past = PastTokens(row, shared.past_rope)
             block = nnx.merge(graph, given.parameters)
             options = {"mask": mask, "implementation": attention, "past": past}
             x, own = block(x, shared.e0, given.context, shared.rope, attend=attend, **options)

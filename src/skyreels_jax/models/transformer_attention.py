@@ -38,12 +38,30 @@ class FrameKeyValues(NamedTuple):
 class PastFrames(NamedTuple):
     """Keys and values of the frames before those of a call; the first ``count`` slots are filled.
 
-    They are stacked over the layers along a leading axis.
+    They are stacked over the layers along a leading axis. ``first`` is the position of the call's
+    first frame, where that is not ``count``. With ``places`` the keys are un-rotated (and so are
+    those that the call gives): the frame of a slot has the position that stands there for it.
     """
 
     key: Float[Array, "layers B slots P N K"]
     value: Float[Array, "layers B slots P N K"]
     count: Int[Array, ""]
+    first: Int[Array, ""] | None = None
+    places: Int[Array, " slots"] | None = None
+
+
+class PastTokens(NamedTuple):
+    """One layer's past token by token; ``rope`` has the angles of keys that are un-rotated yet."""
+
+    states: PastKeyValues
+    rope: RopeTable | None = None
+
+    def rotated(self) -> PastKeyValues:
+        """Keys as queries meet them."""
+        key = self.states.key
+        if self.rope is None:
+            return self.states
+        return self.states._replace(key=rope_apply(key, self.rope).astype(key.dtype))
 
 
 class CrossContext(NamedTuple):
@@ -110,9 +128,13 @@ class WanSelfAttention(_Projections):
     """All video tokens attend to each other, or to those a mask allows, with rotary positions."""
 
     @jax.named_scope("self_attention")
-    def key_values(self, x: Tokens, rope: RopeTable) -> KeyValues:
-        """Keys and values of ``x`` [B, L, D]: what its tokens, and later ones, attend to."""
-        key = rope_apply(self.split(self.norm_k(self.k(x))), rope)
+    def key_values(self, x: Tokens, rope: RopeTable | None) -> KeyValues:
+        """Keys and values of ``x`` [B, L, D]: what its tokens, and later ones, attend to.
+
+        Without ``rope`` the keys are un-rotated.
+        """
+        key = self.split(self.norm_k(self.k(x)))
+        key = key if rope is None else rope_apply(key, rope)
         return self.in_compute_dtype(key, self.split(self.v(x)))
 
     @jax.named_scope("self_attention")

@@ -28,12 +28,12 @@ from skyreels_jax.models.transformer_attention import (
     AttentionFunction,
     CrossContext,
     KeyValues,
+    PastTokens,
     WanI2VCrossAttention,
     WanSelfAttention,
     WanT2VCrossAttention,
 )
 from skyreels_jax.models.transformer_config import Numerics, TransformerConfig
-from skyreels_jax.ops.attention import PastKeyValues
 from skyreels_jax.ops.linear import linear
 from skyreels_jax.ops.masks import BlockCausal
 from skyreels_jax.ops.positions import RopeTable
@@ -50,7 +50,7 @@ class Modulation(NamedTuple):
 
 
 class _BlockOutput(NamedTuple):
-    """A block's tokens, and the keys and values of its self-attention."""
+    """A block's tokens, and their keys (un-rotated if those of the past are) and values."""
 
     tokens: FrameTokens
     key_values: KeyValues
@@ -87,7 +87,7 @@ class WanAttentionBlock(nnx.Module):
         *,
         mask: BlockCausal | None = None,
         implementation: str | None = None,
-        past: PastKeyValues | None = None,
+        past: PastTokens | None = None,
         attend: AttentionFunction | None = None,
     ) -> _BlockOutput:
         """Run the block; the residual is float32 inside and rounded at the end.
@@ -108,8 +108,11 @@ class WanAttentionBlock(nnx.Module):
 
         h = mul_add_add(layer_norm(x, eps=self.eps), attn.scale, attn.shift)
         h = h.reshape(flat)
-        own = self.self_attn.key_values(h, rope)
-        h = self.self_attn(h, rope, mask=mask, own=own, past=past, attend=attend, **how)
+        kept = own = self.self_attn.key_values(h, rope)
+        if past is not None and past.rope is not None:
+            kept = self.self_attn.key_values(h, None)
+        before = None if past is None else past.rotated()
+        h = self.self_attn(h, rope, mask=mask, own=own, past=before, attend=attend, **how)
         x = mul_add(x, h.reshape(x.shape), attn.gate)
 
         h = self.cross_attn(self.norm3(x).reshape(flat), context, **how)
@@ -117,7 +120,7 @@ class WanAttentionBlock(nnx.Module):
 
         h = mul_add_add(layer_norm(x, eps=self.eps), ffn.scale, ffn.shift)
         x = mul_add(x, in_row_tiles(self.ffn, h), ffn.gate)
-        return _BlockOutput(x.astype(self.dtype), own)
+        return _BlockOutput(x.astype(self.dtype), kept)
 
 
 class PatchEmbedding(nnx.Module):

@@ -6,10 +6,11 @@ Rotary positions are on three axes: frames, rows and columns share the features 
 from functools import cache
 from typing import Final, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Int
+
+from skyreels_jax.shapes import ROPE_FRAMES
 
 _THETA: Final = 10_000.0
 # Timesteps are ``1000 * sigma`` with sigma in [0, 1].
@@ -49,8 +50,7 @@ def rope_table(
     grid: tuple[int, int, int],
     head_dim: int,
     *,
-    first: Int[Array, ""] | None = None,
-    latest: int = 0,
+    frames: Int[Array, " F"] | None = None,
 ) -> RopeTable:
     """Angles of all ``L = F * H' * W'`` tokens, frame-major, then rows, then columns; float32.
 
@@ -60,10 +60,10 @@ def rope_table(
     Args:
         grid: frames, rows and columns.
         head_dim: features of a head, even.
-        first: frame that the grid begins with, 0 to ``latest``; the first of all unless given.
-        latest: the most that ``first`` can be; a larger one is taken for it.
+        frames: position of each frame, in any order, 0 to :data:`.ROPE_FRAMES` - 1 (others give
+            NaN); 0, 1, 2 and so on unless given.
     """
-    lengths = (grid[0] + latest, *grid[1:])
+    lengths = (grid[0] if frames is None else ROPE_FRAMES, *grid[1:])
     dims = axis_dims(head_dim)
     axes = [rope_params(length, dim) for length, dim in zip(lengths, dims, strict=True)]
 
@@ -71,8 +71,8 @@ def rope_table(
         columns = []
         for axis, table in enumerate(axes):
             values = jnp.asarray(getattr(table, part), jnp.float32)
-            if axis == 0 and first is not None:
-                values = jax.lax.dynamic_slice_in_dim(values, first, grid[0])
+            if axis == 0 and frames is not None:
+                values = values.at[frames].get(mode="fill", fill_value=jnp.nan)
             shape = [1, 1, 1, values.shape[1]]
             shape[axis] = grid[axis]
             columns.append(jnp.broadcast_to(values.reshape(shape), (*grid, values.shape[1])))

@@ -28,7 +28,6 @@ from skyreels_jax.models.parallelism import (
 from skyreels_jax.models.transformer_attention import FrameKeyValues
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.models.transformer_layers import FrameTokens
-from skyreels_jax.ops.positions import RopeTable
 from skyreels_jax.ops.target import Device, compiled_for, device_of
 from skyreels_jax.parallel.attention import MeshAttention
 from skyreels_jax.parallel.placing import mesh_of, send_parts
@@ -149,8 +148,7 @@ class MeshTransformer:
         def on_device(
             tokens: FrameTokens, stacks: list[Array], past: FrameKeyValues | None, given: Any
         ) -> tuple[FrameTokens, FrameKeyValues | None]:
-            rope = RopeTable(*(table.reshape(-1, table.shape[-1]) for table in given.rope))
-            given = given._replace(rope=rope)
+            given = given._replace(rope=in_a_row(given.rope), past_rope=in_a_row(given.past_rope))
             depth = stacks[0].shape[0]
 
             def put_together(index: Array) -> list[Array]:
@@ -176,12 +174,16 @@ class MeshTransformer:
             return tokens, states
 
         def by_frame(table: Float[Array, "L half"]) -> Float[Array, "F Q half"]:
-            table = table.reshape(frames, count, -1)
+            table = table.reshape(-1, count, table.shape[-1])
             return jnp.pad(table, ((0, 0), (0, filled - count), (0, 0)))
 
-        given = shared._replace(rope=RopeTable(*map(by_frame, shared.rope)))
-        rope_spec = spec(None, "patches", None)
-        of_shared = SharedInputs(spec("rows"), RopeTable(rope_spec, rope_spec), spec())  # pyright: ignore
+        def in_a_row(tables: _Tree) -> _Tree:
+            return jax.tree.map(lambda table: table.reshape(-1, table.shape[-1]), tables)
+
+        ropes = jax.tree.map(by_frame, (shared.rope, shared.past_rope))
+        given = shared._replace(rope=ropes[0], past_rope=ropes[1])
+        of_rope = spec(None, "patches", None)
+        of_shared = SharedInputs(spec("rows"), of_rope, spec(), of_rope)  # pyright: ignore
         mapped = jax.shard_map(
             on_device,
             mesh=self.mesh,

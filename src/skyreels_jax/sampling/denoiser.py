@@ -148,14 +148,14 @@ class Denoiser:
             arguments = (parameters, *self.parallelism.place((context, clip_fea)))
             # What is bound is the graph, this model's in every call.
             prepared = partial(_prepare, graph)
-            return self._compiled(_prepare, prepared, arguments, (), clock)(*arguments)
+            return self.compiled(_prepare, prepared, arguments, (), clock)(*arguments)
 
         conditioning = _conditioning(guidance, prepare, (positive, negative), clip_fea, y, fps)
         return conditioning._replace(
             **self.parallelism.place({"y": conditioning.y, "fps": conditioning.fps})
         )
 
-    def _compiled(
+    def compiled(
         self,
         name: Callable[..., Any],
         function: Callable[..., Any],
@@ -210,9 +210,9 @@ class Denoiser:
         for program, iteration in plan.programs.items():
             arguments = (plan.step, state, iteration)
             function = program.function
-            programs[program] = self._compiled(function, function, arguments, (1,), clock)
+            programs[program] = self.compiled(function, function, arguments, (1,), clock)
         with clock.stage("denoise", schedule.iterations):
-            monitor = StepMonitor(clock, schedule)
+            monitor = StepMonitor(clock, schedule.describe)
             for iteration, program in plan.work:
                 clock.on_submit()
                 state, report = programs[program](plan.step, state, iteration)

@@ -10,7 +10,6 @@ from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Array, Bool
 
-from skyreels_jax.diffusion.frame_schedule import FrameSchedule
 from skyreels_jax.errors import NumericsError, Stopped
 from skyreels_jax.interrupt import StopRequest
 
@@ -140,10 +139,13 @@ class IterationReport(NamedTuple):
 
 @dataclass
 class StepMonitor:
-    """Waits for old steps, checks and times them, reports progress, stops where it is asked to."""
+    """Waits for old steps, checks and times them, reports progress, stops where it is asked to.
+
+    ``describe`` names a step, given how many were done with it.
+    """
 
     clock: Clock
-    schedule: FrameSchedule
+    describe: Callable[[int], str]
     pending: deque[IterationReport] = field(default_factory=deque)
     seconds: list[float] = field(default_factory=list)
     computed: int = 0
@@ -169,12 +171,10 @@ class StepMonitor:
         self.last = now
         done = len(self.seconds)
         if not finite:
-            timestep = self.schedule.timesteps[done - 1].max()
             raise NumericsError(
-                f"the transformer's prediction in step {done} of {self.schedule.iterations} "
-                f"(timestep {timestep}) holds NaN or infinity: its weights, the conditioning or "
-                "the starting noise do, or a value overflowed; check the weights "
-                "(`skyreels-jax info`) and try `dtype` float32"
+                f"the transformer's prediction in {self.describe(done)} holds NaN or infinity: its "
+                "weights, the conditioning or the starting noise do, or a value overflowed; check "
+                "the weights (`skyreels-jax info`) and try `dtype` float32"
             )
         self.computed += int(np.sum(report.computed))
         self.calls += len(report.computed)

@@ -67,7 +67,8 @@ class RunPlan:
         if self.reuse is not None and self.reuse.cached:
             block = next(item.iteration for item in self.work if item.key.fills_cache)
             shapes = jax.eval_shape(DenoisingStep.key_values, self.step, state, block)
-            state = state._replace(kv_cache=allocate(shapes, self.reuse.cached, make))
+            slots = self.reuse.cached * len(block.timestep)
+            state = state._replace(kv_cache=allocate(shapes, slots, make))
         first = self.work[0].iteration
         shapes = jax.eval_shape(DenoisingStep.initial_caches, self.step, state, first)
         zeros = jax.tree.map(lambda leaf: make(leaf.shape, leaf.dtype), shapes)

@@ -4,7 +4,7 @@ An iteration is everything between two lines of the frame schedule: the model ca
 guidance and the solver.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +24,7 @@ from skyreels_jax.models.parallelism import SINGLE_DEVICE, Parallelism
 from skyreels_jax.models.transformer_attention import FrameKeyValues, PastFrames
 from skyreels_jax.sampling.kv_cache import KVCache, append_block
 from skyreels_jax.sampling.progress import IterationReport
+from skyreels_jax.shapes import Timesteps
 
 _Tree = TypeVar("_Tree")
 # Keys and values of cross-attention, as the model made them of text and image states.
@@ -182,23 +183,32 @@ class DenoisingStep:
 
         ``within_block``: the frames are one block of attention and need no mask.
         """
-        model = nnx.merge(self.graph, self.parameters)
-        model.parallelism = self.parallelism
         x, t = self.model_inputs(state.x, iteration)
         y = _read_frames(self.conditioning.y, iteration, axis=2)
+        pasts = [PastFrames(*kept, jnp.asarray(iteration.first)) for kept in state.kv_cache]
+        return self.model_calls(x, t, y, pasts, None if within_block else self.block_length)
+
+    def model_calls(
+        self,
+        x: Float[Array, "rows C F H W"],
+        t: Timesteps,
+        y: Float[Array, "rows Y F H W"] | None,
+        pasts: Sequence[PastFrames],
+        block_length: int | None = None,
+    ) -> Iterator[StagedForward]:
+        """A call of the model for each context, with its own past where there are any."""
+        model = nnx.merge(self.graph, self.parameters)
+        model.parallelism = self.parallelism
         for number, context in enumerate(self.conditioning.contexts):
-            past = None
-            if state.kv_cache:
-                past = PastFrames(*state.kv_cache[number], jnp.asarray(iteration.first))
             yield model.staged(
                 x,
                 t,
                 context,
                 y=y,
                 fps=self.conditioning.fps,
-                block_length=None if within_block else self.block_length,
+                block_length=block_length,
                 attention=self.attention,
-                past=past,
+                past=pasts[number] if pasts else None,
             )
 
     def model_inputs(
@@ -209,7 +219,7 @@ class DenoisingStep:
         if iteration.noise is not None:
             weight = jnp.asarray(iteration.noise.weight).reshape(-1, 1, 1, 1, 1)
             x = x.astype(jnp.float32)
-            x = (1 - weight) * x + weight * _frame_noise(iteration.noise.key, iteration.first, x)
+            x = (1 - weight) * x + weight * frame_noise(iteration.noise.key, iteration.first, x)
         x = jnp.concatenate([jnp.moveaxis(x, 0, 2)] * self.guidance.copies)
         # One timestep for all frames is given per video: the same result with less work.
         batch, columns = x.shape[0], len(iteration.timestep)
@@ -260,8 +270,10 @@ def _write_frames(tree: _Tree, frames: _Tree, iteration: Iteration) -> _Tree:
     )
 
 
-def _frame_noise(
-    key: Array, first: Int[Array | np.ndarray, ""] | None, x: Float[Array, "F B C H W"]
+def frame_noise(
+    key: Array,
+    first: Int[Array | np.ndarray, ""] | None,
+    x: Float[Array, "F B C H W"] | jax.ShapeDtypeStruct,
 ) -> Float[Array, "F B C H W"]:
     """Normal noise; each frame of the video has its own, whichever of them ``x`` holds."""
     numbers = jnp.arange(x.shape[0]) + (0 if first is None else first)

@@ -298,7 +298,7 @@ def rope_offset(patch, case):
     def off(x, table):
         calls.append(1)
         if len(calls) % 2 == 1:  # keys come first
-            table = rope_table(GRID, HEAD, first=jnp.int32(1), latest=1)
+            table = rope_table(GRID, HEAD, frames=1 + jnp.arange(GRID[0]))
         return true(x, table)
 
     patch.setattr(transformer_attention, "rope_apply", off)
