@@ -10,12 +10,13 @@ from typing import Final, Generic, TypedDict, TypeVar
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from skyreels_jax.causal_presets import CAUSAL_PRESETS
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.hub import COMPONENTS_VARIABLE, NEEDED_COMPONENTS, locate
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.presets import PIPELINE_OF_TASK, PRESETS, WAN_PIPELINE_OF_TASK, Family, Task
-from skyreels_jax.recognition import Guess, guess_preset, names_of, task_of
+from skyreels_jax.recognition import Guess, guess_preset, guess_student, names_of, task_of
 from skyreels_jax.weights.components.clip import stored_image_encoder
 from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
@@ -88,7 +89,8 @@ class Checkpoint:
         guess: which released checkpoint it is.
         defaults: settings to generate with, each with its source.
         repo: the Hugging Face id it came from; None for a local folder.
-        notes: what was taken off the names of the transformer's tensors and what was left.
+        notes: what was taken off the names of the transformer's tensors, what was left, and
+            whether it is a causal student.
     """
 
     layout: Layout
@@ -147,10 +149,17 @@ class Checkpoint:
         }
         config = stored_transformer(layout, source).config
         layout = _completed(layout, components, given, config)
+        student = guess_student(layout, config, source, location.repo)
         guess = guess_preset(
-            layout, config, repo=location.repo, preset=preset, marker=source.marker
+            layout,
+            config,
+            repo=location.repo,
+            preset=preset,
+            marker=source.marker,
+            causal=student,
         )
-        for note in source.notes:
+        notes = source.notes if guess.causal is None else (*source.notes, guess.causal.words())
+        for note in notes:
             logger.info("%s: %s", layout.folder, note)
         return Checkpoint(
             layout=layout,
@@ -159,7 +168,7 @@ class Checkpoint:
             guess=guess,
             defaults=_defaults(layout, config, guess),
             repo=location.repo,
-            notes=source.notes,
+            notes=notes,
         )
 
     @property
@@ -244,7 +253,8 @@ class Checkpoint:
 
 def _with_heads(layout: Layout, preset: str | None) -> Layout:
     """A layout without ``config.json`` has as many heads as the preset that was given."""
-    known = PRESETS.get(preset or "")
+    student = CAUSAL_PRESETS.get(preset or "")
+    known = student.model if student else PRESETS.get(preset or "")
     if layout.config or known is None:
         return layout
     patch = layout.tensors().tensors().get("patch_embedding.weight")

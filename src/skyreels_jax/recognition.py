@@ -1,4 +1,4 @@
-"""Which released checkpoint a folder is, told by its configuration and its names."""
+"""Which released checkpoint a folder or file is, told by its configuration and its names."""
 
 import dataclasses
 import re
@@ -6,10 +6,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from skyreels_jax.causal_presets import (
+    CAUSAL_PRESETS,
+    NAMES_OF_STUDENTS,
+    STAGES,
+    CausalPreset,
+)
 from skyreels_jax.errors import RequestError
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.presets import PRESETS, TASK_OF_PIPELINE, Family, Preset, Task
 from skyreels_jax.weights.layout import Layout
+from skyreels_jax.weights.repackaged import UnpackedSource
 
 # What a checkpoint's name has in it.
 _FAMILY_NAMES: Final[Mapping[str, Family]] = {
@@ -21,16 +28,45 @@ _FAMILY_NAMES: Final[Mapping[str, Family]] = {
 }
 
 
+# Mappings in PyTorch files that the trainings of causal students write.
+_STUDENT_MAPPINGS: Final = ("generator", "generator_ema")
+
+
+@dataclass(frozen=True)
+class CausalGuess:
+    """Which causal student a transformer was taken for (None: one in training), and why.
+
+    ``is_assumed`` where nothing tells it from others of the family.
+    """
+
+    preset: CausalPreset | None
+    reason: str
+    is_assumed: bool = False
+
+    def words(self) -> str:
+        """One line: which it is, how that is known, and how it is sampled."""
+        if self.preset is None:
+            return f"a stage of a causal student's training, no student yet ({self.reason})"
+        assumed = "assumed: " if self.is_assumed else ""
+        return (
+            f"{self.preset.title} ({assumed}{self.reason}): a causal student of "
+            f"{len(self.preset.timesteps)} steps, which "
+            f"`skyreels-jax live --preset {self.preset.name}` samples as it was trained"
+        )
+
+
 @dataclass(frozen=True)
 class Guess:
     """Which released checkpoint a folder was taken for (None: none of them), and why.
 
-    ``family`` is whose settings it has where it is none of them.
+    ``family`` is whose settings it has where it is none of them, and ``causal`` which causal
+    student of the released one it is, if it is one.
     """
 
     preset: Preset | None
     reason: str
     family: Family = "SkyReels-V2"
+    causal: CausalGuess | None = None
 
 
 def guess_preset(
@@ -40,6 +76,7 @@ def guess_preset(
     repo: str | None = None,
     preset: str | None = None,
     marker: str | None = None,
+    causal: CausalGuess | None = None,
 ) -> Guess:
     """Which released checkpoint a folder is.
 
@@ -52,6 +89,10 @@ def guess_preset(
     """
     if preset is not None:
         return _given_preset(preset, config)
+    if causal is not None:
+        base = causal.preset.base if causal.preset else _base_of(config)
+        if base is not None:
+            return Guess(PRESETS[base], f"its configuration and {causal.reason}", "Wan2.1", causal)
     family, by = _family(layout, repo, marker)
     alike = [p for p in PRESETS.values() if _same_shape(p.config, config)]
     candidates = alike
@@ -121,12 +162,64 @@ def _family(layout: Layout, repo: str | None, marker: str | None) -> tuple[Famil
 
 
 def _given_preset(name: str, config: TransformerConfig) -> Guess:
-    found = PRESETS.get(name)
+    student = CAUSAL_PRESETS.get(name)
+    found = student.model if student else PRESETS.get(name)
     if found is None:
-        raise RequestError(f"`preset` {name!r} is unknown; there are {', '.join(PRESETS)}")
+        there = ", ".join([*PRESETS, *CAUSAL_PRESETS])
+        raise RequestError(f"`preset` {name!r} is unknown; there are {there}")
     if not _same_shape(found.config, config):
         raise RequestError(f"`preset` {name} is another model: {found.config} is not {config}")
-    return Guess(found, "given", found.family)
+    causal = CausalGuess(student, "given") if student else None
+    return Guess(found, "given", found.family, causal)
+
+
+def guess_student(
+    layout: Layout, config: TransformerConfig, source: UnpackedSource, repo: str | None = None
+) -> CausalGuess | None:
+    """Which causal student of Wan 2.1 a transformer is; None where nothing says that it is one.
+
+    By what its header, its file with the folder around it, or its repository is called; where these
+    do not tell, a file with the mappings of such a training is taken for the commonest.
+
+    Args:
+        layout: of the checkpoint.
+        config: of its transformer.
+        source: its tensors.
+        repo: the Hugging Face id it came from.
+    """
+    base = _base_of(config)
+    if base is None:
+        return None
+    path = layout.folder.resolve()
+    named = [(f"its header ({title})", title) for title in source.titles]
+    named += [(f"the file's name ({path.name})", f"{path.parent.name}/{path.stem}")]
+    named += [(f"its Hugging Face id ({repo})", repo)] if repo else []
+    there = {name: one for name, one in CAUSAL_PRESETS.items() if one.base == base}
+    for how, name in named:
+        plain = re.sub(r"[_ .]", "-", name.casefold())
+        if "bidirectional" in plain:
+            return None
+        if re.search(STAGES, plain):
+            return CausalGuess(None, how)
+        for pattern, student in NAMES_OF_STUDENTS.items():
+            if student in there and re.search(pattern, plain):
+                return CausalGuess(there[student], how)
+        if re.search(r"causal-?forcing", plain) and "causal-forcing-chunk" in there:
+            said = f"{how}, which is that of the model by frames too"
+            return CausalGuess(there["causal-forcing-chunk"], said, is_assumed=True)
+    if source.mapping not in _STUDENT_MAPPINGS:
+        return None
+    said = (
+        f"its tensors are under {source.mapping}, as those of all causal students are; say which "
+        f"by `preset`: {', '.join(there)}"
+    )
+    return CausalGuess(next(iter(there.values())), said, is_assumed=True)
+
+
+def _base_of(config: TransformerConfig) -> str | None:
+    """The preset of Wan 2.1 that causal students with a configuration are tuned from, or None."""
+    bases = {one.base: one.model for one in CAUSAL_PRESETS.values()}
+    return next((name for name, one in bases.items() if _same_shape(one.config, config)), None)
 
 
 def _same_shape(a: TransformerConfig, b: TransformerConfig) -> bool:

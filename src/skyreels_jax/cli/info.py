@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from skyreels_jax.checkpoints import OPENING, Checkpoint
+from skyreels_jax.recognition import CausalGuess
 from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.layout import ComponentName
 
@@ -46,6 +47,7 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "pipeline": layout.model_index.get("_class_name"),
         "preset": checkpoint.guess.preset.name if checkpoint.guess.preset else None,
         "preset_reason": checkpoint.guess.reason,
+        "causal": _student(checkpoint.guess.causal),
         "parameters": sum(info.size for info in tensors.values()),
         "tensors": len(tensors),
         "files": len({info.file for info in tensors.values()}),
@@ -55,6 +57,19 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "missing_parts": [part for part in needed if part not in layout.components],
         "config": dataclasses.asdict(checkpoint.config),
         "defaults": dataclasses.asdict(defaults),
+    }
+
+
+def _student(guess: CausalGuess | None) -> dict[str, object] | None:
+    """Which causal student it is, with the settings that it is sampled with."""
+    if guess is None:
+        return None
+    settings = dataclasses.asdict(guess.preset) if guess.preset else {}
+    return {
+        "preset": guess.preset.name if guess.preset else None,
+        "reason": guess.reason,
+        "assumed": guess.is_assumed,
+        "settings": settings,
     }
 
 

@@ -37,6 +37,8 @@ def describe(checkpoint: Checkpoint, request: ResolvedRequest) -> Iterator[str]:
             value = request.value_of(setting)
             shown = shortened(value) if setting == "negative_prompt" else value
             yield f"  {setting.replace('_', '-'):<16} {shown}  [{request.sources[setting]}]"
+    if (student := checkpoint.guess.causal) is not None:
+        yield in_flags(f"note: {student.words()}")
     for warning in request.warnings:
         yield in_flags(f"note: {warning}")
 

@@ -27,6 +27,7 @@ from skyreels_jax.weights.plan import Format
 from skyreels_jax.weights.relatives import refuse_foreign, refuse_vae
 from skyreels_jax.weights.repackaged import Held, Packed, UnpackedSource, packed_in
 from skyreels_jax.weights.tokenizer_file import holds_tokenizer
+from skyreels_jax.weights.torch_file import LORA_MAPPING
 
 # What may be given beside a transformer; the tokenizer comes with the text encoder or in a folder.
 Given = Mapping[ComponentName, Path]
@@ -60,6 +61,11 @@ def read_model(path: Path, *, key: str | None = None) -> Layout:
             raise WeightsError(
                 f"{path} holds the {_words(packed)} and no transformer: give it by "
                 f"`{packed[0].component}`, and the transformer's file or folder as the model"
+            )
+        if getattr(source, "mapping", None) == LORA_MAPPING:
+            raise WeightsError(
+                f"{path} holds the LoRA of a causal student ({LORA_MAPPING}, as LongLive's lora.pt "
+                "does): give its base (longlive_base.pt) as the model, and this one by `lora`"
             )
         refuse_foreign(path, source.tensors())
     format = models[0].format

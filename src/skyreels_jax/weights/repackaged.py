@@ -33,6 +33,8 @@ _WRAPPERS: Final = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _MARKER: Final = "model_type."
+# Texts of a safetensors header that name the model (the first is of the standard ModelSpec).
+_TITLES: Final = ("modelspec.title", "title", "name")
 # A tensor that tells what a file holds, and whose names it has.
 _TELLING: Final[Mapping[str, tuple[Held, Format]]] = {
     "decoder.conv1.weight": ("vae", "original"),
@@ -95,7 +97,12 @@ def transformers_name(name: str) -> str:
 
 def _unwrapped(name: str) -> str:
     """A name without what training and llama.cpp did to it."""
-    return _WRAPPERS.sub("", transformers_name(name))
+    return without_wrappers(transformers_name(name))
+
+
+def without_wrappers(name: str) -> str:
+    """A name without the parts that DDP, FSDP, checkpointing and compilation put into it."""
+    return _WRAPPERS.sub("", name)
 
 
 class UnpackedSource:
@@ -106,6 +113,8 @@ class UnpackedSource:
         format: whose names these are; the original's, where they do not tell.
         prefix: what stood before all names.
         notes: what was taken off and what was left, a line each.
+        mapping: of a file with several, the one that the tensors are in.
+        titles: what a header's texts call the model.
     """
 
     def __init__(self, source: TensorSource, component: Held = "transformer"):
@@ -120,6 +129,9 @@ class UnpackedSource:
         markers = [name for name in names if _marked(name) is not None]
         self.marker = _marked(markers[0]) if len(markers) == 1 else None
         self._source = source
+        self.mapping: str | None = getattr(source, "mapping", None)
+        texts: Mapping[str, tuple[str, ...]] = getattr(source, "metadata", {})
+        self.titles = tuple(text for key in _TITLES for text in texts.get(key, ()))
         packed = packed_in(names)
         own = [one for one in packed if one.component == component]
         if len(own) > 1:

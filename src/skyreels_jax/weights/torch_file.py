@@ -32,9 +32,14 @@ ALLOWANCE_FACTOR: Final = 3.5
 ALLOWANCE_FLOOR: Final = 4 << 20
 # Measured: what was pickled of a tensor, a TensorInfo and a view, with places in dictionaries.
 _TENSOR_COST: Final = 550
+# The mapping of a LoRA of a generator that was trained with one, beside that of its critic.
+LORA_MAPPING: Final = "generator_lora"
 # Of several mappings in a file, the first of these is the model: the average over training before
 # the last values, a generator before what judged it.
-_PLAIN_KEYS: Final = ("generator_ema", "model_ema", "ema", "generator", "model", "state_dict")
+_PLAIN_KEYS: Final = (
+    *("generator_ema", "model_ema", "ema", "generator", "model", "state_dict"),
+    LORA_MAPPING,
+)
 # Shapes of empty tensors are bounded by nothing else; NumPy counts bytes in 63 bits.
 _MAX_EMPTY: Final = 1 << 48
 
@@ -78,6 +83,7 @@ class PthSource:
 
     Attributes:
         notes: which mapping was taken, if there are several, and what was left.
+        mapping: the key of the mapping that was taken; None where the tensors are in none.
 
     Raises:
         WeightsError: naming the file, if it is of another kind, damaged, contains anything
@@ -101,7 +107,7 @@ class PthSource:
         # What the pickle's memo holds is let go before the views are made.
         pickled = read_pickle(str(file), self._record(f"{top}/data.pkl", data), replace(allowance))
         self._views: dict[str, _View] = {}
-        state, self.notes = _state_dict(file, pickled, key)
+        state, self.mapping, self.notes = _state_dict(file, pickled, key)
         for name, tensor in state.items():
             allowance.spend(_TENSOR_COST)
             self._views[name] = self._view(name, tensor, top, len(data))
@@ -211,9 +217,10 @@ def _top(file: Path, members: Mapping[str, Member]) -> str:
 
 def _state_dict(
     file: Path, pickled: object, key: str | None
-) -> tuple[Mapping[str, PickledTensor], tuple[str, ...]]:
-    """The mapping of tensors, possibly one level down, and which it was where that is not plain."""
+) -> tuple[Mapping[str, PickledTensor], str | None, tuple[str, ...]]:
+    """The mapping of tensors, possibly one level down, its key, and a note of what was left."""
     notes: tuple[str, ...] = ()
+    chosen = None
     if isinstance(pickled, dict):
         inner = {name: value for name, value in pickled.items() if isinstance(value, dict)}
         chosen = _chosen(file, pickled, inner, key)
@@ -233,7 +240,7 @@ def _state_dict(
                 f"{file} is no plain state dict: {name[:200]!r} is a {type(value).__name__}, not a "
                 "tensor; save only the tensors, by name"
             )
-    return pickled, notes
+    return pickled, chosen, notes
 
 
 def _chosen(

@@ -97,7 +97,9 @@ class BoundLora:
         )
 
     def notes(self) -> Iterator[str]:
-        """A line for each group of keys that is not used."""
+        """A line for each group of keys, and each mapping, that is not used."""
+        for note in self.file.notes:
+            yield f"LoRA {self.file.path.name}: {note}"
         for keys, why in (
             (self.elsewhere, "have no place in this model (others of its family have one)"),
             (self.without_effect, "have no effect"),

@@ -74,12 +74,14 @@ class LoraFile:
         source: its tensors.
         metadata: the texts in its header; empty for a PyTorch archive.
         scaling: of PEFT's configuration, where the header has one.
+        notes: which mapping of a file with several was taken, and what was left.
     """
 
     path: Path
     source: TensorSource
     metadata: Mapping[str, str]
     scaling: PeftScaling | None
+    notes: tuple[str, ...] = ()
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in float32.
@@ -114,7 +116,8 @@ def open_lora(path: Path) -> LoraFile:
             if info.dtype.kind in "iu" and info.size == 1:  # An alpha may be written as an integer.
                 continue
             raise WeightsError(f"{path}: {name:.200} is {info.dtype.name}, no floating point")
-    return LoraFile(path, source, metadata, _scaling(path, metadata))
+    notes: tuple[str, ...] = getattr(source, "notes", ())
+    return LoraFile(path, source, metadata, _scaling(path, metadata), notes)
 
 
 def _scaling(path: Path, metadata: Mapping[str, str]) -> PeftScaling | None:

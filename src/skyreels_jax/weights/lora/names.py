@@ -14,6 +14,7 @@ from typing import Final, Literal
 from skyreels_jax.models.transformer_config import FLF2V_1_3B, TransformerConfig
 from skyreels_jax.weights.components.transformer import transformer_rules
 from skyreels_jax.weights.plan import FORMATS, Format, Rule, layers_in_file, make_plan
+from skyreels_jax.weights.repackaged import without_wrappers
 from skyreels_jax.weights.safetensors_file import TensorSpec
 
 # Taken off as often as one of them stands in front.
@@ -96,7 +97,7 @@ def taken_apart(name: str) -> Key:
     """The key of this name; nothing of it need be known."""
     if len(name) > _MAX_NAME:
         return Key(name, name, None)
-    words = _without_prefixes(name).split(".")
+    words = _without_prefixes(without_wrappers(name)).split(".")
     leaf = words[-1] if len(words) > 1 and words[-1] in ("weight", "bias") else ""
     for i in range(len(words) - 1, 0, -1):
         for count in (2, 1):
