@@ -255,3 +255,28 @@ def test_rate_and_speed_are_logged_and_raw_weights_exported(tmp_path):
     assert last["steps_per_second"] > 0
     raw, average = (np.load(tmp_path / n / "a.npy") for n in ("model-raw", "model"))
     assert np.abs(raw - average).max() > 1e-3
+
+
+def test_what_is_offloaded_or_rounded_goes_on_bit_for_bit(tmp_path):
+    changes = {"kernels": "bfloat16", "offload": True, "ema": 0.9}
+    constant = OptimizerConfig(schedule="constant", warmup=0)
+
+    class Rounded(Toy):
+        def loss(self, params, batch, noise):
+            assert params["a.kernel"].dtype == jnp.bfloat16
+            return super().loss({"a.kernel": params["a.kernel"].astype(jnp.float32)}, batch, noise)
+
+    def ran(name: str, *steps: int, **changes) -> np.ndarray:
+        for count in steps:
+            made = Rounded if changes.get("kernels") else Toy
+            train(made(99), RunConfig(steps=count, **changes), constant, tmp_path / name)
+        return np.load(tmp_path / name / "model" / "a.npy")
+
+    whole = ran("whole", 4, **changes)
+    np.testing.assert_array_equal(ran("again", 2, 4, **changes), whole)
+    # A run may be given its memory of the host, or lose it, when it goes on.
+    np.testing.assert_array_equal(
+        ran("moved", 2, **{**changes, "offload": False}), ran("x", 2, **changes)
+    )
+    np.testing.assert_array_equal(ran("moved", 4, **changes), whole)
+    assert np.abs(ran("plain", 4, ema=0.9) - whole).max() > 0

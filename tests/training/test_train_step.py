@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from skyreels_jax.errors import UnsupportedError
+from skyreels_jax.training import step as train_step
 from skyreels_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from skyreels_jax.training.step import TrainState, init_state, make_step
 
@@ -136,3 +138,66 @@ def test_the_rate_rises_and_falls():
 def test_illegal_numbers_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         OptimizerConfig(**wrong)
+
+
+def spaces(tree) -> set[str]:
+    return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw", pytest.param("muon", marks=SLOW), pytest.param("adafactor", marks=SLOW)]
+)
+def test_what_is_on_the_host_makes_no_difference(name):
+    optimizer, state = begun(OptimizerConfig(name=name, warmup=0), ema=0.9)
+    step = make_step(loss, optimizer, ema=0.9)
+    copies = {name: jnp.array(value) for name, value in PARAMS.items()}
+    moved = init_state(copies, optimizer, 0.9, offload=True)
+    assert spaces(state) == {"device"}
+    for number in range(3):
+        state, _ = step(state, batch_of(number), jax.random.key(number))
+        moved, _ = step(moved, batch_of(number), jax.random.key(number))
+        assert spaces((moved.optimizer, moved.average)) == {"pinned_host"}
+        assert spaces(moved.params) == {"device"}
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(moved), strict=True):
+        np.testing.assert_array_equal(one, other)
+    other, _ = step(moved, batch_of(9), jax.random.key(9))
+    assert apart(other, state) > 1e-6
+
+
+def test_a_device_without_such_memory_is_refused(monkeypatch):
+    optimizer, _ = begun()
+    monkeypatch.setattr(train_step, "_HOST", "memory of another machine")
+    with pytest.raises(UnsupportedError, match="run.offload takes memory of the kind memory of an"):
+        init_state(PARAMS, optimizer, 0.9, offload=True)
+
+
+def test_masters_stay_float32_where_kernels_are_not():
+    seen = []
+
+    def watched(params, batch, noise):
+        seen.append({name: value.dtype for name, value in params.items()})
+        kernel = params["layer.kernel"].astype(jnp.float32)
+        return loss({**params, "layer.kernel": kernel}, batch, noise)
+
+    optimizer, state = begun()
+    after, _ = make_step(watched, optimizer, kernels="bfloat16")(
+        state, batch_of(0), jax.random.key(0)
+    )
+    assert seen[0] == {"layer.kernel": jnp.bfloat16, "layer.bias": jnp.float32}
+    assert {value.dtype for value in after.params.values()} == {jnp.dtype("float32")}
+    # What is descended is the gradient at the rounded kernel, rounded itself; the master is not.
+    _, state = begun()
+    x, y = batch_of(0)
+    grads = dict(jax.grad(lambda p: loss(p, (x, y), ())[0])(PARAMS))
+    rounded = grads["layer.kernel"].astype(jnp.bfloat16).astype(jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update({**grads, "layer.kernel": rounded}, state.optimizer, PARAMS)
+    expected = dict(updates)
+    for name, value in after.params.items():
+        np.testing.assert_allclose(value, PARAMS[name] + expected[name], rtol=1e-6)
+    _, state = begun()
+    whole, _ = make_step(loss, optimizer)(state, batch_of(0), jax.random.key(0))
+    assert apart(whole, after) < 1e-5

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
 
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.training.step import TrainState
@@ -61,7 +62,14 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        def asked(leaf: jax.Array) -> jax.ShapeDtypeStruct | np.ndarray:
+            # Orbax takes what is in the host's memory for what is on the device.
+            of_device = next(iter(leaf.devices())).default_memory().kind
+            if leaf.sharding.memory_kind == of_device:
+                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            return np.empty(leaf.shape, leaf.dtype)
+
+        shapes = jax.tree.map(asked, like._asdict())
         self._check_params(like)
         try:
             found = self.manager.restore(self._newest(), args=ocp.args.StandardRestore(shapes))
@@ -71,7 +79,9 @@ class Checkpoints:
                 f"{self.manager.directory}: the checkpoint does not fit this run's model and "
                 f"optimiser: {reason}"
             ) from error
-        return TrainState(**found)
+        return jax.tree.map(
+            lambda leaf, wanted: jax.device_put(leaf, wanted.sharding), TrainState(**found), like
+        )
 
     def _check_params(self, like: TrainState) -> None:
         """Compare shapes before values are read: Orbax says in pages what differs."""

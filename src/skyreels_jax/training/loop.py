@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ _FREE: Final = frozenset(
     f"run.{name}"
     for name in (
         *("log_every", "evaluate_every", "sample_every", "checkpoint_every"),
-        *("keep", "tensorboard", "export_raw", "export_every", "mesh", "sample_prompts"),
+        *("keep", "tensorboard", "export_raw", "export_every", "mesh", "offload", "sample_prompts"),
     )
 ) | {"model.export_dtype", "model.remat"}
 # Folders may move: what is in them is compared by its digest.
@@ -68,6 +68,9 @@ class RunConfig:
         export_raw: write ``model-raw`` too: the parameters themselves, not their average.
         mesh: devices along each axis, such as ``data=2,fsdp=2``, or ``auto``; one device unless
             given. Whatever it is, a run learns the same from the same batches.
+        kernels: dtype in which what multiplies is given to the model and its gradients are;
+            ``bfloat16`` halves both. Masters, optimiser and average stay float32.
+        offload: keep optimiser and average in the host's memory between steps.
     """
 
     steps: int
@@ -84,6 +87,8 @@ class RunConfig:
     tensorboard: bool = False
     export_raw: bool = False
     mesh: str | None = None
+    kernels: Literal["float32", "bfloat16"] = "float32"
+    offload: bool = False
 
     def __post_init__(self):
         if self.mesh not in (None, AUTO):
@@ -154,7 +159,7 @@ def train(
     if mesh is not None:
         on_mesh(str(mesh))
     chain = make_optimizer(optimizer, run.steps, first)
-    state = init_state(first, chain, run.ema, mesh)
+    state = init_state(first, chain, run.ema, mesh, offload=run.offload)
     with (
         open_checkpoints(output / "checkpoints", keep=run.keep) as saved,
         stop_requested() as stop,
@@ -168,8 +173,17 @@ def train(
         loop = _Loop(task, run, output, saved, settings, log, rate, mesh)
         frozen = task.frozen() if isinstance(task, FrozenBase) else {}
         loss = task.loss if mesh is None else mesh.loss_of({**frozen, **first}, task.loss)
-        made = {"accumulate": run.accumulate, "ema": run.ema, "frozen": frozen, "mesh": mesh}
-        state = loop.run_steps(state, make_step(loss, chain, draw=task.draw, **made), stop)
+        step = make_step(
+            loss,
+            chain,
+            draw=task.draw,
+            accumulate=run.accumulate,
+            ema=run.ema,
+            frozen=frozen,
+            kernels=run.kernels,
+            mesh=mesh,
+        )
+        state = loop.run_steps(state, step, stop)
         done = int(state.step)
         finished = done >= run.steps
         if finished:

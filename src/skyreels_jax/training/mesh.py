@@ -292,8 +292,9 @@ class TrainingMesh:
         """
         if self.mesh.devices.flat[0].platform != "cpu":
             return found
-        all_there = sum(jnp.ravel(leaf)[0] for leaf in jax.tree.leaves(found))
-        return jax.tree.map(lambda leaf: leaf + 0 * all_there, found)
+        firsts = [jnp.ravel(leaf)[0].astype(jnp.float32) for leaf in jax.tree.leaves(found)]
+        nothing = 0 * jnp.sum(jnp.stack(firsts)) if firsts else jnp.zeros(())
+        return jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), found)
 
     def __str__(self) -> str:
         return f"{self.plan} [{self.reason}]"

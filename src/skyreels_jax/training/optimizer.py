@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 # Ends of the names of what multiplies.
-_MATRICES: Final = ("kernel", "lora_down", "lora_up")
+MATRICES: Final = ("kernel", "lora_down", "lora_up")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def make_optimizer(
 
 def _is_matrix(params: Params) -> dict[str, bool]:
     """Which parameters multiply what passes through: kernels, not norms, biases and tables."""
-    return {name: name.endswith(_MATRICES) for name in params}
+    return {name: name.endswith(MATRICES) for name in params}
 
 
 def _muon_axes(params: Params) -> "dict[str, MuonDimensionNumbers | None]":
@@ -113,7 +113,7 @@ def _muon_axes(params: Params) -> "dict[str, MuonDimensionNumbers | None]":
     from optax.contrib import MuonDimensionNumbers
 
     def axes(name: str, ndim: int) -> MuonDimensionNumbers | None:
-        if not name.endswith(_MATRICES):
+        if not name.endswith(MATRICES):
             return None
         first = 1 if name.startswith("blocks.") else 0
         return MuonDimensionNumbers(tuple(range(first, ndim - 1)), ndim - 1)

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from skyreels_jax.errors import UnsupportedError
+from skyreels_jax.training.optimizer import MATRICES
 from skyreels_jax.training.task import LossAndMetrics, Params
 
 if TYPE_CHECKING:
@@ -26,7 +30,7 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: how many have been made.
-        params: float32 master copies, by dotted path.
+        params: float32 master copies, by dotted path, whatever dtype the loss is given.
         optimizer: the state of optax.
         average: exponential moving average of the parameters; empty without one.
     """
@@ -48,6 +52,9 @@ class TrainStepReport(NamedTuple):
     is_finite: Bool[Array, ""]
 
 
+# Memory of the host that a device reads from by itself.
+_HOST: Final = "pinned_host"
+
 TrainStep = Callable[[TrainState, PyTree, Array], tuple[TrainState, TrainStepReport]]
 
 
@@ -56,18 +63,43 @@ def init_state(
     optimizer: "optax.GradientTransformation",
     ema: float,
     mesh: "TrainingMesh | None" = None,
+    *,
+    offload: bool = False,
 ) -> TrainState:
-    """The state before the first step, on a mesh if one is given."""
+    """The state before the first step, on a mesh if one is given.
+
+    Where it is to ``offload``, the optimiser's arrays and the average are in the host's memory.
+
+    Raises:
+        UnsupportedError: the device has no memory there that it reads from by itself.
+    """
 
     def begun(params: dict[str, Array]) -> TrainState:
         average = {name: jnp.array(value) for name, value in params.items()} if ema else {}
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
     if mesh is None:
-        return begun(dict(params))
-    shardings = mesh.state_shardings(jax.eval_shape(begun, dict(params)))
-    placed = mesh.place(dict(params), shardings.params)
-    return jax.jit(begun, out_shardings=shardings)(placed)
+        state = begun(dict(params))
+    else:
+        shardings = mesh.state_shardings(jax.eval_shape(begun, dict(params)))
+        placed = mesh.place(dict(params), shardings.params)
+        state = jax.jit(begun, out_shardings=shardings)(placed)
+    if not offload:
+        return state
+    optimizer_state, average = jax.tree.map(_to_host, (state.optimizer, state.average))
+    return state._replace(optimizer=optimizer_state, average=average)
+
+
+def _to_host(leaf: Array) -> Array:
+    if not leaf.ndim:
+        return leaf
+    devices = leaf.sharding.addressable_devices
+    kinds = {memory.kind for device in devices for memory in device.addressable_memories()}
+    if _HOST not in kinds:
+        raise UnsupportedError(
+            f"run.offload takes memory of the kind {_HOST}, which this device has not"
+        )
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind(_HOST))
 
 
 def no_draw(batch: PyTree, key: Array) -> tuple[()]:
@@ -84,6 +116,7 @@ def make_step(
     accumulate: int = 1,
     ema: float = 0.0,
     frozen: Params | None = None,
+    kernels: DTypeLike = jnp.float32,
     mesh: "TrainingMesh | None" = None,
 ) -> TrainStep:
     """A compiled step; the state given is donated.
@@ -100,6 +133,8 @@ def make_step(
         frozen: parameters that the loss is given too and that stay as they are. They are given to
             what is compiled: constants of it they would be twice in memory. On a mesh they are
             where :meth:`.TrainingMesh.weight_shardings` says.
+        kernels: dtype in which the loss is given what multiplies, and in which its gradients are;
+            what is descended are the float32 masters.
         mesh: the devices that state and batch are on; ``None`` for one.
     """
 
@@ -107,9 +142,28 @@ def make_step(
         state: TrainState, batch: PyTree, key: Array, frozen: Params
     ) -> tuple[TrainState, TrainStepReport]:
         made = {"draw": draw, "accumulate": accumulate, "ema": ema, "mesh": mesh}
-        return _uncompiled(loss, optimizer, frozen, **made)(state, batch, key)
+        made["kernels"] = jnp.dtype(kernels)
+        stepped = _uncompiled(loss, optimizer, frozen, **made)
+        after, report = stepped(_on_device(state), batch, key)
+        return jax.tree.map(_where, after, state), report
 
     return partial(jax.jit(step, donate_argnums=0), frozen=dict(frozen or {}))
+
+
+def _on_device(state: TrainState) -> TrainState:
+    """A traced state of which what is in the host's memory is moved when it is needed."""
+
+    def moved(leaf: Array) -> Array:
+        on_host = jax.typeof(leaf).memory_space == jax.memory.Space.Host
+        return jax.device_put(leaf, jax.memory.Space.Device) if on_host else leaf
+
+    return jax.tree.map(moved, state)
+
+
+def _where(leaf: Array, before: Array) -> Array:
+    """A traced array in the memory in which another is."""
+    on_host = jax.typeof(before).memory_space == jax.memory.Space.Host
+    return jax.device_put(leaf, jax.memory.Space.Host) if on_host else leaf
 
 
 def _uncompiled(
@@ -120,9 +174,16 @@ def _uncompiled(
     draw: Draw,
     accumulate: int,
     ema: float,
+    kernels: np.dtype,
     mesh: "TrainingMesh | None",
 ) -> TrainStep:
     import optax
+
+    def given(params: Params) -> dict[str, Array]:
+        return {n: v.astype(kernels) if n.endswith(MATRICES) else v for n, v in params.items()}
+
+    def in_float32(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
     def gradients(
         params: Params, inputs: tuple[PyTree, PyTree], frozen: Params
@@ -141,10 +202,10 @@ def _uncompiled(
         parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), inputs)
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(gradients, params, first, frozen)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
 
         def add(total: PyTree, part: tuple[PyTree, PyTree]) -> tuple[PyTree, None]:
-            return jax.tree.map(jnp.add, total, gradients(params, part, frozen)), None
+            return jax.tree.map(jnp.add, total, in_float32(gradients(params, part, frozen))), None
 
         total, _ = jax.lax.scan(add, zeros, parts)
         return jax.tree.map(lambda x: x / accumulate, total)
@@ -152,10 +213,11 @@ def _uncompiled(
     def step(state: TrainState, batch: PyTree, key: Array) -> tuple[TrainState, TrainStepReport]:
         inputs = batch, draw(batch, key)
         if mesh is None:
-            grads, metrics = averaged(state.params, inputs, frozen)
+            grads, metrics = averaged(given(state.params), inputs, frozen)
         else:
             spread = mesh.gradients(averaged)
-            grads, metrics = spread(state.params, mesh.constrain_rows(inputs), frozen)
+            grads, metrics = spread(given(state.params), mesh.constrain_rows(inputs), frozen)
+        grads = in_float32(grads)
         # optax mixes dtypes and ranks, which a strict caller forbids.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             norm = optax.tree.norm(grads)
