@@ -150,11 +150,12 @@ def resolves(name: str) -> bool:
 
 
 def commands(page: Page) -> list[list[str]]:
-    """The lines of shell blocks, continued ones joined, without comments and a last ``…``."""
+    """Lines of shell blocks, continued ones joined, without comments, pipes and a last ``…``."""
     found = []
     for block in snippets(page, "sh"):
         for line in block.code.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
+            words = words[: words.index("|")] if "|" in words else words
             if words:
                 found.append(words[:-1] if words[-1] == "…" else words)
     return found

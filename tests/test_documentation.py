@@ -107,14 +107,18 @@ def is_cheap(words: list[str]) -> bool:
         given = dict(zip(words, words[1:], strict=False))
         # A LoRA is what the command before it has trained.
         return given.get("--model", "mini") in ("mini", "mini-i2v") and "--lora" not in given
+    if words[:2] == ["skyreels-jax", "live"]:
+        return "--seconds" in words and "--prompts" not in words
     if words[:2] == ["skyreels-jax", "data"]:
         return words[2] == "shapes"
     return words[:2] in ([["skyreels-jax", verb] for verb in ("doctor", "batch")])
 
 
-CHECKED_PAGES = ("batch", "long_video", "quality", "training")
+# A stream compiles what no other command does.
+SLOW = pytest.mark.slow
+CHECKED_PAGES = ("batch", "live", "long_video", "quality", "training")
 COMMANDS = [
-    pytest.param(words, id=" ".join(words[:6]))
+    pytest.param(words, id=" ".join(words[:6]), marks=SLOW if words[1] == "live" else ())
     for name in ("README.md", *(f"docs/{page}.md" for page in CHECKED_PAGES))
     for words in documents.commands(PAGES[name])
     if is_cheap(words)
@@ -130,7 +134,7 @@ def test_a_command_runs(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("SKYREELS_JAX_CACHE", str(tmp_path / "caches"))
     shutil.copytree(documents.ROOT / "examples", tmp_path / "examples")
     # Shorter than on the page: what is looked at is that it goes through.
-    shorter = ["--steps", "1"] if words[1] in ("generate", "batch") else []
+    shorter = ["--steps", "1"] if words[1] in ("generate", "batch", "live") else []
     shorter += ["--count", "2"] if words[1] == "data" else []
     with contextlib.chdir(tmp_path):
         assert main([*words[1:], *shorter]) == 0

@@ -90,6 +90,14 @@ def estimate(
     )
 
 
+def cache_bytes(config: TransformerConfig, latents: tuple[int, int, int], dtype: str) -> int:
+    """What the keys and values of so many latent frames, rows and columns take, of all blocks."""
+    frames, rows, columns = latents
+    _, patch_rows, patch_columns = config.patch_size
+    tokens = frames * (rows // patch_rows) * (columns // patch_columns)
+    return 2 * config.num_layers * tokens * config.dim * (4 if dtype == "float32" else 2)
+
+
 def component_sizes(
     layout: Layout,
     config: TransformerConfig,

@@ -39,6 +39,7 @@ from skyreels_jax.generation.request.resolve import needed_memory, resolve
 from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.store import MemoryStore, WindowStore
+from skyreels_jax.generation.streaming import WithStreams
 from skyreels_jax.generation.together import agreed_request, shared_by_processes
 from skyreels_jax.generation.video import (
     Video,
@@ -56,7 +57,7 @@ from skyreels_jax.weights.convert_folder import convert_folder
 from skyreels_jax.weights.lora.beside import exchange
 from skyreels_jax.weights.lora.binding import Lora
 from skyreels_jax.weights.lora.source import with_loras
-from skyreels_jax.weights.lora.stack import WithLoras, as_loras, identities, named, plan_exchange
+from skyreels_jax.weights.lora.stack import as_loras, identities, named, plan_exchange
 from skyreels_jax.weights.pipeline_folder import require_components
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class _OpeningAndOptions(Opening, PipelineOptions, total=False):
     """What :meth:`Pipeline.from_pretrained` takes by name."""
 
 
-class Pipeline(WithLoras):
+class Pipeline(WithStreams):
     """Makes videos from one checkpoint.
 
     ::
@@ -203,7 +204,7 @@ class Pipeline(WithLoras):
         resolved = resolve(request, self.checkpoint, memory=memory)
         return replace(resolved, loras=named(self.loras))
 
-    def stream(
+    def frames(
         self,
         request: ResolvedRequest,
         *,
@@ -243,10 +244,10 @@ class Pipeline(WithLoras):
 
         Raises:
             RequestError: the path cannot be written to.
-            SkyReelsError: as :meth:`stream`.
+            SkyReelsError: as :meth:`frames`.
         """
         write_mp4(
-            self.stream(request, clock=Clock(progress or NoProgress())),
+            self.frames(request, clock=Clock(progress or NoProgress())),
             Path(path),
             fps=request.fps,
             size=(request.height, request.width),

@@ -191,7 +191,7 @@ def ours(pipe: Pipeline, case: Case, folder: Path, shift: float) -> np.ndarray:
     if threshold is not None:
         # Some that users may not ask for are among them.
         request = replace(request, cache=replace(request.cache, threshold=threshold))
-    return np.concatenate(list(pipe.stream(request)))
+    return np.concatenate(list(pipe.frames(request)))
 
 
 def originals(
@@ -364,11 +364,11 @@ def test_windows_that_need_what_is_not_stored_are_made_anew(pipeline, monkeypatc
     )
     assert [takes_state(request, window) for window in request.windows] == [False, True]
     whole = MemoryStore()
-    frames = np.concatenate(list(pipe.stream(request, store=whole)))
+    frames = np.concatenate(list(pipe.frames(request, store=whole)))
     first, last = request.windows
     interrupted = MemoryStore({first: np.zeros_like(whole.windows[first])})
-    again = np.concatenate(list(pipe.stream(request, store=interrupted)))
+    again = np.concatenate(list(pipe.frames(request, store=interrupted)))
     np.testing.assert_array_equal(again, frames)
     # Where all are stored they are taken, these zeros too.
     finished = MemoryStore({first: np.zeros_like(whole.windows[first]), last: whole.windows[last]})
-    assert not np.array_equal(np.concatenate(list(pipe.stream(request, store=finished))), frames)
+    assert not np.array_equal(np.concatenate(list(pipe.frames(request, store=finished))), frames)

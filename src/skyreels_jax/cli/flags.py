@@ -26,14 +26,12 @@ from skyreels_jax.generation.request.settings import (
     declared,
 )
 
-# Whether only errors are shown, by ``--quiet``.
-QUIET: Final = ContextVar("quiet", default=False)
+QUIET: Final = ContextVar("quiet", default=False)  # Only errors are shown, by ``--quiet``.
 DEFAULT_OUTPUT: Final = Path("out.mp4")
 # Names of `backends.BACKENDS` and `components.encoders.VAE_TILINGS`, which a test holds equal.
 BACKEND_NAMES: Final = ("jax", "hybrid")
 VAE_TILING_NAMES: Final = ("auto", "on", "off")
-_EXAMPLES: Final = """\
-examples:
+_EXAMPLES: Final = """examples:
   skyreels-jax generate --prompt "a red star grows on a black background" --output star.mp4
   skyreels-jax generate --model mini-i2v --image examples/star.png --prompt "a red star moves right"
   skyreels-jax generate --model Skywork/SkyReels-V2-DF-1.3B-540P --prompt "a fox in the snow" \\
@@ -59,7 +57,7 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_video_flags(parser: argparse.ArgumentParser, *, prompted: bool) -> Mapping[str, Any]:
     """What decides a video: checkpoint, settings, how to compute; gives the groups of flags."""
-    _add_checkpoint(parser.add_argument_group("checkpoint"))
+    add_checkpoint_flags(parser.add_argument_group("checkpoint"))
     groups = {
         name: parser.add_argument_group(name)
         for name in (SHOWN, DIMENSIONS, SAMPLING, FORCING, RUNNING, OUTPUT)
@@ -69,7 +67,7 @@ def add_video_flags(parser: argparse.ArgumentParser, *, prompted: bool) -> Mappi
     for setting in declared().values():
         if setting.name in ("dtype", "output", "prompt"):
             continue
-        _add_setting(groups[setting.group], setting)
+        add_setting(groups[setting.group], setting)
         if setting.name == "cache":
             groups[RUNNING].add_argument(
                 "--teacache",
@@ -78,12 +76,17 @@ def add_video_flags(parser: argparse.ArgumentParser, *, prompted: bool) -> Mappi
                 const="teacache",
                 help="the same as --cache teacache",
             )
-    _add_running(groups[RUNNING])
+    add_running_flags(groups[RUNNING])
+    groups[RUNNING].add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what each stage will take, and whether that is there; read no weight",
+    )
     return groups
 
 
 def _add_prompts(group: Any) -> None:
-    _add_setting(group, declared()["prompt"])
+    add_setting(group, declared()["prompt"])
     group.add_argument(
         "--prompt-file",
         type=Path,
@@ -92,7 +95,7 @@ def _add_prompts(group: Any) -> None:
     )
 
 
-def _add_setting(group: Any, setting: Setting) -> None:
+def add_setting(group: Any, setting: Setting) -> None:
     """The flag of a declared setting; its values are converted as those of Python's callers."""
     options: dict[str, Any] = {"dest": setting.name, "help": _help(setting)}
     if isinstance(setting.kind, Switch):
@@ -127,7 +130,8 @@ def _help(setting: Setting) -> str:
     return f"{setting.help}{tasks}{default}".replace("%", "%%")
 
 
-def _add_checkpoint(group: Any) -> None:
+def add_checkpoint_flags(group: Any) -> None:
+    """Which checkpoint it is."""
     group.add_argument(
         "--model",
         "--model_id",
@@ -192,7 +196,8 @@ def lora_of(text: str) -> list[Any]:
     return [os.path.abspath(text), 1.0]
 
 
-def _add_running(group: Any) -> None:
+def add_running_flags(group: Any) -> None:
+    """How a pipeline computes."""
     group.add_argument(
         "--dtype",
         default="bfloat16",
@@ -223,11 +228,6 @@ def _add_running(group: Any) -> None:
         metavar="auto|AXIS=N,...",
         help="run the transformer on several devices, along the axes data, fsdp, ring and ulysses: "
         "fsdp=4,ulysses=2 (docs/devices.md; default: one device)",
-    )
-    group.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="say what each stage will take, and whether that is there; read no weight",
     )
     group.add_argument(
         "--no-prompt-cache",
@@ -326,8 +326,8 @@ def add_doctor_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
-# Verbs that have something to be silent about.
-QUIET_VERBS: Final = ("generate", "resume", "batch", "convert", "data", "train")
+# With something to be silent about.
+QUIET_VERBS: Final = ("generate", "live", "resume", "batch", "convert", "data", "train")
 
 
 @contextmanager

@@ -299,7 +299,7 @@ def _write(pipeline: Pipeline, job: FolderStore, clock: Clock) -> None:
     """
     request = job.request
     job.partial.unlink(missing_ok=True)
-    frames = pipeline.stream(request, store=job, clock=clock)
+    frames = pipeline.frames(request, store=job, clock=clock)
     if job.how["preview"]:
         frames = with_strips(frames, request, Products(Path(job.how["output"]), None).preview)
     written = write_mp4(

@@ -39,6 +39,7 @@ CLOSED_PIPE: Final = 141
 # neither should wait until the modules have imported JAX.
 VERBS: Final[Mapping[str, str]] = {
     "generate": "make a video from a prompt, and an image where the checkpoint takes one",
+    "live": "make a video that plays while it is made; another prompt at any time",
     "resume": "go on with a video that was interrupted",
     "batch": "make a video of each row of a file of JSON lines, with one model load",
     "convert": "translate a checkpoint into the other format or another dtype",

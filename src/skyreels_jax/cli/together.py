@@ -99,6 +99,6 @@ def follow(processes: Processes) -> int:
         raise AssertionError("process 0 makes the request")
 
     request, options = share_request(processes, never)
-    for _ in open_pipeline(options).stream(request):
+    for _ in open_pipeline(options).frames(request):
         pass
     return 0

@@ -47,8 +47,6 @@ from skyreels_jax.shapes import Context, HostLatents, Latents
 
 # Latents of known frames, beside those of the window that they begin or follow.
 KnownLatents = Float[np.ndarray, "C known H W"]
-# The frame rate that fps embeddings know as their first entry; every other is the second.
-_FIRST_FPS: Final = 16
 # Apart from all window numbers, so that the noise over known frames is no window's own.
 _CONDITIONING_STREAM: Final = 2**31
 
@@ -109,7 +107,7 @@ class _Loaded:
                 self.inputs.negative,
                 clip_fea=self.inputs.clip_fea,
                 y=self.inputs.y,
-                fps=jnp.array([0 if fps == _FIRST_FPS else 1], jnp.int32),
+                fps=jnp.array([fps_entry(fps)], jnp.int32),
                 clock=clock,
             )
             self.prompt = prompt
@@ -247,6 +245,11 @@ class WindowGenerator:
         self.clock.ran(
             denoised.step_seconds, denoised.computed, denoised.calls, denoised.block_counts
         )
+
+
+def fps_entry(fps: int | Fraction) -> int:
+    """A frame rate as fps embeddings know it: 16 is their first entry, every other the second."""
+    return int(fps != 16)
 
 
 def starting_noise(request: ResolvedRequest, window: Window | None = None) -> Latents:

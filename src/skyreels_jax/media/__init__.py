@@ -1,5 +1,6 @@
 """Reading and writing images and video, as plain NumPy arrays of 8-bit RGB."""
 
+from skyreels_jax.media.growing_video import GrowingVideo
 from skyreels_jax.media.images import (
     ImageInput,
     RgbImage,
@@ -25,6 +26,7 @@ from skyreels_jax.media.video_writer import (
 )
 
 __all__ = [
+    "GrowingVideo",
     "ImageInput",
     "RgbImage",
     "Sound",

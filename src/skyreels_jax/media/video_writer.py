@@ -9,7 +9,11 @@ from types import TracebackType
 from typing import Any, Final
 
 import av
+import numpy as np
+from av.container import OutputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.stream import VideoStream
+from jaxtyping import UInt8
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.files import json_text, whole_file, write_json
@@ -58,6 +62,43 @@ class Sound:
         return codec in _SOUND_CODECS
 
 
+def check_size(size: tuple[int, int]) -> None:
+    """Refuse a height and a width that 4:2:0 cannot hold; raises RequestError."""
+    if size[0] % 2 or size[1] % 2:
+        raise RequestError(f"a video of {size[0]} x {size[1]} pixels: both must be even")
+
+
+def add_pictures(
+    container: OutputContainer,
+    fps: Fraction,
+    size: tuple[int, int],
+    options: Mapping[str, str] = ENCODER,
+) -> VideoStream:
+    """A stream of pictures (H.264, 4:2:0, BT.709) in a file that is written."""
+    stream = container.add_stream("libx264", rate=fps, options=dict(options))
+    stream.height, stream.width = size
+    stream.pix_fmt = "yuv420p"
+    # Untagged video is decoded as 601 or 709 by its size, player by player.
+    context = stream.codec_context
+    context.colorspace = Colorspace.ITU709
+    context.color_range = ColorRange.MPEG
+    context.color_primaries = ColorPrimaries.BT709
+    context.color_trc = ColorTrc.BT709
+    return stream
+
+
+def as_picture(
+    frame: UInt8[np.ndarray, "height width 3"], number: int, fps: Fraction
+) -> av.VideoFrame:
+    """Frame ``number`` of a video as its encoder takes it."""
+    picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+    )
+    picture.pts = number
+    picture.time_base = 1 / fps
+    return picture
+
+
 class VideoWriter:
     """Writes an MP4 (H.264, 4:2:0, plays in browsers while it loads) piece by piece.
 
@@ -89,8 +130,7 @@ class VideoWriter:
             RequestError: the path or the size cannot be written.
         """
         check_output(path)
-        if size[0] % 2 or size[1] % 2:
-            raise RequestError(f"a video of {size[0]} x {size[1]} pixels: both must be even")
+        check_size(size)
         self.path = Path(path)
         self.fps = Fraction(frame_rate(fps))
         self.size = size
@@ -112,16 +152,7 @@ class VideoWriter:
         self._container = av.open(name, "w", format="mp4", options={"movflags": "+faststart"})
         if self.settings is not None:
             self._container.metadata["comment"] = json_text(self.settings)
-        stream = self._container.add_stream("libx264", rate=self.fps, options=ENCODER)
-        stream.height, stream.width = self.size
-        stream.pix_fmt = "yuv420p"
-        # Untagged video is decoded as 601 or 709 by its size, player by player.
-        context = stream.codec_context
-        context.colorspace = Colorspace.ITU709
-        context.color_range = ColorRange.MPEG
-        context.color_primaries = ColorPrimaries.BT709
-        context.color_trc = ColorTrc.BT709
-        self._stream = stream
+        self._stream = add_pictures(self._container, self.fps, self.size)
         if self.sound is not None:
             self._copy_sound(self.sound)
 
@@ -146,13 +177,7 @@ class VideoWriter:
         if frames.shape[1:3] != self.size:
             raise ValueError(f"frames of {frames.shape[1:3]} in a video of {self.size}")
         for frame in frames:
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-            )
-            picture.pts = self.written
-            picture.time_base = 1 / self.fps
+            picture = as_picture(frame, self.written, self.fps)
             self._container.mux(self._stream.encode(picture))
             self.written += 1
 

@@ -21,6 +21,8 @@ SAMPLING: Final = "sampling"
 FORCING: Final = "long video and diffusion forcing"
 RUNNING: Final = "running"
 OUTPUT: Final = "output"
+# Of videos that are made while they play; those above are of all.
+LIVE: Final = "live"
 GROUPS: Final = (SHOWN, DIMENSIONS, SAMPLING, FORCING, RUNNING, OUTPUT)
 
 # Steps that the noise schedule was trained with, of which a solver takes some.

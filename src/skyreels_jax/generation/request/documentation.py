@@ -1,20 +1,23 @@
 """The declared settings as typed keywords and as a page: ``python -m`` this writes both anew."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from skyreels_jax.generation.request.declaration import GROUPS, Setting
 from skyreels_jax.generation.request.kinds import Switch
+from skyreels_jax.generation.request.live import different_settings, live_declared, live_keywords
 from skyreels_jax.generation.request.settings import declared, keywords
 
 KEYWORDS: Final = Path(__file__).with_name("keywords.py")
 PAGE: Final = Path(__file__).parents[4] / "docs" / "settings.md"
+_HEAD: Final = ("| flag | other names | takes | default | what it is |", "|---|---|---|---|---|")
 _COMMAND: Final = "python -m skyreels_jax.generation.request.documentation"
 
 
 def keywords_module() -> str:
-    """The text of ``keywords.py``: a TypedDict, with a docstring for each keyword."""
+    """The text of ``keywords.py``: TypedDicts, with a docstring for each keyword."""
     lines = [
         '"""The settings of a call as typed keywords.',
         "",
@@ -28,23 +31,26 @@ def keywords_module() -> str:
         "",
         "if TYPE_CHECKING:",
         "    from skyreels_jax.media import ImageInput",
-        "",
-        "",
-        "class VideoSettings(TypedDict, total=False):",
-        '    """What a call of a pipeline takes beside the prompt; what is left out is chosen."""',
+        *_typed_dict("VideoSettings", "What a call of a pipeline takes", keywords()),
+        *_typed_dict("StreamSettings", "What a stream of a pipeline takes", live_keywords()),
     ]
-    for name, setting in keywords().items():
-        if name == "prompt":
+    text = "\n".join(lines) + "\n"
+    used = [name for name in ("Mapping", "Sequence") if re.search(rf"\b{name}\[", text)]
+    imported = f"from collections.abc import {', '.join(used)}\n" if used else ""
+    return text.replace("from collections.abc import Mapping, Sequence\n", imported)
+
+
+def _typed_dict(name: str, what: str, settings: Mapping[str, Setting]) -> list[str]:
+    lines = ["", "", f"class {name}(TypedDict, total=False):"]
+    lines.append(f'    """{what} beside the prompt; what is left out is chosen."""')
+    for setting in settings.values():
+        if setting.name == "prompt":
             continue
         annotation = f"{setting.kind.annotation} | None"
         if "ImageInput" in annotation:
             annotation = f'"{annotation}"'
-        lines += ["", f"    {name}: {annotation}", f'    """{_sentence(setting)}"""']
-    text = "\n".join(lines) + "\n"
-    unused = [name for name in ("Mapping", "Sequence") if not re.search(rf"\b{name}\[", text)]
-    if len(unused) == 2:
-        text = text.replace("from collections.abc import Mapping, Sequence\n", "")
-    return text
+        lines += ["", f"    {setting.name}: {annotation}", f'    """{_sentence(setting)}"""']
+    return lines
 
 
 def settings_page() -> str:
@@ -60,9 +66,12 @@ def settings_page() -> str:
         "their source.",
     ]
     for group in GROUPS:
-        lines += ["", f"## {group[0].upper()}{group[1:]}", ""]
-        lines += ["| flag | other names | takes | default | what it is |", "|---|---|---|---|---|"]
+        lines += ["", f"## {group[0].upper()}{group[1:]}", "", *_HEAD]
         lines += [_row(one) for one in declared().values() if one.group == group]
+    different = different_settings()
+    as_above = [f"`{one.flag}`" for one in live_declared().values() if one not in different]
+    lines += ["", "## Live", "", "Of `skyreels-jax live` and `pipe.stream(...)` ([live](live.md));"]
+    lines += [f"as above are {', '.join(as_above)}.", "", *_HEAD, *map(_row, different)]
     return "\n".join(lines) + "\n"
 
 

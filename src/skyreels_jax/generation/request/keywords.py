@@ -3,6 +3,7 @@
 Written by ``python -m skyreels_jax.generation.request.documentation``.
 """
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
@@ -103,3 +104,79 @@ class VideoSettings(TypedDict, total=False):
 
     use_ret_steps: bool | None
     """Teacache looks at the time embedding that the blocks take."""
+
+
+class StreamSettings(TypedDict, total=False):
+    """What a stream of a pipeline takes beside the prompt; what is left out is chosen."""
+
+    negative_prompt: str | None
+    """What to keep away from; empty for nothing in particular."""
+
+    resolution: str | None
+    """In place of height and width."""
+
+    aspect: str | None
+    """Width to height such as 9:16, or `image` for that of the image; keeps the area."""
+
+    height: int | None
+    """In pixels, a multiple of 16; together with width."""
+
+    width: int | None
+    """In pixels, a multiple of 16; together with height."""
+
+    fps: int | float | str | Fraction | None
+    """Frames a second, such as 24, 29.97 or 30000/1001."""
+
+    seed: int | None
+    """Seed of the noise, below 2**32, or below 2**64 with noise torch; -1 draws one."""
+
+    attention: Literal["xla", "chunked", "cudnn", "splash", "tokamax"] | None
+    """Path that computes attention."""
+
+    image: "ImageInput | None"
+    """The first frame."""
+
+    video: str | Path | None
+    """A video to continue; its own frames are not shown again."""
+
+    overlap_history: int | None
+    """Frames of it that are looked at, 4 k + 1."""
+
+    seconds: float | None
+    """How long it is."""
+
+    steps: int | None
+    """Steps of a block of frames."""
+
+    causal_block_size: int | None
+    """Latent frames that are made at once."""
+
+    guidance_scale: float | None
+    """Scale of classifier-free guidance; at exactly 1 it is off."""
+
+    shift: float | None
+    """Warps the timesteps towards noise."""
+
+    timesteps: str | Sequence[float] | None
+    """Of a block of frames, in place of steps; as they stand, or warped where shift is given."""
+
+    rule: Literal["renoise", "euler"] | None
+    """From one timestep to the next: new noise over what is predicted, or a step of Euler's."""
+
+    window: int | None
+    """Latent frames that attention sees, the block included."""
+
+    sink: int | None
+    """How many of them are the first of the video, which never leave."""
+
+    positions: Literal["absolute", "relative"] | None
+    """Of frames: in the video, for at most 1024 latent frames, or relative to the window."""
+
+    recompute: bool | None
+    """Compute the window's keys and values anew when the prompt changes."""
+
+    first_block: int | None
+    """Latent frames in the first block."""
+
+    first_timesteps: str | Sequence[float] | None
+    """Of the first block."""

@@ -1,0 +1,110 @@
+"""Settings of a stream: what is taken, from where, and what is refused in which words."""
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+from tests import standins
+
+from skyreels_jax.diffusion.few_steps import StepRule, WindowPositions
+from skyreels_jax.errors import RequestError
+from skyreels_jax.generation.request import live
+from skyreels_jax.generation.request.live import LiveRequest, live_declared
+from skyreels_jax.generation.request.resolve_live import ResolvedLive, resolve_live
+
+
+def resolved(task: str = "df", memory: int = 2**40, **settings: Any) -> ResolvedLive:
+    settings = {"prompt": "a fox", "height": 32, "width": 48} | settings
+    checkpoint = standins.checkpoint(task)
+    return resolve_live(LiveRequest.of(settings), checkpoint, memory=memory)
+
+
+def test_names_are_those_of_the_sampler():
+    assert get_args(StepRule) == live.RULES
+    assert get_args(WindowPositions) == live.POSITIONS
+
+
+def test_a_model_that_learned_nothing_of_it_is_streamed_with_a_warning():
+    stream = resolved()
+    assert (stream.schedule.block, stream.schedule.rule) == (1, "euler")
+    assert stream.schedule.timesteps == pytest.approx((1000, 960, 8000 / 9, 2000 / 2.75), abs=0.1)
+    assert (stream.window.frames, stream.window.sink) == (3, 0)
+    assert stream.video.guidance_scale == 6.0
+    assert stream.frames is None
+    assert stream.window.positions == "relative"
+    assert len([w for w in stream.warnings if "has not learned" in w]) == 1
+
+
+def test_positions_end_unless_they_are_relative():
+    assert resolved(seconds=10).window.positions == "absolute"
+    assert resolved(seconds=600).window.positions == "relative"
+    with pytest.raises(RequestError, match="absolute` *end after 1024|absolute end after 1024"):
+        resolved(positions="absolute")
+
+
+def test_timesteps_stand_as_they_are_unless_a_shift_is_given():
+    assert resolved(timesteps="1000, 500").schedule.timesteps == (1000.0, 500.0)
+    warped = resolved(timesteps=[1000, 750, 500, 250], shift=5).schedule.timesteps
+    assert warped == pytest.approx((1000, 937.5, 833.33, 625), abs=0.01)
+    assert len(resolved(steps=2).schedule.timesteps) == 2
+    first = resolved(first_block=1, first_timesteps=(1000, 500, 250))
+    assert (first.schedule.first_block, len(first.schedule.first_timesteps)) == (1, 3)
+
+
+REFUSED = {
+    "too many steps": ({"steps": 9}, "`steps` 9 must be between 1 and 8"),
+    "no step": ({"steps": 0}, "`steps` 0 must be between 1 and 8"),
+    "both": ({"steps": 2, "timesteps": "1000"}, "exclude each other"),
+    "rising": ({"timesteps": "500,1000"}, "`timesteps` 500, 1000 must be 1 to 8 numbers"),
+    "no numbers": ({"timesteps": "many"}, "`timesteps` 'many' must be 1 to 8 numbers"),
+    "beyond": ({"timesteps": (2000,)}, "at most 1000"),
+    "a rule": ({"rule": "unipc"}, "`rule` unipc does not exist; there are renoise, euler"),
+    "no room": ({"window": 3, "causal_block_size": 3}, "`window` 3: "),
+    "sink": ({"window": 3, "sink": 3}, "`window` 3: "),
+    "prompts": ({"prompt": ["a", "b"]}, "`prompt` of type list must be one text"),
+    "misspelt": ({"windows": 3}, "did you mean `window`?"),
+    "of others": ({"cache": "teacache"}, "`cache` does not exist"),
+    "no block": ({"causal_block_size": 0}, "`causal_block_size` 0 must be"),
+    "length": ({"seconds": -1}, "seconds"),
+    "two at once": ({"height": 30, "steps": 9}, "`height` 30"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case: str):
+    settings, says = REFUSED[case]
+    with pytest.raises(RequestError) as caught:
+        resolved(**settings)
+    assert says in str(caught.value)
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(RequestError) as caught:
+        resolved(height=30, steps=9, sink=-1)
+    assert all(name in str(caught.value) for name in ("`height`", "`steps`", "`sink`"))
+
+
+@pytest.mark.parametrize("task", ["i2v", "flf2v"])
+def test_models_of_one_length_are_not_streamed(task: str):
+    with pytest.raises(RequestError, match="cannot be streamed"):
+        resolved(task)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(RequestError, match="not enough memory: a stream of 32 x 48"):
+        resolved(memory=1000)
+
+
+def test_every_setting_has_help_and_shared_ones_mean_the_same():
+    for name, one in live_declared().items():
+        assert one.name == name
+        assert one.help
+    assert live_declared()["seed"] == replace(live.declared()["seed"])
+
+
+def test_settings_are_json_values():
+    import json
+
+    text = json.dumps(resolved(seconds=2, seed=1).settings())
+    assert '"window": 3' in text
+    assert '"seed": 1' in text
