@@ -2,14 +2,18 @@
 
 import json
 from collections import Counter
+from typing import get_args, get_type_hints
 
 import pytest
 from tests.cli.commands import Command
 
+from skyreels_jax.cli import plan
 from skyreels_jax.cli.plan import ACCELERATOR_NAMES
 from skyreels_jax.generation.dry_run import compiled
 from skyreels_jax.generation.dry_run.compiled import Compiled, Module, grid_of
 from skyreels_jax.generation.dry_run.meshes import ACCELERATORS
+from skyreels_jax.training.lora import LoraTraining
+from skyreels_jax.training.optimizer import OptimizerConfig
 
 MODEL = ("plan", "--model", "SkyReels-V2-T2V-14B-720P")
 
@@ -45,8 +49,8 @@ def test_the_compiler_is_asked_about_the_recommended_mesh(
     """It takes a minute; what is said of its answer is tested here."""
     asked = []
 
-    def answer(job, plan, kind) -> Compiled:
-        asked.append((str(plan), kind))
+    def answer(job, mesh, kind) -> Compiled:
+        asked.append((str(mesh), kind))
         module = Module(Counter(splash=4), {"all-gather": (50, 2_000_000_000)})
         return Compiled(2**30, 2**29, 3 * 2**29, module, (52.0, 55.0))
 
@@ -95,3 +99,53 @@ def test_what_is_illegal_is_refused(command: Command, flag: str, value: str, say
     outcome = command(*MODEL, "--device", "h100", flag, value)
     assert outcome.code == 2
     assert says in outcome.errors[0]
+
+
+ON = ("--training", "--device", "h100", "--devices")
+
+
+def test_a_training_step_has_its_own_table(command: Command):
+    small = ("--frames", "17", "--height", "64", "--width", "64")
+    outcome = command("plan", "--model", "mini", *small, *ON, "2", "--lora", "32")
+    assert outcome.code == 0
+    lines = outcome.out.splitlines()
+    assert lines[0].endswith(
+        "a LoRA of rank 32 over bfloat16, 2 clips of 17 frames of 64 x 64 a step, adamw, remat full"
+    )
+    assert lines[-1] == f"recommended: train --mesh {lines[3].split()[0]}"
+
+
+@pytest.mark.slow
+def test_json_of_a_training_step_has_every_kind_of_bytes(command: Command):
+    found = json.loads(
+        command(*MODEL, *ON, "8", "--ema", "0.9", "--optimizer", "muon", "--json").out
+    )
+    assert found["job"]["optimizer"] == "muon"
+    assert {mesh["mesh"] for mesh in found["meshes"]} >= {"data=8", "fsdp=8"}
+    kinds = {"weights", "gradients", "optimiser", "average", "kept", "at work"}
+    for mesh in found["meshes"]:
+        assert kinds < set(mesh["bytes"])
+        assert mesh["total"] == sum(mesh["bytes"].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--ema", "0.9"), "--ema is of training: give --training too"),
+        (("--training", "--weights", "int8"), "--weights is not of training"),
+        (("--training", "--base", "int8"), "give --lora RANK too"),
+        (("--training", "--batch", "0"), "nearest is 1"),
+        (("--training", "--lora", "0"), "rank = 0 should be at least 1"),
+        (("--training", "--ema", "1"), "ema = 1.0 should be at least 0 and below 1"),
+    ],
+)
+def test_what_does_not_go_with_training_is_refused(command: Command, words, says: str):
+    outcome = command(*MODEL, "--device", "h100", *words)
+    assert outcome.code == 2
+    assert says in outcome.errors[0]
+
+
+def test_choices_of_training_are_those_of_a_recipe():
+    of_recipe = get_type_hints(OptimizerConfig)["name"]
+    assert get_args(of_recipe) == plan._OPTIMIZERS
+    assert set(get_args(get_type_hints(LoraTraining)["base"])) == set(plan._BASES)

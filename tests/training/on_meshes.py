@@ -4,6 +4,7 @@ A program of its own, as :mod:`tests.parallel.on_devices` is. Each word of its c
 call of a function below, ``name:argument:argument``, answered by a line of JSON.
 """
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -15,11 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from tests.parallel.collectives import counted
 
+from skyreels_jax.generation.dry_run.meshes import ACCELERATORS
+from skyreels_jax.generation.dry_run.training import TrainingJob, training_forecast
 from skyreels_jax.models.parallelism import Remat
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.training.footprint import ClipShape
 from skyreels_jax.training.layers_in_parts import LayersInParts
 from skyreels_jax.training.loop import DivergedError, RunConfig, train
 from skyreels_jax.training.lora import LoraModel, LoraTraining
@@ -28,6 +33,8 @@ from skyreels_jax.training.objective import Batch, velocity_loss
 from skyreels_jax.training.optimizer import OptimizerConfig, make_optimizer
 from skyreels_jax.training.step import init_state, make_step
 from skyreels_jax.training.task import Template
+from skyreels_jax.training.transformer_recipe import TransformerShape, VideoTraining
+from skyreels_jax.training.videos.recipe import VideoData
 
 CONFIG = TransformerConfig(
     model_type="t2v",
@@ -258,6 +265,46 @@ def places(mesh: str, optimizer: str, base: str = "") -> dict[str, object]:
     }
 
 
+WIDER = dataclasses.replace(CONFIG, dim=128, ffn_dim=256, text_dim=64)
+
+
+def planned(mesh: str, base: str, optimizer: str, remat: str, fault: str = "-") -> dict[str, list]:
+    """What ``plan --training`` says of a step on a mesh, and what the compiler does."""
+    if fault == "whole moments":
+        true = TrainingMesh.state_shardings
+        whole = lambda place: NamedSharding(place.mesh, PartitionSpec())  # noqa: E731
+        TrainingMesh.state_shardings = lambda self, state: true(self, state)._replace(
+            optimizer=jax.tree.map(whole, true(self, state).optimizer)
+        )
+    lora = None if base == "whole" else LoraTraining(rank=4, base=base)  # pyright: ignore[reportArgumentType]
+    shape = TransformerShape(start="x", dtype="bfloat16", remat=remat_of(remat))
+    data = VideoData(vae="", text="", encoded="")
+    chosen = OptimizerConfig(name=optimizer)  # pyright: ignore[reportArgumentType]
+    training = VideoTraining(data, shape, lora=lora)
+    job = TrainingJob(WIDER, ClipShape(8, 9, 64, 64), training, chosen, ema=0.9)
+    step = job.step()
+    on = TrainingMesh.of(mesh, 8, step)
+    program = step.traced(mesh=on).lower().compile()
+    memory = program.memory_analysis()
+    assert memory is not None
+    seen = counted(program.as_text() or "")
+    if fault == "whole moments":
+        TrainingMesh.state_shardings = true
+    said = training_forecast(step, on.plan, ACCELERATORS["v5e"])
+    counts = {one.kind: one.count for one in said.traffic}
+    layers = WIDER.num_layers
+    return {
+        "arguments": [said.arguments, memory.argument_size_in_bytes],
+        **{
+            kind: [
+                counts.get(kind, 0),
+                layers * seen["layers"].get(kind, 0) + seen["around"].get(kind, 0),
+            ]
+            for kind in ("all-gather", "reduce-scatter")
+        },
+    }
+
+
 def held_whole(module: str, value: jax.Array) -> bool:
     """Whether an array of the whole stack's shape is anywhere in a compiled program."""
     # Of any type: what an 8-bit kernel becomes before its product is as large as any.
@@ -341,13 +388,13 @@ def diverged(mesh: str) -> str:
     return "went on"
 
 
+CALLS = {f.__name__: f for f in (gradients, places, restored, resumed, diverged, planned)}
+
+
 def main(words: list[str]) -> None:
     for word in words:
         name, *arguments = word.split(":")
-        found = {f.__name__: f for f in (gradients, places, restored, resumed, diverged)}[name](
-            *arguments
-        )
-        print(json.dumps([word, found]), flush=True)
+        print(json.dumps([word, CALLS[name](*arguments)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 # Names of `generation.dry_run.meshes.ACCELERATORS`, which a test holds equal.
 ACCELERATOR_NAMES: Final = ("h100", "h200", "a100", "l40s", "4090", "v5e", "v5p", "v6e")
+# Names of the recipe's choices, which a test holds equal.
+_OPTIMIZERS: Final = ("adamw", "muon", "adafactor", "sgd")
+_REMAT: Final = ("full", "dots", "none")
+_BASES: Final = ("bfloat16", "float32", "int8")
+_OF_TRAINING: Final = ("batch", "optimizer", "ema", "remat", "lora", "base")
 _MOST_DEVICES: Final = 4096
 _GIB: Final = 2**30
 _ROW: Final = "{:<28}{:>10}{:>14}{:>14}{:>12}{:>12}  {}"
@@ -51,6 +56,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         action="store_true",
         help="ask the compiler about the recommended mesh (TPUs; extra `compile`; minutes)",
     )
+    training = parser.add_argument_group("training", "what a training step would take instead")
+    training.add_argument("--training", action="store_true", help="of the transformer, or a LoRA")
+    training.add_argument("--batch", type=int, metavar="N", help="clips a step (default: devices)")
+    training.add_argument("--optimizer", choices=_OPTIMIZERS, help=f"default: {_OPTIMIZERS[0]}")
+    training.add_argument("--ema", type=float, metavar="SHARE", help="keep an average (default: 0)")
+    training.add_argument(
+        "--remat",
+        choices=_REMAT,
+        help="what of a layer is computed again (default: full, which keeps its inputs alone)",
+    )
+    training.add_argument(
+        "--lora", type=int, metavar="RANK", help="train a LoRA; the transformer stays as it is"
+    )
+    training.add_argument(
+        "--base", choices=_BASES, help="what a LoRA's transformer is kept in (default: bfloat16)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
@@ -64,7 +85,13 @@ def run(args: argparse.Namespace) -> int:
             f"`devices` {args.devices}: expected 1 to {_MOST_DEVICES}; nearest is "
             f"{min(max(args.devices, 1), _MOST_DEVICES)}"
         )
-    job = _job_of(args)
+    if args.training:
+        from skyreels_jax.cli.plan_training import run_training
+
+        return run_training(args)
+    if given := [name for name in _OF_TRAINING if getattr(args, name) is not None]:
+        raise RequestError(f"--{given[0]} is of training: give --training too")
+    job = job_of(args)
     if args.compile:
         compiled.grid_of(args.device, args.devices)  # What cannot be compiled for is said at once.
     found = forecasts(job, args.devices, ACCELERATORS[args.device])
@@ -84,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if found and found[0].fits else 2
 
 
-def _job_of(args: argparse.Namespace) -> "Job":
+def job_of(args: argparse.Namespace) -> "Job":
     """What is to be made, with the checkpoint's own values for what is not said."""
     from skyreels_jax.checkpoints import Checkpoint
     from skyreels_jax.generation.dry_run.meshes import Job

@@ -78,7 +78,7 @@ class MeshAttention:
         batch, _, *heads = states.shape
         return states.reshape(batch, -1, self.slab, *heads)
 
-    def _exchange(self, *states: _ByFrame) -> tuple[_ByFrame, ...]:
+    def _exchange(self, *states: _ByFrame) -> tuple[Float[Array, "B F Q M K"], ...]:
         """All of ``ulysses``'s tokens for some of the heads; in one exchange."""
         if self.plan.ulysses == 1:
             return states

@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -25,7 +26,7 @@ def mesh_of(
 def send_parts(value: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
     """A value that all processes have, or an array of all, each part on its device."""
     # Of what is traced nobody can say where it is.
-    of_all = isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True)
+    of_all = isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True)
     if of_all or sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
     value = np.asarray(value)

@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.stages import Traced
 from jaxtyping import Array, PyTree
 
 from skyreels_jax.geometry import PIXELS_PER_LATENT, latent_frames
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.training.layers_in_parts import LayersInParts
 from skyreels_jax.training.lora import LoraModel
 from skyreels_jax.training.objective import Batch, velocity_loss
 from skyreels_jax.training.step import TrainState, init_state, make_step
-from skyreels_jax.training.task import LossAndMetrics, Params, Template
+from skyreels_jax.training.task import LossAndMetrics, Params, ShapesOfParams, Template
 from skyreels_jax.training.transformer_recipe import ClipsData, VideoTraining
 from skyreels_jax.training.videos.recipe import FolderData, sides_of
 
 if TYPE_CHECKING:
     import optax
+
+    from skyreels_jax.training.mesh import TrainingMesh
 
 _Model = Callable[[Params], WanModel]
 
@@ -96,6 +101,107 @@ def largest_clips(training: VideoTraining) -> ClipShape:
     return max(found, key=lambda clip: clip.batch * clip.frames * clip.height * clip.width)
 
 
+@dataclass(frozen=True, eq=False)
+class AbstractStep:
+    """A step of training the transformer, or a LoRA of it, of which all arrays are shapes.
+
+    It is a :class:`.LayeredTask`, so that a mesh can run it in parts.
+
+    Attributes:
+        config: of the transformer.
+        frozen: parameters that are not trained.
+        state: before the step.
+        batch: of clips and their conditions.
+        model: of all parameters.
+        optimizer: of those that are trained.
+        ema: of the parameters; 0 keeps no average.
+    """
+
+    config: TransformerConfig
+    frozen: ShapesOfParams
+    state: TrainState
+    batch: Batch
+    model: _Model
+    optimizer: "optax.GradientTransformation"
+    ema: float
+
+    @classmethod
+    def of(
+        cls,
+        training: VideoTraining,
+        config: TransformerConfig,
+        optimizer: "Callable[[Params], optax.GradientTransformation]",
+        *,
+        clips: ClipShape,
+        ema: float = 0.0,
+    ) -> "AbstractStep":
+        """The step that a recipe's tables describe; nothing is computed.
+
+        Args:
+            training: of which model and LoRA are taken.
+            config: of the transformer that it describes.
+            optimizer: of trained parameters.
+            clips: of the batch.
+            ema: of the parameters; 0 keeps no average.
+        """
+        made: list[tuple[_Model, optax.GradientTransformation]] = []
+
+        def begin() -> tuple[Params, TrainState, Batch]:
+            frozen, trained, model = _model_of(training, config)
+            chain = optimizer(trained)
+            made.append((model, chain))
+            return frozen, init_state(trained, chain, ema), _batch_of(config, clips)
+
+        frozen, state, batch = jax.eval_shape(begin)
+        model, chain = made[0]
+        return cls(config, frozen, state, batch, model, chain, ema)
+
+    @property
+    def layered(self) -> TransformerConfig:
+        """The transformer."""
+        return self.config
+
+    def on_mesh(self, mesh: "TrainingMesh") -> None:
+        """Nothing: it is never evaluated."""
+
+    def loss(self, params: Params, batch: Batch, drawn: PyTree) -> LossAndMetrics:
+        """That of the recipe's velocity."""
+        return velocity_loss(self.model(params), batch, *drawn), {}
+
+    def loss_in_parts(
+        self, layers: LayersInParts, params: Params, batch: Batch, noise: PyTree
+    ) -> LossAndMetrics:
+        """:meth:`loss` on one of many devices."""
+        model = self.model(params)
+        layers.adopt(model)
+        return velocity_loss(model, batch, *noise), {}
+
+    def traced(self, accumulate: int = 1, mesh: "TrainingMesh | None" = None) -> Traced:
+        """What JAX traced of it, with arrays where a mesh has them."""
+        frozen, state, batch = self.frozen, self.state, self.batch
+        loss, key = self.loss, jax.eval_shape(lambda: jax.random.key(0))
+        if mesh is not None:
+            loss = mesh.loss_of({**frozen, **state.params}, loss)
+            frozen, state, batch = self.placed(mesh)
+        made = {"accumulate": accumulate, "ema": self.ema, "mesh": mesh}
+        step = make_step(loss, self.optimizer, draw=_draw, **made)
+        assert isinstance(step, partial)
+        return step.func.trace(state, batch, key, frozen=frozen)
+
+    def placed(self, mesh: "TrainingMesh") -> tuple[ShapesOfParams, TrainState, Batch]:
+        """Frozen parameters, state and batch with the places that they have on a mesh."""
+
+        def at(leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+        frozen = {**self.frozen}
+        return (
+            jax.tree.map(at, frozen, mesh.weight_shardings(frozen)),
+            jax.tree.map(at, self.state, mesh.state_shardings(self.state)),
+            jax.tree.map(lambda leaf: at(leaf, mesh.sharding("rows")), self.batch),
+        )
+
+
 def footprint(
     training: VideoTraining,
     config: TransformerConfig,
@@ -118,41 +224,26 @@ def footprint(
         compiles: whether the compiler is asked for intermediate values.
     """
     clips = largest_clips(training) if clips is None else clips
-    made: list[tuple[_Model, optax.GradientTransformation]] = []
-
-    def begin() -> tuple[Params, TrainState, Batch]:
-        frozen, trained, model = _model_of(training, config)
-        chain = optimizer(trained)
-        made.append((model, chain))
-        return frozen, init_state(trained, chain, ema), _batch_of(config, clips)
-
-    # Nothing is computed: what begins as shapes stays so.
-    frozen, state, batch = jax.eval_shape(begin)
-    model, chain = made[0]
-
-    def loss(params: Params, batch: Batch, drawn: PyTree) -> LossAndMetrics:
-        return velocity_loss(model(params), batch, *drawn), {}
-
-    def draw(batch: Batch, key: Array) -> PyTree:
-        shape = batch.latents.shape
-        return jax.random.normal(key, shape), jax.random.uniform(key, (shape[0], shape[2]))
-
+    step = AbstractStep.of(training, config, optimizer, clips=clips, ema=ema)
     temporary = None
     if compiles:
-        step = make_step(loss, chain, draw=draw, accumulate=accumulate)
-        assert isinstance(step, partial)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        memory = step.func.lower(state, batch, key, frozen=frozen).compile().memory_analysis()
+        memory = step.traced(accumulate).lower().compile().memory_analysis()
         temporary = None if memory is None else memory.temp_size_in_bytes
     return Footprint(
         clips,
-        frozen=_bytes(frozen),
-        trained=_bytes(state.params),
-        optimizer=_bytes(state.optimizer),
-        average=_bytes(state.average),
-        batch=_bytes(batch),
+        frozen=_bytes(step.frozen),
+        trained=_bytes(step.state.params),
+        optimizer=_bytes(step.state.optimizer),
+        average=_bytes(step.state.average),
+        batch=_bytes(step.batch),
         temporary=temporary,
     )
+
+
+def _draw(batch: Batch, key: Array) -> PyTree:
+    """Noise, and a sigma for every frame."""
+    shape = batch.latents.shape
+    return jax.random.normal(key, shape), jax.random.uniform(key, (shape[0], shape[2]))
 
 
 def _model_of(training: VideoTraining, config: TransformerConfig) -> tuple[Params, Params, _Model]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, KeyPath
 from jaxtyping import Array, PyTree
 
@@ -20,7 +20,7 @@ from skyreels_jax.parallel.placing import mesh_of, send_parts
 from skyreels_jax.parallel.plan import AUTO, MESH_AXES, MeshPlan
 from skyreels_jax.parallel.rules import Rules, weight_axis
 from skyreels_jax.training.layers_in_parts import STACKED, LayeredTask, LayersInParts
-from skyreels_jax.training.task import LossAndMetrics, Params
+from skyreels_jax.training.task import LossAndMetrics, Params, ShapesOfParams
 
 if TYPE_CHECKING:
     from skyreels_jax.training.step import TrainState
@@ -47,14 +47,14 @@ class TrainingMesh:
     """The devices that a model is trained on.
 
     Attributes:
-        mesh: the devices.
+        mesh: the devices; an abstract one is to be traced for.
         plan: how many there are along each axis.
         reason: why it is this plan.
         layered: what is trained, if its loss puts layers together itself.
         rules: what is cut along which axis.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     plan: MeshPlan
     reason: str = "as given"
     layered: LayeredTask | None = None
@@ -148,7 +148,7 @@ class TrainingMesh:
 
         return jax.tree_util.tree_map_with_path(place, state)
 
-    def weight_shardings(self, params: Params) -> dict[str, NamedSharding]:
+    def weight_shardings(self, params: ShapesOfParams) -> dict[str, NamedSharding]:
         """Where parameters (or their shapes) are that no state has."""
         specs = self._weight_specs(params)
         return {name: NamedSharding(self.mesh, spec) for name, spec in specs.items()}
@@ -175,7 +175,7 @@ class TrainingMesh:
             check_rows(self.plan, leaf.shape[0])
         return jax.tree.map(lambda leaf: send_parts(leaf, self.sharding("rows")), batch)
 
-    def loss_of(self, params: Params, loss: _Loss) -> _Loss:
+    def loss_of(self, params: ShapesOfParams, loss: _Loss) -> _Loss:
         """The loss for :meth:`gradients`: that of a :class:`.LayeredTask` takes layers in parts.
 
         Args:
@@ -212,14 +212,14 @@ class TrainingMesh:
 
         return jax.jit(evaluate)
 
-    def _layers(self, params: Params) -> LayersInParts:
+    def _layers(self, params: ShapesOfParams) -> LayersInParts:
         return LayersInParts(self.plan, self.rules, self._cut_axes(params))
 
-    def _cut_axes(self, params: Params) -> dict[str, int]:
+    def _cut_axes(self, params: ShapesOfParams) -> dict[str, int]:
         found = {name: self._weight_axis(name, value.shape) for name, value in params.items()}
         return {name: axis for name, axis in found.items() if axis is not None}
 
-    def _weight_specs(self, params: Params) -> dict[str, PartitionSpec]:
+    def _weight_specs(self, params: ShapesOfParams) -> dict[str, PartitionSpec]:
         return {name: self._weight_spec(name, value.shape) for name, value in params.items()}
 
     def gradients(self, local: _Gradients) -> _Gradients:
@@ -290,7 +290,7 @@ class TrainingMesh:
         Its runtime goes on to a collective after a loop before the loop is through, where the one
         does not need the other, and then takes collectives of a kind for each other.
         """
-        if self.mesh.devices.flat[0].platform != "cpu":
+        if isinstance(self.mesh, AbstractMesh) or self.mesh.devices.flat[0].platform != "cpu":
             return found
         firsts = [jnp.ravel(leaf)[0].astype(jnp.float32) for leaf in jax.tree.leaves(found)]
         nothing = 0 * jnp.sum(jnp.stack(firsts)) if firsts else jnp.zeros(())

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 Params = Mapping[str, jax.Array]
+ShapesOfParams = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
 # The loss and other metrics by name.
 LossAndMetrics = tuple[Float[Array, ""], dict[str, Array]]
 _ModelT = TypeVar("_ModelT", bound=nnx.Module)

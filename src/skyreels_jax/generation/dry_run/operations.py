@@ -25,7 +25,7 @@ def _of_equation(equation: JaxprEqn) -> int:
     if name in ("dot_general", "conv_general_dilated"):
         out = math.prod(_shape(equation.outvars[0]))
         return 2 * out * _terms(name, parameters, *map(_shape, equation.invars[:2]))
-    inner = [operations(body) for body in _bodies(parameters)]
+    inner = [operations(body) for body in bodies(parameters)]
     if name == "cond":
         return max(inner)
     return parameters.get("length", 1) * sum(inner) if name == "scan" else sum(inner)
@@ -44,7 +44,7 @@ def _terms(name: str, parameters: Any, left: tuple[int, ...], right: tuple[int, 
     return math.prod(right) // right[parameters["dimension_numbers"].rhs_spec[0]]
 
 
-def _bodies(parameters: Any) -> Iterator[Jaxpr]:
+def bodies(parameters: Any) -> Iterator[Jaxpr]:
     """The functions that an equation calls."""
     for value in parameters.values():
         for entry in value if isinstance(value, tuple | list) else (value,):
