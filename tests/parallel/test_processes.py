@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -182,41 +184,59 @@ def windows(job: Path) -> int:
     return len(list(job.glob("window-*.safetensors")))
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], bytes]:
+    """The video of one process that has so many devices."""
+
+    @cache
+    def made(devices: int) -> bytes:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        assert finish(start(1, devices, generate(folder / "a.mp4", *LONG), folder), folder) == [0]
+        return (folder / "a.mp4").read_bytes()
+
+    return made
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize(
     ("fault", "seconds", "words"),
     [
         ("kill", 45, ("closed by peer", "is gone", "distributed", "coordination")),
         ("raise", 45, ("planted fault",)),
-        ("hang", 60, ("process 1 has stood still",)),
+        ("hang", 60, ("process {last} has stood still",)),
     ],
 )
 def test_the_others_end_and_resume_makes_the_same_video(
-    fault: str, seconds: float, words: tuple[str, ...], tmp_path: Path
+    fault: str,
+    seconds: float,
+    words: tuple[str, ...],
+    count: int,
+    undisturbed: Callable[[int], bytes],
+    tmp_path: Path,
 ):
-    expected, faulty = tmp_path / "expected", tmp_path / "faulty"
-    for folder in (expected, faulty):
-        folder.mkdir()
-    started = start(2, 1, generate(expected / "a.mp4", *LONG), expected)
-    assert finish(started, expected) == [0, 0]
-    output, job = faulty / "a.mp4", faulty / "a.job"
-    first, last = start(2, 1, generate(output, *LONG), faulty, fault)
-    began = faulty / "fault"
-    while not began.exists():
-        assert first.poll() is None, (faulty / "0.err").read_text()[-2000:]
-        time.sleep(0.1)
-    assert windows(job) >= 1
-    came = time.monotonic()
-    if fault == "kill":
-        last.send_signal(signal.SIGKILL)
-    code = first.wait(300)
-    assert time.monotonic() - came < seconds
-    assert code != 0
-    said = (faulty / "0.err").read_text()
-    assert any(word in said for word in words), said[-3000:]
-    if fault == "hang":
-        last.kill()
+    output, job = tmp_path / "a.mp4", tmp_path / "a.job"
+    *others, last = start(count, 1, generate(output, *LONG), tmp_path, fault)
+    try:
+        began = tmp_path / "fault"
+        while not began.exists():
+            assert others[0].poll() is None, (tmp_path / "0.err").read_text()[-2000:]
+            time.sleep(0.1)
+        assert windows(job) >= 1
+        came = time.monotonic()
+        if fault == "kill":
+            last.send_signal(signal.SIGKILL)
+        codes = [process.wait(300) for process in others]
+        took = time.monotonic() - came
+    finally:
+        for process in (*others, last):
+            process.kill()
+    print(fault, count, "ended after", took)
+    assert took < seconds
+    assert 0 not in codes
+    said = (tmp_path / "0.err").read_text()
+    assert any(word.format(last=count - 1) in said for word in words), said[-3000:]
     last.wait(60)
-    started = start(2, 1, ["resume", str(job)], faulty)
-    assert finish(started, faulty) == [0, 0]
-    assert output.read_bytes() == (expected / "a.mp4").read_bytes()
+    started = start(count, 1, ["resume", str(job)], tmp_path)
+    assert finish(started, tmp_path) == [0] * count
+    assert output.read_bytes() == undisturbed(count)

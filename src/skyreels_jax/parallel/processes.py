@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, NoReturn
@@ -21,6 +21,7 @@ from typing import Final, NoReturn
 import jax
 
 from skyreels_jax.errors import RequestError, UnsupportedError
+from skyreels_jax.parallel.coordinator import CoordinatorStore
 from skyreels_jax.parallel.standstill import STALL_SECONDS, Beat, Standstill
 
 # Seconds; of jax.distributed, whose own are 100 and 300.
@@ -31,7 +32,6 @@ _POLL: Final = 1.0
 # How long a process that fails waits for others to have read why.
 _READ: Final = 5.0
 _CHUNK: Final = 1 << 20
-_KEYS: Final = "skyreels_jax"
 _NOT_TOGETHER: Final = "`coordinator`, `num_processes` and `process_id` go together"
 
 logger = logging.getLogger(__name__)
@@ -80,38 +80,6 @@ class JoinOptions:
             )
 
 
-class _Store:
-    """The keys and values that all processes share, kept by process 0."""
-
-    def __init__(self) -> None:
-        from jax._src.distributed import global_state  # No public name has the client.
-
-        assert global_state.client is not None
-        self._client = global_state.client
-
-    def put(self, key: str, value: bytes) -> None:
-        """Set a value, in place of another."""
-        self._client.key_value_set_bytes(f"{_KEYS}/{key}", value, allow_overwrite=True)
-
-    def wait(self, key: str) -> bytes:
-        """A value, once it is there; who sets it no more is for the watch to notice."""
-        while True:
-            try:
-                return self._client.blocking_key_value_get_bytes(f"{_KEYS}/{key}", 10_000)
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise
-
-    def all(self, folder: str) -> dict[int, bytes]:
-        """What each process that did set for itself."""
-        pairs = self._client.key_value_dir_get_bytes(f"{_KEYS}/{folder}/")
-        return {int(key.rpartition("/")[2]): value for key, value in pairs}
-
-    def remove(self, key: str) -> None:
-        """Forget a value, and those below it."""
-        self._client.key_value_delete(f"{_KEYS}/{key}")
-
-
 class Processes:
     """The processes that this one has joined.
 
@@ -123,8 +91,8 @@ class Processes:
     def __init__(self, stall_limit: float):
         """For :func:`initialize`."""
         self.count, self.id = jax.process_count(), jax.process_index()
-        self.stopping = False
-        self._store = _Store()
+        self.stopping = self._has_said = False
+        self._store = CoordinatorStore()
         self._said = 0
         self._beat = Beat()
         self._last_step = 0.0
@@ -198,13 +166,21 @@ class Processes:
         self._beat = Beat(self._beat.count + 1, stage, open_ended)
 
     def failed(self, reason: str) -> None:
-        """Tell the others why this one ends; they end too."""
+        """Tell the others why this one ends; they end too.
+
+        Nothing is told where another failed before: a broken connection to it is no cause.
+        """
         with suppress(jax.errors.JaxRuntimeError):
-            self._store.put(f"failed/{self.id}", reason.encode())
+            if not self._store.all("failed"):
+                self._store.put(f"failed/{self.id}", reason.encode())
 
     def leave(self, code: int) -> None:
         """End the process if it failed, and else wait for the others to be done as well."""
         if code and not self.stopping:
+            # A broken connection is heard of before its cause is.
+            with suppress(jax.errors.JaxRuntimeError):
+                for process, reason in self._failed():
+                    self._say(f"process {process} failed: {reason}")
             if self.first:
                 # The store ends with this process.
                 self._wait_for("left", _READ)
@@ -230,9 +206,8 @@ class Processes:
             try:
                 own = self._beat
                 self._store.put(f"beat/{self.id}", json.dumps(list(vars(own).values())).encode())
-                for process, reason in self._store.all("failed").items():
-                    if process != self.id:
-                        self._give_up(f"process {process} failed: {reason.decode()}")
+                for process, reason in self._failed():
+                    self._give_up(f"process {process} failed: {reason}")
                 beats = self._store.all("beat").items()
                 beats = {process: Beat(*json.loads(value)) for process, value in beats}
             except jax.errors.JaxRuntimeError as error:
@@ -243,14 +218,26 @@ class Processes:
                 self.failed(wrong)
                 self._give_up(wrong)
 
-    def _give_up(self, reason: str) -> NoReturn:
-        """End this process because of another."""
+    def _failed(self) -> Sequence[tuple[int, str]]:
+        """Which other processes failed, and why."""
+        found = self._store.all("failed").items()
+        return [(process, reason.decode()) for process, reason in found if process != self.id]
+
+    def _say(self, reason: str) -> None:
+        """Why this process ends, which is another; once."""
+        if self._has_said:
+            return
+        self._has_said = True
         print(
             f"skyreels-jax: error: process {self.id} of {self.count} ends: {reason}; finished "
             "windows are kept",
             file=sys.stderr,
             flush=True,
         )
+
+    def _give_up(self, reason: str) -> NoReturn:
+        """End this process because of another."""
+        self._say(reason)
         with suppress(jax.errors.JaxRuntimeError):
             self._store.put(f"left/{self.id}", b"1")
             if self.first:

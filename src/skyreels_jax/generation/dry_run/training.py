@@ -35,6 +35,7 @@ from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.ops.target import compiled_for, device_of
 from skyreels_jax.parallel.plan import MESH_AXES, MeshPlan, all_plans
 from skyreels_jax.training.footprint import AbstractStep, ClipShape
+from skyreels_jax.training.layers_in_parts import STACKED
 from skyreels_jax.training.mesh import TRAINING_RULES, TrainingMesh
 from skyreels_jax.training.optimizer import OptimizerConfig, make_optimizer
 from skyreels_jax.training.task import Params
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
 
 # Of one layer at work forwards and backwards, by token: bytes per feature of the model and of its
 # hidden layer.
-_BYTES_PER_FEATURE: Final = 40
-_BYTES_PER_HIDDEN: Final = 12
+_BYTES_PER_FEATURE: Final = 32
+_BYTES_PER_HIDDEN: Final = 10
 # What a run is long; it decides nothing that is counted.
 _STEPS: Final = 1000
 # Of a collective's result (of a scatter, its operand), the share that comes from elsewhere is
@@ -167,7 +168,7 @@ def training_forecast(step: AbstractStep, plan: MeshPlan, kind: Accelerator) -> 
     traffic = tuple(_traffic(on_device, plan))
     found = _state_bytes(step, mesh) | {
         "kept": _kept(on_device),
-        "at work": _at_work(step, plan),
+        "at work": _at_work(step, mesh),
     }
     computing = work / (ASSUMED_SHARE * kind.operations)
     waiting = sum(one.received for one in traffic) / kind.link
@@ -236,20 +237,25 @@ def _kept(jaxpr: Jaxpr) -> int:
     return total
 
 
-def _at_work(step: AbstractStep, plan: MeshPlan) -> int:
-    """Bytes of a layer at work: its matrices, their gradient, and what its tokens become."""
-    config, rows = step.config, step.batch.latents.shape
-    parts = TRAINING_RULES.parts("rows", plan)
+def _at_work(step: AbstractStep, mesh: TrainingMesh) -> int:
+    """Bytes of a layer at work: its matrices, their gradient, and what its tokens become.
+
+    What is put together for the whole step, of time and text, is with them.
+    """
+    config, rows, plan = step.config, step.batch.latents.shape, mesh.plan
     patches = math.prod(rows[3:]) // math.prod(config.patch_size[1:])
-    tokens = rows[0] // parts * rows[2] * math.ceil(patches / (plan.ring * plan.ulysses))
-    layer = 0
-    if plan.sequence > 1:
-        trained, frozen = (
-            sum(x.size * x.dtype.itemsize for n, x in given.items() if n.startswith("blocks."))
-            for given in (step.state.params, step.frozen)
-        )
-        layer = (2 * trained + frozen) // config.num_layers
-    return layer + tokens * (_BYTES_PER_FEATURE * config.dim + _BYTES_PER_HIDDEN * config.ffn_dim)
+    slab = math.ceil(patches / (plan.ring * plan.ulysses))
+    tokens = rows[0] // TRAINING_RULES.parts("rows", plan) * rows[2] * slab
+    together = 0.0
+    for given, times in ((step.state.params, 2), (step.frozen, 1)):
+        for name, place in mesh.weight_shardings(given).items():
+            leaf = given[name]
+            if place.shard_shape(leaf.shape) != leaf.shape:
+                size = leaf.size * leaf.dtype.itemsize
+                is_layers = name.startswith(STACKED)
+                together += times * size / config.num_layers if is_layers else size
+    by_token = _BYTES_PER_FEATURE * config.dim + _BYTES_PER_HIDDEN * config.ffn_dim
+    return round(together) + tokens * by_token
 
 
 def _traffic(jaxpr: Jaxpr, plan: MeshPlan) -> Iterator[Traffic]:
