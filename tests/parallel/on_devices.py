@@ -17,8 +17,9 @@ from tests import standins
 from tests.parallel.parts_on_devices import PARTS, answer
 
 from skyreels_jax.diffusion.easycache import EasyCache
+from skyreels_jax.diffusion.few_steps import CausalSchedule, CausalWindow
 from skyreels_jax.diffusion.frame_schedule import plan_blocks, schedule_frames
-from skyreels_jax.diffusion.guidance import guidance_of
+from skyreels_jax.diffusion.guidance import Guidance, guidance_of
 from skyreels_jax.diffusion.teacache import TeaCache
 from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.models.parallelism import SINGLE_DEVICE
@@ -26,8 +27,10 @@ from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.parallel import attention as mesh_attention
 from skyreels_jax.parallel.transformer import MeshTransformer
+from skyreels_jax.sampling.causal import CausalSampler
 from skyreels_jax.sampling.denoiser import Denoiser, Sampling
 from skyreels_jax.sampling.noise import draw_noise
+from skyreels_jax.sampling.step import Conditioning
 from skyreels_jax.weights.components.transformer import TRANSFORMER
 from skyreels_jax.weights.engine import parameters
 from skyreels_jax.weights.quantize import quantize
@@ -41,7 +44,8 @@ class Case:
     """A run: what of the transformer's ways it takes.
 
     Attributes:
-        kind: ``t2v``, ``i2v`` or ``df`` (asynchronous, block-causal, with kept keys and values).
+        kind: ``t2v``, ``i2v``, ``df`` (asynchronous, block-causal, with kept keys and values), or
+            ``causal`` (block by block, each seeing a window).
         videos: at once; with both prompts in a batch these are twice as many rows.
         size: rows and columns of latents; the patches of a frame are a quarter of their product.
         cached: what leaves calls out, if anything.
@@ -73,6 +77,9 @@ CASES = {
     "int8": Case(size=(6, 6), kernels="int8"),
     "lora beside int8": Case(size=(6, 6), kernels="int8", lora=True),
     "bf16": Case(size=(6, 6), dtype="bfloat16"),
+    "causal": Case("causal", size=(6, 6)),
+    "causal int8": Case("causal", size=(6, 6), kernels="int8"),
+    "causal bf16": Case("causal", size=(6, 6), dtype="bfloat16"),
 }
 
 
@@ -143,6 +150,8 @@ def run(case: Case, denoiser: Denoiser) -> list[np.ndarray]:
     if case.kind == "df":
         given["fps"] = jnp.ones(case.videos, jnp.int32)
     schedule, guidance = flow_sigmas(STEPS, 5.0), guidance_of(3.0, batched=True)
+    if case.kind == "causal":
+        return blocks(case, denoiser, denoiser.condition(guidance, positive, negative), guidance)
     timed = None
     if case.kind == "df":
         timed = schedule_frames(plan_blocks(frames, 2), schedule.timesteps, ar_step=2)
@@ -168,6 +177,21 @@ def run(case: Case, denoiser: Denoiser) -> list[np.ndarray]:
     if case.cached:
         assert denoised.computed < denoised.calls
     return seen
+
+
+def blocks(
+    case: Case, denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance
+) -> list[np.ndarray]:
+    """Blocks that see a window, past the end of its ring, at positions within it."""
+    window = CausalWindow(4, 1, "relative", recompute=True)
+    schedule = CausalSchedule((1000, 500), 1)
+    sampler = CausalSampler(
+        denoiser, schedule, window, guidance, case.size, seed=3, batch=case.videos
+    )
+    sampler.change(conditioning)
+    made = [np.asarray(sampler.next()) for _ in range(5)]
+    sampler.change(conditioning)
+    return [*made, np.asarray(sampler.next())]
 
 
 def furthest(found: list[np.ndarray], expected: list[np.ndarray]) -> float:

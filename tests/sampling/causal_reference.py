@@ -1,11 +1,14 @@
 """A causal transformer written out in NumPy: float64, no cache, all frames so far in every call."""
 
+import math
+
 import jax
 import numpy as np
 from flax import nnx
 
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.ops.positions import axis_dims
+from skyreels_jax.sampling.noise import noise_key
 
 
 class PlainCausal:
@@ -19,10 +22,19 @@ class PlainCausal:
     def velocity(self, x, timesteps, text, blocks, seen, positions, *, y=None, clip=None):
         """The velocity of every frame of ``x`` [16, F, H, W].
 
-        ``timesteps`` is one a frame; ``text`` [S, text_dim] one a block, of which a frame knows
-        that of its own block; ``seen`` and ``positions`` are by block: frames before it, and a
-        function from a frame to its position.
+        Args:
+            x: the frames.
+            timesteps: one a frame.
+            text: one a block, ``[S, text_dim]``; a frame knows that of its own block.
+            blocks: of each its first frame and the one after its last.
+            seen: of each block, frames before it that it sees.
+            positions: of each block, a function from a frame to its position.
+            y: one a frame, ``[20, F, H, W]``.
+            clip: image states.
+
+        Keys of all layers (not rotated) and values are in ``self.kept`` afterwards, by frame.
         """
+        self.kept = []
         w, config = self.weights, self.config
         frames, (rows, columns) = x.shape[1], (x.shape[2] // 2, x.shape[3] // 2)
         if y is not None:
@@ -36,7 +48,7 @@ class PlainCausal:
         contexts = [self.contexts(words, clip) for words in text]
         for layer in range(config.num_layers):
             own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], w["blocks"])
-            h = self.layer(own, h, e0, contexts, layer, blocks, seen, positions, (rows, columns))
+            h = self.layer(own, h, e0, contexts, blocks, seen, positions, (rows, columns))
         table = w["head"]["modulation"][None] + e[:, None]
         out = layer_norm(h) * (1 + table[:, None, 1]) + table[:, None, 0]
         out = linear(w["head"]["linear"], out)
@@ -52,12 +64,11 @@ class PlainCausal:
         image, eps = w["img_emb"], 1e-5
         h = layer_norm(clip, image["norm1"], eps)
         h = linear(image["fc1"], h)
-        h = h * 0.5 * (1 + np.vectorize(_erf)(h / np.sqrt(2)))
+        h = h * 0.5 * (1 + np.vectorize(math.erf)(h / np.sqrt(2)))
         return words, layer_norm(linear(image["fc2"], h), image["norm2"], eps)
 
-    def layer(self, w, h, e0, contexts, number, blocks, seen, positions, size):
+    def layer(self, w, h, e0, contexts, blocks, seen, positions, size):
         """One block of the transformer, for all frames."""
-        del number
         frames, patches, dim = h.shape
         heads = self.config.num_heads
         m = (w["modulation"][None] + e0)[:, :, None]
@@ -65,6 +76,7 @@ class PlainCausal:
         attn = w["self_attn"]
         q, k = (rms(attn[f"norm_{n}"], linear(attn[n], a)) for n in "qk")
         q, k, v = (z.reshape(frames, patches, heads, -1) for z in (q, k, linear(attn["v"], a)))
+        self.kept.append((k, v))
         mixed = np.zeros_like(q)
         for number, (start, end) in enumerate(blocks):
             keys = [*seen[number], *range(start, end)]
@@ -106,12 +118,6 @@ def gelu_tanh(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def _erf(x: float) -> float:
-    from math import erf
-
-    return erf(x)
-
-
 def layer_norm(x, w=None, eps=1e-6):
     x = x - x.mean(-1, keepdims=True)
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
@@ -151,7 +157,19 @@ def attend(q, k, v):
     return np.einsum("nls,snk->lnk", weights / weights.sum(-1, keepdims=True), v)
 
 
-def window(end: int, slots: int, sink: int) -> list[int]:
+def seen_before(end: int, slots: int, sink: int) -> list[int]:
     """Frames before ``end`` that are seen: the first ones and the last ones, by the definition."""
-    last = range(max(sink, end - (slots - sink)), end)
-    return [*range(min(sink, end)), *last]
+    return [*range(min(sink, end)), *range(max(sink, end - (slots - sink)), end)]
+
+
+def noise_of(seed: int, step: int, frames: range, size: tuple[int, int]) -> np.ndarray:
+    """What the sampler draws: ``[16, F, H, W]`` of a step (0: the start) for these frames."""
+    key = jax.random.fold_in(noise_key(seed, 0), step)
+    draw = jax.jit(lambda n: jax.random.normal(jax.random.fold_in(key, n), (1, 16, *size)))
+    return np.stack([np.asarray(draw(n), np.float64)[0] for n in frames], axis=1)
+
+
+def decibels(got: np.ndarray, expected: np.ndarray) -> float:
+    """Signal to noise."""
+    error = np.mean((np.asarray(got, np.float64) - expected) ** 2)
+    return 10 * np.log10(np.mean(expected**2) / error)

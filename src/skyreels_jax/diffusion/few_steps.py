@@ -26,7 +26,7 @@ _RULES: Final = ("renoise", "euler")
 _POSITIONS: Final = ("absolute", "relative")
 
 
-def warp(timesteps: Sequence[float], shift: float) -> tuple[float, ...]:
+def warp(timesteps: Sequence[float | int], shift: float | int) -> tuple[float, ...]:
     """Timesteps moved towards noise: ``shift s / (1 + (shift - 1) s)`` of each sigma ``s``.
 
     1000, 750, 500, 250 become 1000, 937.5, 833.3, 625 by a shift of 5.
@@ -51,11 +51,11 @@ class CausalSchedule:
         first_timesteps: its timesteps, if they are others.
     """
 
-    timesteps: tuple[float, ...]
+    timesteps: tuple[float | int, ...]
     block: int = 3
     rule: StepRule = "renoise"
     first_block: int | None = None
-    first_timesteps: tuple[float, ...] | None = None
+    first_timesteps: tuple[float | int, ...] | None = None
 
     def __post_init__(self) -> None:
         for timesteps in (self.timesteps, self.first_timesteps):
@@ -69,7 +69,7 @@ class CausalSchedule:
         if self.rule not in _RULES:
             raise RequestError(f"step rule {self.rule!r}; there are {' and '.join(_RULES)}")
 
-    def block_at(self, frame: int) -> tuple[int, tuple[float, ...]]:
+    def block_at(self, frame: int) -> tuple[int, tuple[float | int, ...]]:
         """Frames and timesteps of the block that begins with latent frame ``frame``."""
         if frame:
             return self.block, self.timesteps
@@ -83,7 +83,7 @@ class CausalSchedule:
             start, end = end, end + self.block
 
 
-def _check_timesteps(timesteps: tuple[float, ...]) -> None:
+def _check_timesteps(timesteps: tuple[float | int, ...]) -> None:
     """Refuse timesteps that are none, out of range, or do not fall."""
     falling = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
     if not timesteps or not falling or not 0 < timesteps[-1] <= timesteps[0] <= NUM_TRAIN_TIMESTEPS:
@@ -93,7 +93,7 @@ def _check_timesteps(timesteps: tuple[float, ...]) -> None:
         )
 
 
-def step_sigmas(timesteps: Sequence[float]) -> Float[np.ndarray, " points"]:
+def step_sigmas(timesteps: Sequence[float | int]) -> Float[np.ndarray, " points"]:
     """The sigma of each timestep, and 0 after the last; float32."""
     return np.array([*timesteps, 0], np.float64).astype(np.float32) / NUM_TRAIN_TIMESTEPS
 
@@ -107,13 +107,14 @@ class CausalWindow:
         sink: the first frames of the video, of which so many are seen for ever.
         positions: ``absolute`` counts frames from the video's first and ends at 1024; ``relative``
             counts within the window, the sink first, and has no end.
-        recompute: compute the window's keys and values again when the prompt changes.
+        recompute: compute the window's keys and values again when the prompt changes; ``block``:
+            before every block.
     """
 
     frames: int
     sink: int = 0
     positions: WindowPositions = "absolute"
-    recompute: bool = False
+    recompute: bool | Literal["block"] = False
 
     def __post_init__(self) -> None:
         if self.positions not in _POSITIONS:

@@ -204,10 +204,10 @@ class CausalSampler:
         )
         self._step = _CausalStep(step, self.schedule.rule)
         self._programs = {}
-        if self.window.recompute and self._state is not None:
-            self._recompute(self._state)
+        if self.window.recompute is True:
+            self._recompute()
 
-    def given(self, latents: Latents) -> None:
+    def given(self, latents: Latents | Float[np.ndarray, "B C F H W"]) -> None:
         """Frames that are there already: an image's latent, or a video's, to go on from.
 
         Their keys and values are computed at timestep 0, block by block; where the number of frames
@@ -236,6 +236,8 @@ class CausalSampler:
         """
         size, timesteps = self.schedule.block_at(self.frames)
         self.window.check_length(self.frames + size)
+        if self.window.recompute == "block":
+            self._recompute()
         step, state = self._started()
         steps = _Steps(np.array(timesteps, np.float32), step_sigmas(timesteps), self._key)
         block = self._next_block(self.frames, size)
@@ -293,10 +295,12 @@ class CausalSampler:
         program = self._program(_CausalStep.keep_block, arguments, shape[2], 0)
         self._state = program(*arguments)
 
-    def _recompute(self, state: _Window) -> None:
+    def _recompute(self) -> None:
         """Compute all that is kept again, in order of time."""
+        if self._state is None or not self._held.held:
+            return
         held, starts = self._held.in_order(), self._starts
-        kept = jnp.take(state.latents, np.array([slot for _, slot in held]), axis=2)
+        kept = jnp.take(self._state.latents, np.array([slot for _, slot in held]), axis=2)
         self._held = WindowSlots(self._held.slots, self.window.sink)
         self._starts = {}
         for piece in _runs([frame for frame, _ in held], starts):
