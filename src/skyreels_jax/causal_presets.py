@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from skyreels_jax.diffusion.few_steps import CausalSchedule, CausalWindow, WindowPositions, warp
 from skyreels_jax.presets import PRESETS, Preset
 
 # When keys and values of earlier latent frames are computed anew: never, when the prompt changes,
@@ -54,7 +55,7 @@ class CausalPreset:
     first_timesteps: tuple[float, ...] | None = None
     window: int = 21
     sink: int = 0
-    positions: Literal["absolute", "relative"] = "absolute"
+    positions: WindowPositions = "absolute"
     recompute: Recomputation = "never"
     is_rolling: bool = False
     source: str
@@ -68,6 +69,34 @@ class CausalPreset:
     def fps(self) -> int:
         """Frames a second of the decoded video."""
         return self.model.fps
+
+    def schedule(self) -> CausalSchedule:
+        """How each block is made, with its timesteps warped."""
+        first = None if self.first_timesteps is None else self._warped(self.first_timesteps)
+        return CausalSchedule(self._warped(self.timesteps), self.block, first_timesteps=first)
+
+    def _warped(self, timesteps: tuple[float, ...]) -> tuple[float, ...]:
+        return timesteps if self.shift is None else warp(timesteps, self.shift)
+
+    def attention_window(self) -> CausalWindow:
+        """What a block sees."""
+        recompute = self.recompute != "never"
+        return CausalWindow(self.window, self.sink, self.positions, recompute)
+
+    @property
+    def caveat(self) -> str | None:
+        """What its authors' sampler does and ours does not, if anything."""
+        if self.is_rolling:
+            return (
+                "its authors let each block run a step behind the one before, all in one call; "
+                "here a block is finished before the next is begun"
+            )
+        if self.recompute == "block":
+            return (
+                "its authors compute the window's keys and values again before every block, and "
+                "encode its first frame again; here they are computed again with a new prompt"
+            )
+        return None
 
 
 _SELF_FORCING: Final = "gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt"

@@ -51,7 +51,8 @@ class CausalGuess:
         return (
             f"{self.preset.title} ({assumed}{self.reason}): a causal student of "
             f"{len(self.preset.timesteps)} steps, which "
-            f"`skyreels-jax live --preset {self.preset.name}` samples as it was trained"
+            f"`skyreels-jax live --preset {self.preset.name}` is for"
+            + (f"; {self.preset.caveat}" if self.preset.caveat else "")
         )
 
 

@@ -1,5 +1,6 @@
 """Long videos that are interrupted: nothing finished is lost, and the video is the same."""
 
+import json
 import os
 import random
 import signal
@@ -166,6 +167,8 @@ def test_a_full_disk_says_what_is_kept_and_how_to_go_on(
     assert sorted(path.name for path in out.iterdir()) == ["x.json", "x.mp4", *strips]
     assert media.read_image(out / strips[0]).shape == (32, 8 * 48, 3)
     assert media.read_settings(out / "x.mp4")["prompt"] == ["a fox", *["a crow"] * 3]
+    # Of all frames, those of windows that were finished before too.
+    assert json.loads((out / "x.json").read_text())["drift"]["frames"] == FRAMES
 
 
 @pytest.mark.parametrize(

@@ -345,4 +345,15 @@ def test_the_table_is_sound():
             assert steps[-1] > 0
         assert one.sink + one.block <= one.window
         assert one.fps == 16 and one.model.config.model_type == "t2v"
+        schedule, window = one.schedule(), one.attention_window()
+        assert window.slots(schedule.block) == one.window - one.block
+        # What they agree on with the authors' samplers is all but this.
+        assert (one.caveat is not None) == (one.is_rolling or one.recompute == "block")
+    warped = CAUSAL_PRESETS["self-forcing"].schedule().timesteps
+    assert warped == pytest.approx((1000, 937.5, 833.3333, 625), abs=1e-3)
+    rolling = CAUSAL_PRESETS["rolling-forcing"].schedule().timesteps
+    assert rolling == pytest.approx((1000, 952.381, 882.353, 769.231, 555.556), abs=1e-3)
+    assert CAUSAL_PRESETS["causvid"].schedule().timesteps == (1000, 757, 522)
+    first = CAUSAL_PRESETS["causal-forcing++-1step"].schedule()
+    assert first.block_at(0) == (1, warped) and first.block_at(1) == (1, (1000.0,))
     assert DF.inject_sample_info  # The twin of `TINY`, which no student has.

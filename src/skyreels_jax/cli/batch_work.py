@@ -32,7 +32,15 @@ from skyreels_jax.outputs import LOCK_SECONDS, check_names, check_place, locked,
 # What decides a video beside its settings and weights, of the flags.
 _FLAGS: Final = ("backend", "vae_tiling", "vae_dtype")
 # What a record has that decides nothing.
-_NOT_DECIDING: Final = ("generator", "sources", "warnings", "offload", "made_from", "video")
+_NOT_DECIDING: Final = (
+    "generator",
+    "sources",
+    "warnings",
+    "offload",
+    "made_from",
+    "video",
+    "drift",
+)
 # Seconds after which a temporary file beside the videos is nobody's any more.
 _ABANDONED: Final = 3600.0
 

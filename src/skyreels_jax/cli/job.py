@@ -21,6 +21,7 @@ from skyreels_jax.cli.products import Products, place_video, with_strips, write_
 from skyreels_jax.cli.report import console_progress, summarise
 from skyreels_jax.components.lazy import Keep
 from skyreels_jax.errors import RequestError, SkyReelsError, Stopped
+from skyreels_jax.evaluation.drift import DriftMeter
 from skyreels_jax.files import LATENTS_SUFFIX, reason_of
 from skyreels_jax.generation.job_folder import FolderStore
 from skyreels_jax.generation.request.resolved import ResolvedRequest
@@ -179,12 +180,15 @@ def finish(pipeline: Pipeline, job: FolderStore, finished: int = 0) -> tuple[Pat
     # A window that is not finished is lost in any case: alone, it is given up at once.
     alone = len(request.windows) == 1
     stopping = nullcontext(StopRequest()) if alone else stop_requested(_say_stopping)
+    meter = None
+    if job.how["sidecar"] and not alone:
+        meter = DriftMeter(request.fps)
     try:
         shown = console_progress(len(request.windows), finished)
         with shown as progress, stopping as stop:
             clock = Clock(progress, stop=stop)
-            _write(pipeline, job, clock)
-        output = _place(job)
+            _write(pipeline, job, clock, meter)
+        output = _place(job, meter)
     except KeyboardInterrupt:
         if _worth_keeping(job):
             with suppress(OSError):
@@ -217,7 +221,7 @@ def _in_words(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _place(job: FolderStore) -> Path:
+def _place(job: FolderStore, meter: DriftMeter | None) -> Path:
     """Give the finished video its name, and write what belongs beside it."""
     request, wanted = job.request, Path(job.how["output"])
     with deferred():
@@ -228,7 +232,8 @@ def _place(job: FolderStore) -> Path:
         keep_latents(SavedLatents(latents, settings_of(request)), output)
     if job.how["sidecar"]:
         made_from = {} if job.how["made_from"] is None else {"made_from": job.how["made_from"]}
-        settings = settings_of(request) | made_from
+        drift = {} if meter is None else {"drift": meter.report().as_json()}
+        settings = settings_of(request) | made_from | drift
         write_derived(output.with_suffix(".json"), lambda path: write_settings(path, settings))
     return output
 
@@ -291,7 +296,7 @@ def _worth_keeping(job: FolderStore) -> bool:
     return False
 
 
-def _write(pipeline: Pipeline, job: FolderStore, clock: Clock) -> None:
+def _write(pipeline: Pipeline, job: FolderStore, clock: Clock, meter: DriftMeter | None) -> None:
     """Write the frames as they come; asked to stop, close the file with those that there are.
 
     Raises:
@@ -300,6 +305,8 @@ def _write(pipeline: Pipeline, job: FolderStore, clock: Clock) -> None:
     request = job.request
     job.partial.unlink(missing_ok=True)
     frames = pipeline.frames(request, store=job, clock=clock)
+    if meter is not None:
+        frames = meter.passing(frames)
     if job.how["preview"]:
         frames = with_strips(frames, request, Products(Path(job.how["output"]), None).preview)
     written = write_mp4(

@@ -48,6 +48,7 @@ VERBS: Final[Mapping[str, str]] = {
     "train": "train a model from a TOML file, or go on with it",
     "validate": "compare the JAX model with PyTorch's, layer by layer and frame by frame",
     "plan": "which meshes of devices a model fits on, and how long a step takes there",
+    "drift": "whether a video's likeness, brightness, colour or sharpness drifts over time",
     "info": "what a checkpoint is and what it lacks",
     "doctor": "versions, devices, memory and caches",
 }

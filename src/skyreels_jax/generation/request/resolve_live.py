@@ -234,11 +234,8 @@ class _Choices:
                 "can be streamed, and what it makes will be worse than a video made at once, and "
                 "drift; docs/live.md names models that have"
             )
-        if self.learned is not None and self.learned.is_rolling:
-            yield (
-                f"{self.learned.name} was trained to make several blocks at once, each a step "
-                "behind the one before; here one is made after the other"
-            )
+        if self.learned is not None and self.learned.caveat is not None:
+            yield f"{self.learned.name}: {self.learned.caveat}"
 
     def _has_own_steps(self) -> bool:
         return self.request.timesteps is not None or self.request.steps is not None
