@@ -5,7 +5,7 @@ from shapes alone, the step that sampling would run at each checkpoint's default
 decoding and encoding of a chunk, the text encoder and the image encoder, and prints what the
 target's compiler says of each device: bytes, the attention kernels that it found, collectives, and
 the time it took. Of a target with several devices (``v5e:2x4``) they are the programs of a mesh of
-all. Nothing is executed. ``--target h100`` takes JAX's CUDA plugin instead.
+all. Nothing is executed. ``--target h100`` and ``h100x8`` take JAX's CUDA plugin instead.
 """
 
 import argparse
@@ -227,12 +227,12 @@ def devices_of(target: str) -> list[Any]:
         from skyreels_jax.generation.dry_run.compiled import described_tpus
 
         return list(described_tpus(target))
-    if target == "h100":
+    if gpus := re.fullmatch(r"h100(?:x(\d+))?", target):
         from benchmarks.gpu_memory import H100
 
         if not any(map(find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
             sys.exit("h100 is compiled for with JAX's CUDA plugin: pip install 'jax[cuda12]'")
-        options = {"platform": "cuda", "target_config": H100, "topology": "1x1x1"}
+        options = {"platform": "cuda", "target_config": H100, "topology": f"1x1x{gpus[1] or 1}"}
     else:
         sys.exit(f"target {target!r}: say h100, or one of {', '.join(TPUS)} with a grid: v5e:1x1")
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -273,7 +273,7 @@ def compile_stage(stage: Stage, place: Place) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", default="v5e:1x1", help="v5e:1x1, v6e:1x1, v5p:1x1x1, h100")
+    parser.add_argument("--target", default="v5e:1x1", help="v5e:2x4, v5p:1x1x1, h100x8, …")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="released checkpoints (all)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--vae-dtype", choices=("float32", "bfloat16"), default="float32")

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     import optax
 
 # Of one layer at work forwards and backwards, by token: bytes per feature of the model and of its
-# hidden layer.
+# hidden layer. With them all bytes are within 5 % of what the TPU's compiler said of 1.3B and 14B
+# on eight devices, and 10 to 25 % below the CUDA compiler's.
 _BYTES_PER_FEATURE: Final = 32
 _BYTES_PER_HIDDEN: Final = 10
 # What a run is long; it decides nothing that is counted.
