@@ -85,26 +85,28 @@ def test_less_that_is_computed_again_keeps_more():
     assert kept.operations < whole.operations
 
 
-# GiB that the TPU's compiler said of AdamW's step on eight devices (fsdp=8, bfloat16, full remat):
-# of 1.3B for a v5e, of 14B for a v5p.
-COMPILED = [
-    (DF_1_3B, ClipShape(8, 17, 256, 256), 2.027, 3.615),
-    (DF_1_3B, ClipShape(8, 49, 544, 960), 2.0325, 9.099),
-    (T2V_14B, ClipShape(8, 17, 544, 960), 20.014, 39.208),
-]
+# GiB that a compiler said of AdamW's step on eight devices (fsdp=8, bfloat16): the TPU's of 1.3B
+# for a v5e and of 14B for a v5p; where more is kept, CUDA's for H100s.
+OF_LORA = LoraTraining()
+COMPILED = {
+    "small": (DF_1_3B, ClipShape(8, 17, 256, 256), job(), 2.027, 3.615),
+    "long": (DF_1_3B, ClipShape(8, 49, 544, 960), job(), 2.0325, 9.099),
+    "14B": (T2V_14B, ClipShape(8, 17, 544, 960), job(), 20.014, 39.208),
+    "lora": (DF_1_3B, ClipShape(8, 17, 544, 960), job(lora=OF_LORA), 0.5912, 3.158),
+    "dots": (DF_1_3B, ClipShape(8, 17, 544, 960), job(remat="dots"), 2.0273, 31.04),
+    "none": (DF_1_3B, ClipShape(8, 17, 544, 960), job(remat=False), 2.0273, 105.62),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("config", "clips", "arguments", "peak"), COMPILED, ids=["small", "long", "14B"]
-)
-def test_bytes_are_near_what_a_tpus_compiler_said(
-    config: TransformerConfig, clips: ClipShape, arguments: float, peak: float
-):
-    made = TrainingJob(config, clips, job().training)
+@pytest.mark.parametrize("case", COMPILED)
+def test_bytes_are_near_what_a_compiler_said(case: str):
+    config, clips, like, arguments, peak = COMPILED[case]
+    made = TrainingJob(config, clips, like.training)
     found = training_forecast(made.step(), MeshPlan(fsdp=8), ACCELERATORS["v5p"])
     assert found.arguments / 2**30 == pytest.approx(arguments, rel=0.05)  # measured 0.1 %
-    assert found.total / 2**30 == pytest.approx(peak, rel=0.1)  # measured 1.5, 1.1 and 4.8 %
+    # Measured 1.5, 1.1, 4.8, 1.2, 9.7 and 1.9 %.
+    assert found.total / 2**30 == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from skyreels_jax.generation.dry_run.meshes import (
 )
 from skyreels_jax.generation.dry_run.operations import bodies, operations
 from skyreels_jax.models.transformer_config import TransformerConfig
-from skyreels_jax.ops.target import compiled_for, device_of
+from skyreels_jax.ops.target import Device, compiled_for, device_of
 from skyreels_jax.parallel.plan import MESH_AXES, MeshPlan, all_plans
 from skyreels_jax.training.footprint import AbstractStep, ClipShape
 from skyreels_jax.training.layers_in_parts import STACKED
@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 # on eight devices, and 10 to 25 % below the CUDA compiler's.
 _BYTES_PER_FEATURE: Final = 32
 _BYTES_PER_HIDDEN: Final = 10
+# What attention's products are is seen where no kernel computes them; what is kept of it, where one
+# does, as on every accelerator.
+_COUNTED_ON: Final = Device("cpu")
+_KEPT_ON: Final = Device("tpu")
 # What a run is long; it decides nothing that is counted.
 _STEPS: Final = 1000
 # Of a collective's result (of a scatter, its operand), the share that comes from elsewhere is
@@ -161,14 +165,17 @@ def training_forecast(step: AbstractStep, plan: MeshPlan, kind: Accelerator) -> 
     sizes = tuple(plan.size(axis) for axis in MESH_AXES)
     abstract = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
     mesh = TrainingMesh(abstract, plan, layered=step)
-    jaxpr = step.traced(mesh=mesh).jaxpr.jaxpr
+    with compiled_for(_COUNTED_ON):
+        jaxpr = step.traced(mesh=mesh).jaxpr.jaxpr
+    with compiled_for(_KEPT_ON):
+        kept = _kept(_manual(step.traced(mesh=mesh).jaxpr.jaxpr))
     on_device = _manual(jaxpr)
     # What is around the part of each device is divided, as the compiler does.
     inside = operations(on_device)
     work = inside + (operations(jaxpr) - inside) // plan.devices
     traffic = tuple(_traffic(on_device, plan))
     found = _state_bytes(step, mesh) | {
-        "kept": _kept(on_device),
+        "kept": kept,
         "at work": _at_work(step, mesh),
     }
     computing = work / (ASSUMED_SHARE * kind.operations)
