@@ -103,12 +103,12 @@ def test_only_a_snippet_that_is_marked_is_not_run():
 
 def is_cheap(words: list[str]) -> bool:
     """Whether a command needs nothing but what the package ships."""
+    given = dict(zip(words, words[1:], strict=False))
     if words[:2] == ["skyreels-jax", "generate"]:
-        given = dict(zip(words, words[1:], strict=False))
         # A LoRA is what the command before it has trained.
         return given.get("--model", "mini") in ("mini", "mini-i2v") and "--lora" not in given
     if words[:2] == ["skyreels-jax", "live"]:
-        return "--seconds" in words and "--prompts" not in words
+        return given.keys() >= {"--seconds"} and not given.keys() & {"--prompts", "--model"}
     if words[:2] == ["skyreels-jax", "data"]:
         return words[2] == "shapes"
     return words[:2] in ([["skyreels-jax", verb] for verb in ("doctor", "batch")])

@@ -80,7 +80,7 @@ class CausalPreset:
 
     def attention_window(self) -> CausalWindow:
         """What a block sees."""
-        recompute = self.recompute != "never"
+        recompute = "block" if self.recompute == "block" else self.recompute == "prompt"
         return CausalWindow(self.window, self.sink, self.positions, recompute)
 
     @property
@@ -93,8 +93,8 @@ class CausalPreset:
             )
         if self.recompute == "block":
             return (
-                "its authors compute the window's keys and values again before every block, and "
-                "encode its first frame again; here they are computed again with a new prompt"
+                "its authors encode the window's first frame again from pixels before every "
+                "block; here its latent stays"
             )
         return None
 

@@ -1,6 +1,7 @@
 """``skyreels-jax live``: a file or a pipe that plays while it grows, and prompts on the way."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -74,6 +75,16 @@ def test_a_file_of_the_asked_length_that_carries_its_settings(
     assert "first frame after" in outcome.err
     assert "[given]" in outcome.out
     assert "note: " in outcome.out
+
+
+def test_a_sidecar_has_times_and_drift(command: Command, studio: Studio, out: Path):
+    outcome = command(*LIVE, "--seconds", "1", "--sidecar", "--output", out / "x.mp4")
+    assert outcome.code == 0, outcome.err
+    settings = json.loads((out / "x.json").read_text())
+    assert settings["prompt"] == "a fox"
+    assert settings["times"]["frames"] == settings["drift"]["frames"] == 25
+    refused = command(*LIVE, "--seconds", "1", "--sidecar", "--output", "-")
+    assert refused.code == 2 and "--sidecar goes beside a file" in refused.err
 
 
 def test_standard_output_has_the_video_and_nothing_else(

@@ -357,3 +357,30 @@ def test_the_table_is_sound():
     first = CAUSAL_PRESETS["causal-forcing++-1step"].schedule()
     assert first.block_at(0) == (1, warped) and first.block_at(1) == (1, (1000.0,))
     assert DF.inject_sample_info  # The twin of `TINY`, which no student has.
+
+
+def table_rows() -> list[str]:
+    """The rows of the table in docs/live.md."""
+
+    def steps(timesteps: tuple[float, ...] | None) -> str:
+        return " ".join(f"{t:.4g}" for t in timesteps or ())
+
+    rows = []
+    for one in CAUSAL_PRESETS.values():
+        schedule = one.schedule()
+        first = schedule.first_timesteps and f" ({steps(schedule.first_timesteps)})"
+        lora = f" and `{one.lora.rpartition('/')[2]}`" if one.lora else ""
+        again = {"never": "-", "prompt": "with a prompt", "block": "before each block"}
+        cells = (
+            *(f"`{one.name}`", f"`{one.weights}`{lora}", str(one.block)),
+            *(steps(schedule.timesteps) + (first or ""), str(one.window), str(one.sink)),
+            *(one.positions, again[one.recompute], f"`{one.key}`" if one.key else "-"),
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_page_has_the_table():
+    page = (Path(__file__).parents[2] / "docs" / "live.md").read_text()
+    begin = page.index("| preset | weights |")
+    assert page[begin:].split("\n\n")[0].splitlines()[2:] == table_rows()

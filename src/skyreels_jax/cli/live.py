@@ -1,6 +1,7 @@
 """``skyreels-jax live``: a video that plays while it is made."""
 
 import argparse
+import dataclasses
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ from skyreels_jax.generation.request.declaration import GROUPS, LIVE, SHOWN, in_
 from skyreels_jax.generation.request.live import LiveRequest, live_declared
 
 if TYPE_CHECKING:
+    from skyreels_jax.evaluation.drift import DriftMeter
     from skyreels_jax.generation.live import LiveStream
     from skyreels_jax.generation.live_times import LiveTimes
     from skyreels_jax.media import GrowingVideo
@@ -87,6 +89,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="make it no faster than it plays, at most a second ahead: for prompts that are typed",
     )
     output.add_argument(
+        "--sidecar", action="store_true", help="write settings, times and drift as .json at the end"
+    )
+    output.add_argument(
         "--no-metadata", action="store_true", help="leave the settings out of the video"
     )
 
@@ -95,22 +100,25 @@ def run(args: argparse.Namespace) -> int:
     """Make the stream; 0 at its end, or what a shell returns for the signal that ended it."""
     from skyreels_jax.cli.job import open_pipeline
     from skyreels_jax.cli.products import Products
+    from skyreels_jax.evaluation.drift import DriftMeter
     from skyreels_jax.interrupt import stop_requested
     from skyreels_jax.outputs import locked
     from skyreels_jax.sampling.progress import Clock
 
     piped = args.output == _STANDARD
+    if piped and args.sidecar:
+        raise RequestError("`sidecar` goes beside a file: with `output` - there is none")
     if piped and os.isatty(1):
         raise RequestError("`output` -: a terminal plays no video; pipe it into a player")
     planned = read_prompts(args.prompts) if args.prompts not in (None, _STANDARD) else []
     request = _request(args)
     with ExitStack() as held:
         if not piped:
-            path = Path(args.output)
-            Products(path, None).check(overwrite=args.overwrite)
-            held.enter_context(locked(path, "output"))
+            products = Products(Path(args.output), None, has_settings=args.sidecar)
+            products.check(overwrite=args.overwrite)
+            held.enter_context(locked(products.output, "output"))
             # Again: who held the lock may have written since.
-            Products(path, None).check(overwrite=args.overwrite)
+            products.check(overwrite=args.overwrite)
         ticker = _Ticker(piped=piped)
         pipeline = open_pipeline(vars(args), keep="auto")
         stream = held.enter_context(pipeline.stream_request(request, Clock(ticker.stages())))
@@ -120,15 +128,18 @@ def run(args: argparse.Namespace) -> int:
         if args.prompts == _STANDARD:
             threading.Thread(target=_follow, args=(stream, ticker), daemon=True).start()
         stop = held.enter_context(stop_requested(stream.stop))
+        meter = DriftMeter(stream.request.fps) if args.sidecar else None
         try:
             with _opened(args, stream) as video:
-                _play(stream, video, ticker, args.pace)
+                _play(stream, video, ticker, args.pace, meter)
         except BrokenPipeError:
             raise
         except OSError as error:
             raise SkyReelsError(f"{args.output} cannot be written: {reason_of(error)}") from error
         finally:
             ticker.finish(args.output, stream)
+            if meter is not None and stream.times.frames:
+                _write_sidecar(Path(args.output), stream, meter)
         return stop.exit_code if stop.is_set() else 0
 
 
@@ -166,18 +177,15 @@ def _request(args: argparse.Namespace) -> LiveRequest:
 @contextmanager
 def _opened(args: argparse.Namespace, stream: "LiveStream") -> Iterator["GrowingVideo"]:
     """Where the frames go; the file is made when the first ones are there."""
-    import skyreels_jax
-    from skyreels_jax.cli.products import PROGRAM
     from skyreels_jax.media import GrowingVideo
 
-    settings = stream.request.settings() | {"generator": f"{PROGRAM} {skyreels_jax.__version__}"}
     file = _LateFile(args.output, args.overwrite)
     try:
         with GrowingVideo(
             file,
             fps=stream.request.fps,
             size=stream.request.size,
-            settings=None if args.no_metadata else settings,
+            settings=None if args.no_metadata else _settings(stream),
         ) as video:
             yield video
     finally:
@@ -221,12 +229,39 @@ class _LateFile:
             ) from error
 
 
-def _play(stream: "LiveStream", video: "GrowingVideo", ticker: "_Ticker", has_pace: bool) -> None:
+def _write_sidecar(output: Path, stream: "LiveStream", meter: "DriftMeter") -> None:
+    """Settings, times, and what drifted, beside the video."""
+    from skyreels_jax.cli.products import write_derived
+    from skyreels_jax.media import write_settings
+
+    settings = _settings(stream) | {
+        "times": dataclasses.asdict(stream.times),
+        "drift": meter.report().as_json(),
+    }
+    write_derived(output.with_suffix(".json"), lambda path: write_settings(path, settings))
+
+
+def _settings(stream: "LiveStream") -> dict[str, object]:
+    import skyreels_jax
+    from skyreels_jax.cli.products import PROGRAM
+
+    return stream.request.settings() | {"generator": f"{PROGRAM} {skyreels_jax.__version__}"}
+
+
+def _play(
+    stream: "LiveStream",
+    video: "GrowingVideo",
+    ticker: "_Ticker",
+    has_pace: bool,
+    meter: "DriftMeter | None",
+) -> None:
     """Write frames as they come."""
     begun: float | None = None
     for frames in stream:
         begun = begun or time.perf_counter()
         video.append(frames)
+        if meter is not None:
+            meter.add(frames)
         ticker.tick(stream)
         if has_pace:
             ahead = float(video.written / stream.request.fps) - (time.perf_counter() - begun)
