@@ -25,6 +25,7 @@ from skyreels_jax.errors import NumericsError, RequestError
 from skyreels_jax.models import transformer
 from skyreels_jax.sampling import causal
 from skyreels_jax.sampling.causal import CausalSampler
+from skyreels_jax.sampling.causal_step import CausalStep
 from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.sampling.kv_cache import WindowSlots
 
@@ -386,9 +387,9 @@ def test_a_fault_in_the_program_is_caught(sides, monkeypatch, fault):
     """Keys at another timestep than 0, and relative keys that are rotated already."""
     schedule, window = CausalSchedule(STEPS, 2), CausalWindow(6, 0, "relative")
     if fault == "time":
-        calls = causal._CausalStep._calls
+        calls = CausalStep._calls
         monkeypatch.setattr(
-            causal._CausalStep,
+            CausalStep,
             "_calls",
             lambda self, cache, block, x, t: calls(self, cache, block, x, t + 5),
         )

@@ -45,7 +45,7 @@ class Film:
         whole = np.concatenate([self.frames, x], axis=1)
         return self.plain.velocity(
             whole,
-            [0.0] * self.length + [t] * x.shape[1],
+            [0.0] * self.length + list(np.broadcast_to(t, x.shape[1])),
             [*self.texts, text],
             [*self.blocks, (self.length, whole.shape[1])],
             [*self.seen, seen],
@@ -186,6 +186,32 @@ def krea(plain, texts, again=True) -> np.ndarray:
     return made
 
 
+def rolling_forcing(plain, texts, sink=3, relative=True) -> np.ndarray:
+    """Five blocks at once, each a step behind the one before; the window is 21 with them."""
+    film, begun = Film(plain), []
+    timesteps = [*warp((1000, 800, 600, 400, 200), 5), 0]
+    while film.length < 18:
+        start = film.length
+        seen = sorted({*range(min(sink, start)), *range(max(sink, start - 6 + sink), start)})
+        starts = [start + 3 * number for number in range(len(begun) + 1)]
+        blocks = [*begun, noise_of(SEED, 0, range(starts[-1], starts[-1] + 3), SIZE)]
+        steps = list(range(len(blocks)))[::-1]
+        order = [*seen, *range(start, starts[-1] + 3)]
+        position = order.index if relative else int
+        t = np.repeat([timesteps[step] for step in steps], 3)
+        v = film.model(np.concatenate(blocks, axis=1), t, texts[0], seen, position)
+        for number, step in enumerate(steps):
+            of_block = v[:, 3 * number : 3 * number + 3]
+            x0 = blocks[number] - timesteps[step] / 1000 * of_block
+            sigma = timesteps[step + 1] / 1000
+            new = noise_of(SEED, step + 1, range(starts[number], starts[number] + 3), SIZE)
+            blocks[number] = (1 - sigma) * x0 + sigma * new
+        if len(blocks) == 5:
+            film.write(blocks.pop(0), texts[0], seen, position)
+        begun = blocks
+    return film.frames
+
+
 @pytest.fixture(scope="module")
 def sides() -> tuple[Denoiser, PlainCausal, np.ndarray]:
     model = standins.transformer(standins.config(dim=24, num_heads=2), seed=2)
@@ -274,3 +300,12 @@ def test_krea_computes_keys_again_before_every_block(sides):
     made = ours(sides, CausalSchedule((1000.0, 937.0, 833.0, 625.0)), window, 5)
     assert decibels(made, krea(*sides[1:])) > LEAST
     assert decibels(made, krea(*sides[1:], again=False)) < MOST
+
+
+@pytest.mark.slow
+def test_rolling_forcing_has_five_blocks_under_way(sides):
+    schedule = CausalSchedule(warp((1000, 800, 600, 400, 200), 5), rolling=True)
+    made = ours(sides, schedule, CausalWindow(21, 3, "relative"), 6)
+    assert decibels(made, rolling_forcing(*sides[1:])) > LEAST
+    assert decibels(made, rolling_forcing(*sides[1:], sink=0)) < MOST
+    assert decibels(made, rolling_forcing(*sides[1:], relative=False)) < MOST

@@ -49,6 +49,8 @@ class CausalSchedule:
         rule: ``renoise`` takes the predicted data and new noise, ``euler`` follows the flow.
         first_block: frames of the video's first block, if it is another number.
         first_timesteps: its timesteps, if they are others.
+        rolling: each block runs a step behind the one before it; as many as there are steps are
+            under way at once, and see each other (Rolling Forcing, arXiv 2509.25161).
     """
 
     timesteps: tuple[float | int, ...]
@@ -56,6 +58,7 @@ class CausalSchedule:
     rule: StepRule = "renoise"
     first_block: int | None = None
     first_timesteps: tuple[float | int, ...] | None = None
+    rolling: bool = False
 
     def __post_init__(self) -> None:
         for timesteps in (self.timesteps, self.first_timesteps):
@@ -66,8 +69,15 @@ class CausalSchedule:
                 f"blocks of {self.block} latent frames, the first of {self.first_block}: "
                 "each takes at least 1"
             )
+        if self.rolling and (self.first_block or self.first_timesteps):
+            raise RequestError("blocks that roll are all alike: the first has no size or timesteps")
         if self.rule not in _RULES:
             raise RequestError(f"step rule {self.rule!r}; there are {' and '.join(_RULES)}")
+
+    @property
+    def at_once(self) -> int:
+        """Frames of a call of the model, at most."""
+        return self.block * (len(self.timesteps) if self.rolling else 1)
 
     def block_at(self, frame: int) -> tuple[int, tuple[float | int, ...]]:
         """Frames and timesteps of the block that begins with latent frame ``frame``."""

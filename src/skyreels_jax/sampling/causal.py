@@ -8,128 +8,25 @@ a block, two blocks later.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Float
 
-from skyreels_jax.diffusion.few_steps import CausalSchedule, CausalWindow, StepRule, step_sigmas
+from skyreels_jax.diffusion.few_steps import CausalSchedule, CausalWindow, step_sigmas
 from skyreels_jax.diffusion.guidance import Guidance, NoGuidance
 from skyreels_jax.diffusion.step_cache import NoCache
 from skyreels_jax.geometry import LATENT_CHANNELS
-from skyreels_jax.models.transformer_attention import FrameKeyValues, PastFrames
+from skyreels_jax.sampling.causal_step import BlockPlace, BlockSteps, CausalStep, KeptWindow
 from skyreels_jax.sampling.denoiser import Denoiser
-from skyreels_jax.sampling.kv_cache import KVCache, WindowSlots, allocate, write_frames
+from skyreels_jax.sampling.kv_cache import WindowSlots, allocate
 from skyreels_jax.sampling.noise import noise_key
 from skyreels_jax.sampling.progress import Clock, IterationReport, StepMonitor
-from skyreels_jax.sampling.step import Conditioning, DenoisingStep, frame_noise
+from skyreels_jax.sampling.step import Conditioning, DenoisingStep
 from skyreels_jax.shapes import Latents
-
-
-class _Window(NamedTuple):
-    """What goes from block to block: keys and values of each model call's past, and its latents."""
-
-    kv_cache: KVCache
-    latents: Float[Array, "B C slots H W"]
-
-
-class _Block(NamedTuple):
-    """Where a block stands: its first frame, how many slots are filled before it, and its own.
-
-    With ``places`` positions are relative to the window: those of the frames in all slots.
-    """
-
-    first: Int[Array | np.ndarray, ""]
-    count: Int[Array | np.ndarray, ""]
-    slots: Int[Array | np.ndarray, " b"]
-    places: Int[Array | np.ndarray, " slots"] | None
-
-
-class _Steps(NamedTuple):
-    """The way of a block from noise to data."""
-
-    timesteps: Float[Array | np.ndarray, " T"]
-    sigmas: Float[Array | np.ndarray, " points"]
-    key: Array
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=("step",), meta_fields=("rule",))
-@dataclass(frozen=True, eq=False)
-class _CausalStep:
-    """A block as a function of the window, with all that is constant between two prompts."""
-
-    step: DenoisingStep
-    rule: StepRule
-
-    def make_block(
-        self, window: _Window, block: _Block, steps: _Steps
-    ) -> tuple[_Window, Latents, IterationReport]:
-        """All steps of a block from pure noise; its keys and values are in the window after it."""
-        count, channels, _, *size = window.latents.shape
-        frames = jax.ShapeDtypeStruct((len(block.slots), count, channels, *size), jnp.float32)
-
-        def noise(number: Int[Array, ""]) -> Latents:
-            key = jax.random.fold_in(steps.key, number)
-            return jnp.moveaxis(frame_noise(key, block.first, frames), 0, 2)
-
-        def step(
-            carry: tuple[Latents, Bool[Array, ""]], given: tuple[Array, ...]
-        ) -> tuple[tuple[Latents, Bool[Array, ""]], None]:
-            x, finite = carry
-            number, timestep, sigma, following = given
-            velocity = self.velocity(window, block, x, timestep)
-            finite &= jnp.all(jnp.isfinite(velocity))
-            if self.rule == "euler":
-                x = x + (following - sigma) * velocity
-            else:
-                data = x - sigma * velocity
-                x = (1 - following) * data + following * noise(number + 1)
-            return (x, finite), None
-
-        count = len(steps.timesteps)
-        sigmas = jnp.asarray(steps.sigmas)
-        lines = (jnp.arange(count), jnp.asarray(steps.timesteps), sigmas[:-1], sigmas[1:])
-        start = (noise(jnp.int32(0)), jnp.bool_(True))
-        (x, finite), _ = jax.lax.scan(step, start, lines)
-        calls = len(self.step.conditioning.contexts) * (count + 1)
-        report = IterationReport(finite, jnp.ones(calls, bool))
-        return self.keep_block(window, block, x), x, report
-
-    def keep_block(self, window: _Window, block: _Block, x: Latents) -> _Window:
-        """The window with the finished block ``x`` in it."""
-        new = _Window(self.key_values(window.kv_cache, block, x), x)
-        slots = jnp.asarray(block.slots)
-        return jax.tree.map(lambda old, frames: write_frames(old, frames, slots, 2), window, new)
-
-    def key_values(self, cache: KVCache, block: _Block, x: Latents) -> KVCache:
-        """Keys and values of a finished block, for each model call."""
-        calls = self._calls(cache, block, x, jnp.float32(0))
-        return tuple(FrameKeyValues(*staged.key_values()) for staged in calls)
-
-    def velocity(
-        self, window: _Window, block: _Block, x: Latents, timestep: Float[Array, ""]
-    ) -> Latents:
-        """The prediction for a block, guided."""
-        calls = self._calls(window.kv_cache, block, x, timestep)
-        predictions = tuple(staged.head(staged.blocks(staged.tokens)) for staged in calls)
-        return self.step.guidance.combine(predictions)
-
-    def _calls(self, cache: KVCache, block: _Block, x: Latents, timestep: Float[Array, ""]):
-        first = jnp.asarray(block.first) if block.places is None else None
-        places = None if block.places is None else jnp.asarray(block.places)
-        pasts = [PastFrames(*kept, jnp.asarray(block.count), first, places) for kept in cache]
-        y = self.step.conditioning.y
-        if y is not None:
-            # A condition's last frame stands for all after it.
-            at = jnp.minimum(block.first + jnp.arange(x.shape[2]), y.shape[2] - 1)
-            y = jnp.take(y, at, axis=2)
-        rows = jnp.concatenate([x] * self.step.guidance.copies)
-        return self.step.model_calls(rows, jnp.full(len(rows), timestep), y, pasts)
 
 
 @dataclass(eq=False)
@@ -170,16 +67,17 @@ class CausalSampler:
     frames: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        slots = self.window.slots(self.schedule.block)
+        slots = self.window.slots(self.schedule.at_once)
         self.clock = self.clock or Clock()
         self._held = WindowSlots(slots, self.window.sink)
         self._starts: dict[int, int] = {}
         self._monitor = StepMonitor(self.clock, self._describe)
         self._under_way: dict[int, range] = {}
         self._made = 0
+        self._begun: Latents | None = None
         self._key = noise_key(self.seed, 0)
-        self._step: _CausalStep | None = None
-        self._state: _Window | None = None
+        self._step: CausalStep | None = None
+        self._state: KeptWindow | None = None
         self._programs: dict[tuple[str, int, int], jax.stages.Compiled] = {}
 
     def change(self, conditioning: Conditioning) -> None:
@@ -202,7 +100,7 @@ class CausalSampler:
             attention=self.attention,
             parallelism=self.denoiser.parallelism,
         )
-        self._step = _CausalStep(step, self.schedule.rule)
+        self._step = CausalStep(step, self.schedule.rule)
         self._programs = {}
         if self.window.recompute is True:
             self._recompute()
@@ -235,22 +133,59 @@ class CausalSampler:
             Stopped: the clock was asked to.
         """
         size, timesteps = self.schedule.block_at(self.frames)
-        self.window.check_length(self.frames + size)
+        self.window.check_length(self.frames + max(size, self.schedule.at_once))
         if self.window.recompute == "block":
             self._recompute()
+        steps = BlockSteps(np.array(timesteps, np.float32), step_sigmas(timesteps), self._key)
+        latents = self._roll(steps) if self.schedule.rolling else self._make(size, steps)
+        self.frames += size
+        return latents
+
+    def _make(self, size: int, steps: BlockSteps) -> Latents:
+        """A block by itself."""
         step, state = self._started()
-        steps = _Steps(np.array(timesteps, np.float32), step_sigmas(timesteps), self._key)
-        block = self._next_block(self.frames, size)
+        arguments = (step, state, self._next_block(self.frames, size), steps)
+        program = self._program(CausalStep.make_block, arguments, size, len(steps.timesteps))
+        self._submit()
+        self._state, latents, report = program(*arguments)
+        self._submitted(size, report)
+        return latents
+
+    def _roll(self, steps: BlockSteps) -> Latents:
+        """Step all blocks under way, with a new one each time, until the oldest is finished."""
+        size, count = self.schedule.block, len(steps.timesteps)
+        step, state = self._started()
+        begun = self._begun
+        if begun is None:
+            batch, channels, _, *latent = state.latents.shape
+            shape = (batch, channels, 0, *latent)
+            begun = self.denoiser.parallelism.zeros(shape, jnp.float32)
+        while True:
+            filled = len(self._held.held)
+            if (frames := begun.shape[2]) == (count - 1) * size:
+                block = self._next_block(self.frames, size)
+            else:
+                places = self._held.places() if self.window.positions == "relative" else None
+                first, filled = (np.array(n, np.int32) for n in (self.frames, filled))
+                block = BlockPlace(first, filled, np.zeros(size, np.int32), places)
+            arguments = (step, state, block, steps, begun)
+            program = self._program(CausalStep.roll_blocks, arguments, frames, count)
+            self._submit()
+            state, begun, latents, report = program(*arguments)
+            self._state, self._begun = state, begun
+            self._submitted(frames + size, report)
+            if latents.shape[2]:
+                return latents
+
+    def _submit(self) -> None:
         assert self.clock is not None
         self.clock.on_submit()
-        arguments = (step, state, block, steps)
-        program = self._program(_CausalStep.make_block, arguments, size, len(timesteps))
-        self._state, latents, report = program(*arguments)
+
+    def _submitted(self, count: int, report: IterationReport) -> None:
+        """Frames from the first unfinished one on are on their way."""
         self._made += 1
-        self._under_way[self._made] = range(self.frames, self.frames + size)
-        self.frames += size
+        self._under_way[self._made] = range(self.frames, self.frames + count)
         self._monitor.submitted(report)
-        return latents
 
     def finish(self) -> None:
         """Wait for all blocks.
@@ -260,7 +195,7 @@ class CausalSampler:
         """
         self._monitor.finish()
 
-    def _started(self) -> tuple[_CausalStep, _Window]:
+    def _started(self) -> tuple[CausalStep, KeptWindow]:
         """The step, and the window, which is empty at first."""
         if self._step is None:
             raise ValueError("a causal sampler needs a conditioning first: call `change`")
@@ -271,20 +206,20 @@ class CausalSampler:
                 (self.batch, LATENT_CHANNELS, 1, *self.latent_size), jnp.float32
             )
             zero = np.zeros((), np.int32)
-            none = _Block(zero, zero, np.zeros(1, np.int32), None)
-            shapes = jax.eval_shape(_CausalStep.key_values, self._step, (), none, frame)
+            none = BlockPlace(zero, zero, np.zeros(1, np.int32), None)
+            shapes = jax.eval_shape(CausalStep.key_values, self._step, (), none, frame)
             latents = make((self.batch, LATENT_CHANNELS, slots, *self.latent_size), jnp.float32)
-            self._state = _Window(allocate(shapes, slots, make), latents)
+            self._state = KeptWindow(allocate(shapes, slots, make), latents)
         return self._step, self._state
 
-    def _next_block(self, first: int, size: int) -> _Block:
+    def _next_block(self, first: int, size: int) -> BlockPlace:
         """The next block's place; its slots are taken."""
         places = self._held.places() if self.window.positions == "relative" else None
         count = np.array(len(self._held.held), np.int32)
         slots = self._held.take(first, size)
         self._starts |= dict.fromkeys(range(first, first + size), first)
         self._starts = {frame: self._starts[frame] for frame in self._held.held}
-        return _Block(np.array(first, np.int32), count, slots, places)
+        return BlockPlace(np.array(first, np.int32), count, slots, places)
 
     def _keep(self, latents: Latents, first: int) -> None:
         """Write finished frames into the window."""
@@ -292,7 +227,7 @@ class CausalSampler:
         shape = (self.batch, *latents.shape[1:])
         latents = self.denoiser.parallelism.place(jnp.broadcast_to(latents, shape))
         arguments = (step, state, self._next_block(first, shape[2]), latents)
-        program = self._program(_CausalStep.keep_block, arguments, shape[2], 0)
+        program = self._program(CausalStep.keep_block, arguments, shape[2], 0)
         self._state = program(*arguments)
 
     def _recompute(self) -> None:
