@@ -117,8 +117,8 @@ class CausalStep:
             drawn = [draw(starts[n], size, jnp.int32(done[n] + 1)) for n in range(blocks)]
             new = jnp.concatenate(drawn, axis=2)
         sigmas = jnp.asarray(steps.sigmas)
-        by_frame = [sigmas[index].reshape(1, 1, -1, 1, 1) for index in (at, at + 1)]
-        x = _moved(x, velocity, *by_frame, new)
+        sigma, following = (sigmas[n].reshape(1, 1, -1, 1, 1) for n in (at, at + 1))
+        x = _moved(x, velocity, sigma, following, new)
         finite = jnp.all(jnp.isfinite(velocity))
         report = IterationReport(finite, jnp.ones(len(self.step.conditioning.contexts), bool))
         if blocks < count:
