@@ -33,10 +33,10 @@ PLAIN = NoGuidance()
 SIZE = (4, 4)
 GRID = (2, 2)
 STEPS = warp((1000, 500), 5.0)
-# Of keys and values up to 8: the bound.
-TOL = 1e-5  # measured at most 4.4e-6
+# Of keys and values of about 1: the bound.
+TOL = 1e-5  # measured at most 7.9e-7 where frames are given
 # Of latents.
-LEAST = 100.0  # dB; measured 109 to 113
+LEAST = 100.0  # dB; measured 112 to 114
 
 slow = pytest.mark.slow
 rng = np.random.default_rng(11)
@@ -191,7 +191,7 @@ def test_kept_keys_are_those_of_all_frames_at_once(sides, case, positions):
     sampler.given(latents[None])
     assert sampler._held.held != list(range(total)) or total <= frames - block
     assert furthest(sides, sampler, latents) < TOL
-    # Measured at least 0.05: a window longer by a frame, and frames that are one further on.
+    # Measured 0.025 to 0.16.
     if total > frames - block:
         # A frame more or less; of a sink alone, all but one.
         longer = (frames + 1 if sink == 0 else frames - 1), sink
@@ -249,7 +249,7 @@ def test_blocks_are_those_written_out_and_one_program_makes_them(sides, position
         with monkeypatch.context() as patch:
             fault(patch)
             broken = made(sides.sampler(schedule, window), 6)
-        assert decibels(broken, got) < 60, fault.__name__  # measured 13 to 42
+        assert decibels(broken, got) < 60, fault.__name__  # measured 0.04 to 33
     longer = sides.sampler(schedule, window)
     np.testing.assert_array_equal(made(longer, 12)[:, :12], got)
     assert len(sides.denoiser._executables) == count
@@ -401,5 +401,5 @@ def test_a_fault_in_the_program_is_caught(sides, monkeypatch, fault):
     sampler = broken.sampler(schedule, window)
     latents = latents_of(13)
     sampler.given(latents[None])
-    assert furthest(sides, sampler, latents) > 100 * TOL  # measured 0.011 and 0.27
+    assert furthest(sides, sampler, latents) > 100 * TOL  # measured 0.163 and 2.78
     jax.clear_caches()

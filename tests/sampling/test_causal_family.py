@@ -20,8 +20,8 @@ from skyreels_jax.sampling.denoiser import Denoiser
 SIZE, SEED = (4, 4), 5
 SHIFTED = (1000.0, 937.5, 1000 * 2.5 / 3, 625.0)
 # Weights and latents are float32 on our side and float64 on the other. The issue asks for 80 dB.
-LEAST = 100.0  # dB; measured 107 to 117
-# A loop with one thing wrong, measured at most 61.
+LEAST = 100.0  # dB; measured 106 to 135
+# A loop with one thing wrong, measured at most 70.2.
 MOST = 75.0
 
 
