@@ -73,7 +73,12 @@ class CausalPreset:
     def schedule(self) -> CausalSchedule:
         """How each block is made, with its timesteps warped."""
         first = None if self.first_timesteps is None else self._warped(self.first_timesteps)
-        return CausalSchedule(self._warped(self.timesteps), self.block, first_timesteps=first)
+        return CausalSchedule(
+            self._warped(self.timesteps),
+            self.block,
+            first_timesteps=first,
+            rolling=self.is_rolling,
+        )
 
     def _warped(self, timesteps: tuple[float, ...]) -> tuple[float, ...]:
         return timesteps if self.shift is None else warp(timesteps, self.shift)
@@ -85,11 +90,11 @@ class CausalPreset:
 
     @property
     def caveat(self) -> str | None:
-        """What its authors' sampler does and ours does not, if anything."""
+        """What its authors' sampler does and `live` does not, if anything."""
         if self.is_rolling:
             return (
                 "its authors let each block run a step behind the one before, all in one call; "
-                "here a block is finished before the next is begun"
+                "`live` finishes a block before it begins the next"
             )
         if self.recompute == "block":
             return (
