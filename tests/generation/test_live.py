@@ -1,6 +1,7 @@
 """A stream delivers before it goes on, never runs ahead, and takes another prompt while it runs."""
 
 import itertools
+import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,6 +175,18 @@ def test_prompts_hold_from_their_second_on():
     assert told == pytest.approx([expected(prompt) for prompt in wanted], abs=1)
 
 
+def test_a_prompt_that_comes_while_the_models_are_loaded_is_not_lost():
+    run = started()
+    load = run.stream._load
+
+    def load_and_change() -> Denoiser:
+        run.stream.change("a whale")
+        return load()
+
+    run.stream._load = load_and_change
+    assert shown(next(run.stream)) == pytest.approx(expected("a whale"), abs=1)
+
+
 def test_a_prompt_that_is_none_is_refused_and_the_stream_goes_on():
     run = started()
     next(run.stream)
@@ -316,3 +329,31 @@ def test_a_stream_of_a_checkpoint_is_its_latents_decoded_at_once(checkpoints: Ch
     assert len(pipe._programs) == programs
     other = np.concatenate(list(pipe.stream("a fox", **settings | {"seed": 4})))
     assert not np.array_equal(again, other)  # Negative twin.
+
+
+def resident() -> float:
+    """MiB of this process's memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_memory_does_not_grow_over_2000_frames(checkpoints: Checkpoints):
+    """By at most 3 MiB (0.3 measured); frames that somebody keeps are caught (7 MiB)."""
+    pipe = Pipeline.from_pretrained(checkpoints("df", "original"), dtype="float32")
+    settings = {"height": 32, "width": 48, "seed": 3, "steps": 1, "guidance_scale": 1.0}
+    growth: list[float] = []
+    for keeps in (False, True):
+        kept: list[np.ndarray] = []
+        with pipe.stream("a fox", **settings, causal_block_size=2, window=4, sink=1) as stream:
+            for frames in stream:
+                if keeps:
+                    kept.append(frames)
+                if stream.times.frames == 405:
+                    before = resident()
+                if stream.times.frames >= 2000:
+                    break
+            growth.append(resident() - before)
+    assert growth[0] < 3, growth
+    assert growth[1] > 3, growth

@@ -149,12 +149,15 @@ class LiveStream:
             raise RequestError(f"`prompt` of type {type(prompt).__name__} must be text")
         known, states = self._known(prompt), None
         if self._begun is not None:
-            states = jnp.asarray(self._components.text_encoder.encode([known]))
+            states = self._encoded(known)
         with self._lock:
             self._changes.append((self.begun_seconds if at is None else at, known, states))
             self._changes.sort(key=lambda change: change[0])
             if at is None:
                 self._prompt = known
+
+    def _encoded(self, prompt: str) -> Context:
+        return jnp.asarray(self._components.text_encoder.encode([prompt]))
 
     @property
     def begun_seconds(self) -> float:
@@ -278,7 +281,9 @@ class LiveStream:
         if due:
             _, self._prompt, states = due[-1]
             if states is None:
-                states = begun.positive[self._prompt]
+                states = begun.positive.get(self._prompt)
+            if states is None:  # It came while the stream was begun.
+                states = self._encoded(self._prompt)
             begun.sampler.change(self._condition(begun, states))
         latents = begun.sampler.next()
         made = FRAMES_PER_LATENT * latents.shape[2]

@@ -3,25 +3,36 @@
 from dataclasses import replace
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from tests import standins
 
+from skyreels_jax.causal_presets import CAUSAL_PRESETS, Recomputation
 from skyreels_jax.diffusion.few_steps import StepRule, WindowPositions
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request import live
 from skyreels_jax.generation.request.live import LiveRequest, live_declared
 from skyreels_jax.generation.request.resolve_live import ResolvedLive, resolve_live
+from skyreels_jax.recognition import CausalGuess
+
+IMAGE = np.zeros((32, 48, 3), np.uint8)
 
 
-def resolved(task: str = "df", memory: int = 2**40, **settings: Any) -> ResolvedLive:
+def resolved(
+    task: str = "df", memory: int = 2**40, student: str | None = None, **settings: Any
+) -> ResolvedLive:
     settings = {"prompt": "a fox", "height": 32, "width": 48} | settings
     checkpoint = standins.checkpoint(task)
+    if student is not None:
+        causal = CausalGuess(CAUSAL_PRESETS[student], "made for a test")
+        checkpoint = replace(checkpoint, guess=replace(checkpoint.guess, causal=causal))
     return resolve_live(LiveRequest.of(settings), checkpoint, memory=memory)
 
 
 def test_names_are_those_of_the_sampler():
     assert get_args(StepRule) == live.RULES
     assert get_args(WindowPositions) == live.POSITIONS
+    assert get_args(Recomputation) == live.RECOMPUTATIONS
 
 
 def test_a_model_that_learned_nothing_of_it_is_streamed_with_a_warning():
@@ -33,6 +44,36 @@ def test_a_model_that_learned_nothing_of_it_is_streamed_with_a_warning():
     assert stream.frames is None
     assert stream.window.positions == "relative"
     assert len([w for w in stream.warnings if "has not learned" in w]) == 1
+
+
+def test_a_model_that_learned_it_is_sampled_as_it_learned():
+    stream = resolved("t2v", student="self-forcing", seconds=5, image=IMAGE)
+    assert (stream.schedule.block, stream.schedule.rule) == (3, "renoise")
+    assert stream.schedule.timesteps == pytest.approx((1000, 937.5, 833.33, 625), abs=0.01)
+    assert (stream.window.frames, stream.window.sink, stream.window.recompute) == (21, 0, False)
+    assert stream.window.positions == "absolute"
+    assert stream.video.guidance_scale == 1
+    assert stream.sources["guidance_scale"] == "preset self-forcing"
+    assert [w for w in stream.warnings if "learned" in w] == []
+    assert resolved("t2v", student="self-forcing").window.positions == "relative"
+
+
+def test_what_a_student_learned_that_streams_do_not_do_is_said():
+    warnings = resolved(student="rolling-forcing").warnings
+    assert len([warning for warning in warnings if "a step behind" in warning]) == 1
+
+
+def test_settings_of_students():
+    live = resolved(student="longlive")
+    assert (live.window.frames, live.window.sink, live.window.recompute) == (12, 3, True)
+    assert resolved(student="krea-realtime").window.recompute == "block"
+    assert resolved(student="krea-realtime", recompute="never").window.recompute is False
+    assert resolved(student="causvid").schedule.timesteps == (1000.0, 757.0, 522.0)
+    two = resolved(student="causal-forcing++-2step").schedule
+    assert (len(two.timesteps), len(two.first_timesteps or ())) == (2, 4)
+    # Steps that somebody asks for are those of the first block too.
+    assert resolved(student="causal-forcing++-2step", steps=3).schedule.first_timesteps is None
+    assert resolved(student="self-forcing", guidance_scale=3).video.guidance_scale == 3
 
 
 def test_positions_end_unless_they_are_relative():

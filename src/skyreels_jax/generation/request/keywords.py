@@ -172,8 +172,8 @@ class StreamSettings(TypedDict, total=False):
     positions: Literal["absolute", "relative"] | None
     """Of frames: in the video, for at most 1024 latent frames, or relative to the window."""
 
-    recompute: bool | None
-    """Compute the window's keys and values anew when the prompt changes."""
+    recompute: Literal["never", "prompt", "block"] | None
+    """For which changes keys and values are computed anew: another prompt, or every block."""
 
     first_block: int | None
     """Latent frames in the first block."""

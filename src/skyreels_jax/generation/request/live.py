@@ -20,12 +20,14 @@ from skyreels_jax.generation.request.declaration import (
     refuse_unknown,
     setting,
 )
-from skyreels_jax.generation.request.kinds import Choice, SettingKind, Switch, WholeNumber
+from skyreels_jax.generation.request.kinds import Choice, SettingKind, WholeNumber
 from skyreels_jax.generation.request.settings import Request, declared
 
 # Of `diffusion.few_steps.StepRule` and `WindowPositions`, which a test holds equal.
 RULES: Final = ("renoise", "euler")
 POSITIONS: Final = ("absolute", "relative")
+# Of `causal_presets.Recomputation`, likewise.
+RECOMPUTATIONS: Final = ("never", "prompt", "block")
 # Steps of a block: more are no longer few.
 MAX_LIVE_STEPS: Final = 8
 _LEARNED: Final = "the checkpoint's"
@@ -98,8 +100,11 @@ class LiveSettings:
         LIVE,
         unset=f"{_LEARNED}; relative for videos that are longer or have no end",
     )
-    recompute: bool | None = setting(
-        Switch(), "compute the window's keys and values anew when the prompt changes", LIVE
+    recompute: str | None = setting(
+        Choice(RECOMPUTATIONS),
+        "for which changes keys and values are computed anew: another prompt, or every block",
+        LIVE,
+        unset=f"{_LEARNED}, or never",
     )
     first_block: int | None = setting(
         LATENT_COUNT, "latent frames in the first block", LIVE, unset="as in the others"

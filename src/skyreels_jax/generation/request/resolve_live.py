@@ -7,7 +7,7 @@ of its window, which is the most that the transformer sees at once.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
 
 from skyreels_jax import geometry
 from skyreels_jax.checkpoints import Checkpoint, Default
@@ -26,6 +26,12 @@ _KNOWN_FRAMES: Final = (
     *("ar_step", "addnoise_condition", "addnoise_once", "continuation", "causal_attention"),
     "overlap_history",
 )
+# As the window has it.
+_RECOMPUTE: Final[Mapping[str, bool | Literal["block"]]] = {
+    "never": False,
+    "prompt": True,
+    "block": "block",
+}
 # Where nothing else is known: enough for a model with guidance (docs/live.md).
 _STEPS: Final = 4
 _UNLIMITED: Final = 2**62
@@ -75,7 +81,7 @@ class ResolvedLive:
             "window": window.frames,
             "sink": window.sink,
             "positions": window.positions,
-            "recompute": window.recompute,
+            "recompute": {how: name for name, how in _RECOMPUTE.items()}[window.recompute],
             "first_block": schedule.first_block,
             "first_timesteps": schedule.first_timesteps and list(schedule.first_timesteps),
         }
@@ -202,8 +208,8 @@ class _Choices:
         frames = self.choose("window", Default(frames, source))
         source = source if learned else "for models that have not learned it"
         sink = self.choose("sink", Default(learned.sink if learned else 0, source))
-        recompute = learned is not None and learned.recompute != "never"
-        recompute = self.choose("recompute", Default(recompute, source))
+        usual = Default(learned.recompute if learned else "never", source)
+        recompute = _RECOMPUTE.get(self.choose("recompute", usual), False)
         usual = Default(learned.positions if learned else "absolute", source)
         positions = self.choose("positions", usual)
         if self.problems:
