@@ -201,7 +201,7 @@ class Pipeline(WithStreams):
         """Decide every setting of a request, as :meth:`resolve`, logging nothing."""
         if memory is None:
             memory = self._residency.free_memory()
-        resolved = resolve(request, self.checkpoint, memory=memory)
+        resolved = resolve(request, self.checkpoint, memory=memory, loras=self.loras)
         return replace(resolved, loras=named(self.loras))
 
     def frames(

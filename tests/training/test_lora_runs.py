@@ -22,6 +22,7 @@ from skyreels_jax.training.lora_task import COMFYUI_FILE, PEFT_FILE, LoraTask, m
 from skyreels_jax.training.optimizer import make_optimizer
 from skyreels_jax.training.sources import find_sources
 from skyreels_jax.weights.lora.binding import Lora
+from skyreels_jax.weights.lora.file import open_lora
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 RECIPE = """
@@ -200,6 +201,10 @@ def test_the_recipe_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytes
     with jax.numpy_rank_promotion("allow"):
         assert main(["train", "cat.toml", "--steps", "2"]) == 0
     assert weights(Path("out/cat/model"))
+    words = " ".join(open_lora(Path("out/cat/model") / COMFYUI_FILE).trained_on()).split()
+    assert "mycat" in words
+    captions = " ".join(f.read_text() for f in Path("clips").glob("*.txt")).lower()
+    assert set(captions.replace(",", " ").split()) <= {*words}
 
 
 def test_a_dry_run_says_what_a_step_takes(tmp_path: Path):

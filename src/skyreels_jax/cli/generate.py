@@ -101,7 +101,7 @@ def resolve_and_print(
     ``memory`` is what the transformer may take, in bytes; ``None`` for what is free.
     """
     loras = as_loras(args.lora)
-    request = resolve(request_of(args), checkpoint, memory=memory)
+    request = resolve(request_of(args), checkpoint, memory=memory, loras=loras)
     request = replace(request, loras=named(loras))
     for line in describe(checkpoint, request):
         print(line, flush=True)

@@ -31,6 +31,8 @@ from skyreels_jax.training.sources import TrainingSources
 from skyreels_jax.training.transformer_recipe import ClipsData
 from skyreels_jax.weights.components.vae import stored_vae
 
+# How often a caption says what, by the folder that it is of.
+Tags = Mapping[str, Mapping[str, int]]
 # A stream of random numbers that no other use shares.
 TRAINING_STREAM: Final = 1
 # Clips that the held-out loss is measured on.
@@ -82,6 +84,10 @@ class ClipBatches(Protocol):
 
     def examples(self) -> Sequence[Example]:
         """What is shown while training."""
+        ...
+
+    def tags(self) -> Tags:
+        """How often captions that a person wrote say what; empty where nobody wrote any."""
         ...
 
 
@@ -173,6 +179,10 @@ class MovingShapes:
             size = (data.size, data.size, data.frames)
             shown.append(Example(plain_caption(scene), *size, 16, image))
         return shown
+
+    def tags(self) -> Tags:
+        """None: captions are drawn anew each time."""
+        return {}
 
 
 def draw_probabilities(source: ClipSource, count: int, pairs: float) -> Float[np.ndarray, " N"]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from skyreels_jax.training.transformer_recipe import VideoTraining
 from skyreels_jax.training.transformer_task import VideoNoise, VideoTask, symlink_to
 from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.filling import rounded
+from skyreels_jax.weights.lora.file import TAGS_METADATA
 from skyreels_jax.weights.lora.writing import LoraForm, TrainedProduct, lora_of_products
 from skyreels_jax.weights.plan import Format
 from skyreels_jax.weights.writer import write_tensor_file
@@ -139,7 +141,7 @@ class LoraTask(VideoTask):
             write_tensor_file(folder / name, dataclasses.replace(stream, metadata=about))
 
     def _about(self) -> Mapping[str, str]:
-        """What the header says for people: https://github.com/Stability-AI/ModelSpec.
+        """What the header says for people: https://github.com/Stability-AI/ModelSpec, kohya's tags.
 
         No date: the same run makes the same file.
         """
@@ -155,7 +157,10 @@ class LoraTask(VideoTask):
             + (", rsLoRA" if lora.rslora else ""),
             "trigger_phrase": lora.trigger or "",
         }
-        return {f"modelspec.{name}": text for name, text in found.items() if text}
+        about = {f"modelspec.{name}": text for name, text in found.items() if text}
+        if tags := self._clips.tags():
+            about[TAGS_METADATA] = json.dumps(tags, ensure_ascii=False)
+        return about
 
     def sample(self, params: Params, folder: Path) -> None:
         """The LoRA's files, and what the sample writer makes with them, if there is one."""

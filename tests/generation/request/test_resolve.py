@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 from tests import standins
 
 from skyreels_jax.checkpoints import Checkpoint, Default
@@ -17,6 +18,7 @@ from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.presets import PRESETS
 from skyreels_jax.prompts import NEGATIVE_PROMPT_EN, NEGATIVE_PROMPT_ZH
+from skyreels_jax.weights.lora.binding import Lora
 
 PLENTY = 2**40
 
@@ -262,6 +264,18 @@ def test_the_small_models_are_given_lower_case_and_unknown_words_are_named(model
     request, warned = said_by(model, "A Red STAR moves slowly to the right.")
     assert request.prompt == "a red star moves slowly to the right."
     assert "never learned" not in warned
+
+
+def test_words_that_a_lora_was_trained_on_are_known(tmp_path: Path):
+    request = Request(prompt="a zorp stands still on a pink background")
+    for about, known in (("A Zorp", True), ("a cat", False)):
+        file = tmp_path / "lora.safetensors"
+        tensors = {"a.lora_A.weight": np.zeros((1, 1), np.float32)}
+        save_file(tensors, file, {"modelspec.trigger_phrase": about})
+        made = resolve(request, Checkpoint.open("mini"), memory=PLENTY, loras=[Lora(file)])
+        (warning,) = [warning for warning in made.warnings if "never learned" in warning]
+        assert ("'zorp'" in warning) is not known
+        assert "'pink'" in warning
 
 
 def test_every_prompt_of_a_long_video_is_looked_at():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests import documents
-from tests.training.videos.small_films import make_films, write_recipe
+from tests.training.videos.small_films import CAPTIONS, make_films, write_recipe
 
 from skyreels_jax.cli.main import main
 from skyreels_jax.components.clip_preprocessing import squash
@@ -144,6 +144,11 @@ def test_clips_are_encoded_as_generation_encodes_them(folder: Path):
     training = read_recipe(write_recipe(folder, **I2V)).tables
     sources = find_sources(training)
     videos = Videos(training.data, sources, 0, 0.0, lambda what, done, total: None)
+    (tags,) = videos.tags().values()
+    assert tags["and a line that moves."] == 1
+    # Of "The same, held upright." alone.
+    assert tags["the same"] == 1
+    assert len(tags) == len(CAPTIONS) + 2
     vae = WanAutoencoder(stored_vae(sources.vae).load(jnp.float32), "off")
     for number, clip in enumerate(videos.plan.clips[:3]):
         size = (clip.bucket.height, clip.bucket.width)

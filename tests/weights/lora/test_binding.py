@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from tests.fabricate import Checkpoints
 from tests.weights.lora.files import (
     Tensors,
@@ -22,6 +23,7 @@ from tests.weights.lora.files import (
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.weights.lora import source
 from skyreels_jax.weights.lora.binding import BoundLora, Lora
+from skyreels_jax.weights.lora.file import open_lora
 from skyreels_jax.weights.lora.source import bound_to
 
 Q = "diffusion_model.blocks.0.self_attn.q"
@@ -216,3 +218,27 @@ def test_no_file_is_no_lora(folder: Path, tmp_path: Path):
         bound(folder, tmp_path / "x.safetensors")
     with pytest.raises(WeightsError, match="holds no tensors"):
         bound(folder, write(tmp_path / "x.safetensors", {}))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "texts"),
+    [
+        ({"modelspec.title": "zorp"}, ()),
+        ({"modelspec.trigger_phrase": "A zorp"}, ("A zorp",)),
+        (
+            {"modelspec.tags": "a, b", "ss_tag_frequency": '{"1_x": {"a zorp": 3}, "y": {"b": 1}}'},
+            ("a, b", "a zorp", "b"),
+        ),
+        # What nobody wrote so says nothing, and the LoRA is used all the same.
+        ({"ss_tag_frequency": '{"zorp": 3'}, ()),
+        ({"ss_tag_frequency": '["zorp"]'}, ()),
+        ({"ss_tag_frequency": '{"clips": ["zorp"]}'}, ()),
+        ({"ss_tag_frequency": "[" * 100_000}, ()),
+    ],
+)
+def test_what_a_header_says_it_was_trained_on(
+    tmp_path: Path, metadata: dict[str, str], texts: tuple[str, ...]
+):
+    file = tmp_path / "lora.safetensors"
+    save_file({"a.lora_A.weight": np.zeros((1, 1), np.float32)}, file, metadata)
+    assert open_lora(file).trained_on() == texts

@@ -1,5 +1,6 @@
 """A request while it is being resolved: its values, their sources, warnings and problems."""
 
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Final, NamedTuple, TypeVar
 
@@ -10,6 +11,9 @@ from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request.resolved import GivenVideo
 from skyreels_jax.generation.request.settings import FORCING, Request, declared, violation
 from skyreels_jax.media import ImageInput, RgbImage, Sound, read_image, survey_video
+from skyreels_jax.prompts import clean
+from skyreels_jax.weights.lora.binding import Lora
+from skyreels_jax.weights.lora.stack import trained_on
 
 GIVEN: Final = "given"
 # Part of an image's height or width: from here on a warning says what is cut off.
@@ -60,6 +64,34 @@ class RequestBuilder:
         if value is not None and (wrong := violation(name, value)):
             self.problems.append(wrong)
         return value  # pyright: ignore[reportReturnType]
+
+    def in_known_words(
+        self, negative: str, loras: Sequence[Lora]
+    ) -> tuple[Sequence[str] | Mapping[int, str], str]:
+        """All prompts and the negative one, in lower case where the model is of moving shapes.
+
+        Warns of words that neither such a model nor its LoRAs learned.
+        """
+        prompt, preset = self.request.prompt, self.checkpoint.guess.preset
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if preset is None or not preset.only_moving_shapes:
+            return prompts, negative
+        from skyreels_jax.moving_shapes.captions import known_things, unknown_words
+
+        texts = [*(prompts.values() if isinstance(prompts, Mapping) else prompts), negative]
+        unknown = unknown_words(" ".join(map(clean, texts)))
+        if unknown and loras:
+            learned = unknown_words(" ".join(trained_on(loras)))
+            unknown = tuple(word for word in unknown if word not in learned)
+        if unknown:
+            self.warnings.append(
+                f"{preset.name} was trained on moving shapes and never learned "
+                f"{', '.join(map(repr, unknown))}, so the video will not show what is meant; it "
+                f"knows {known_things()}"
+            )
+        if isinstance(prompts, Mapping):
+            return {frame: text.lower() for frame, text in prompts.items()}, negative.lower()
+        return [text.lower() for text in prompts], negative.lower()
 
     def images(self) -> tuple[RgbImage | None, RgbImage | None]:
         """The first and the last image, read; what the task needs and refuses is checked."""

@@ -32,7 +32,8 @@ from skyreels_jax.generation.request.settings import (
 from skyreels_jax.geometry import latent_frames, pixel_frames
 from skyreels_jax.media import check_output
 from skyreels_jax.memory import Estimate, available_memory, estimate
-from skyreels_jax.prompts import NEGATIVE_PROMPT_EN, NEGATIVE_PROMPT_ZH, clean
+from skyreels_jax.prompts import NEGATIVE_PROMPT_EN, NEGATIVE_PROMPT_ZH
+from skyreels_jax.weights.lora.binding import Lora
 
 # As in the original's examples; of short windows less than half.
 _OVERLAP: Final = 17
@@ -41,7 +42,11 @@ _MUCH_NOISE: Final = 60
 
 
 def resolve(
-    request: Request, checkpoint: Checkpoint, *, memory: int | None = None
+    request: Request,
+    checkpoint: Checkpoint,
+    *,
+    memory: int | None = None,
+    loras: Sequence[Lora] = (),
 ) -> ResolvedRequest:
     """Complete ``request`` from the checkpoint's defaults and check all of it.
 
@@ -49,6 +54,7 @@ def resolve(
         request: as asked for.
         checkpoint: decides the task and the defaults.
         memory: bytes the transformer may take; ``None`` for what is free on the device.
+        loras: of the transformer; words that they were trained on are known.
 
     Raises:
         RequestError: with everything that is wrong, a line each.
@@ -100,13 +106,9 @@ def resolve(
     problems = [*builder.problems, *_violations(request, values)]
     if request.reference_exact and not problems:
         problems = reference_violations(values)
-    prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
-    preset = checkpoint.guess.preset
-    if not problems and preset is not None and preset.only_moving_shapes:
-        prompts, values["negative_prompt"] = _in_known_words(
-            builder, prompts, values["negative_prompt"], preset.name
-        )
     if not problems:
+        negative = values["negative_prompt"]
+        prompts, values["negative_prompt"] = builder.in_known_words(negative, loras)
         resolved = ResolvedRequest(
             **values, sources=builder.sources, warnings=tuple(builder.warnings)
         )
@@ -129,27 +131,6 @@ def _negative_prompt(checkpoint: Checkpoint) -> Default[str]:
         return Default(NEGATIVE_PROMPT_ZH, "Wan 2.1's")
     text = NEGATIVE_PROMPT_ZH if checkpoint.task == "df" else NEGATIVE_PROMPT_EN
     return Default(text, f"the original's for {checkpoint.task.upper()} checkpoints")
-
-
-def _in_known_words(
-    builder: RequestBuilder,
-    prompts: Sequence[str] | Mapping[int, str],
-    negative: str,
-    model: str,
-) -> tuple[Sequence[str] | Mapping[int, str], str]:
-    """All prompts and the negative one in lower case, with a warning of words never learned."""
-    from skyreels_jax.moving_shapes.captions import known_things, unknown_words
-
-    texts = [*(prompts.values() if isinstance(prompts, Mapping) else prompts), negative]
-    if unknown := unknown_words(" ".join(map(clean, texts))):
-        builder.warnings.append(
-            f"{model} was trained on moving shapes and never learned "
-            f"{', '.join(map(repr, unknown))}, so the video will not show what is meant; it knows "
-            f"{known_things()}"
-        )
-    if isinstance(prompts, Mapping):
-        return {frame: text.lower() for frame, text in prompts.items()}, negative.lower()
-    return [text.lower() for text in prompts], negative.lower()
 
 
 def _seed(builder: RequestBuilder) -> int:

@@ -1,6 +1,7 @@
 """Batches of one's own videos, each of one bucket; all order follows from seed and step alone."""
 
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -8,7 +9,7 @@ from typing import Final
 import jax.numpy as jnp
 import numpy as np
 
-from skyreels_jax.training.batches import HELD_CLIPS, TRAINING_STREAM, Example
+from skyreels_jax.training.batches import HELD_CLIPS, TRAINING_STREAM, Example, Tags
 from skyreels_jax.training.dataset import OnEncoded
 from skyreels_jax.training.objective import Batch
 from skyreels_jax.training.sources import TrainingSources
@@ -23,6 +24,8 @@ _ORDER_STREAM: Final = 2
 # Bytes of encoded clips that stay in memory; the others are read each time.
 _MEMORY: Final = 2 * 2**30
 _SHOWN: Final = 4
+# Of a folder, in the header of a LoRA.
+_MOST_TAGS: Final = 1000
 
 _Step = tuple[Bucket, tuple[int, ...]]
 
@@ -95,6 +98,7 @@ class Videos:
         self.text_length = self.plan.text_length
         self._files = EncodedFiles(Path(data.encoded).expanduser(), sources, data.text_dtype)
         encode_videos(self.plan, self._files, on_encoded=on_encoded)
+        self._datasets = data.datasets
         self._seed, self._text_dropout = seed, text_dropout
         self._order = BatchOrder(self.plan, seed)
         self._is_i2v = sources.config.model_type == "i2v"
@@ -125,6 +129,15 @@ class Videos:
         held = [clip for clip in self.plan.clips if clip.held]
         by_file = {clip.file.path: clip for clip in held or self.plan.clips}
         return [self._example(clip) for clip in list(by_file.values())[:_SHOWN]]
+
+    def tags(self) -> Tags:
+        """Count the pieces between commas of the captions of clips that are trained on."""
+        found: dict[str, Counter[str]] = {}
+        for clip in (clip for clip in self.plan.clips if not clip.held):
+            folder = Path(self._datasets[clip.file.dataset].source).name
+            pieces = ",".join(clip.file.captions).lower().split(",")
+            found.setdefault(folder, Counter()).update(p.strip() for p in pieces if p.strip())
+        return {folder: dict(count.most_common(_MOST_TAGS)) for folder, count in found.items()}
 
     def _example(self, clip: PlannedClip) -> Example:
         first = self._arrays(self._files.clip(clip))["first"] if self._is_i2v else None

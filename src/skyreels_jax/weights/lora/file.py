@@ -1,6 +1,7 @@
 """A LoRA file as it lies on disk: its tensors, and what its header says of their scales."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +19,9 @@ from skyreels_jax.weights.torch_file import PthSource
 
 # Where diffusers keeps PEFT's configuration in a header.
 ADAPTER_METADATA: Final = "lora_adapter_metadata"
+# Where kohya's trainer keeps how often each tag, a piece of a caption between commas, was seen.
+TAGS_METADATA: Final = "ss_tag_frequency"
+_PHRASES: Final = ("modelspec.trigger_phrase", "modelspec.tags")
 # What a name in a pattern of PEFT's may hold besides letters, digits, `_` and `-`: nothing of a
 # regular expression but the dot, which stands for itself in every name of a module.
 _PLAIN: Final = frozenset(".-_")
@@ -94,6 +98,20 @@ class LoraFile:
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All tensors by name, from the header alone."""
         return self.source.tensors()
+
+    def trained_on(self) -> tuple[str, ...]:
+        """Return captions, tags and trigger phrases that the header says it was trained on.
+
+        Source: ``trigger_phrase`` and ``tags`` of ModelSpec 1.0.1, and the tags by folder that
+        kohya's trainer writes. Words alone: what cannot be read as such is left out.
+        """
+        found = [self.metadata[key] for key in _PHRASES if key in self.metadata]
+        try:
+            folders = json.loads(self.metadata.get(TAGS_METADATA, "{}"))
+        except (ValueError, RecursionError):
+            folders = None
+        tables = folders.values() if isinstance(folders, dict) else ()
+        return (*found, *(tag for table in tables if isinstance(table, dict) for tag in table))
 
 
 def open_lora(path: Path) -> LoraFile:

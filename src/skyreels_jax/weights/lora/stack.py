@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.weights.lora.binding import Lora
-from skyreels_jax.weights.lora.file import content_hash
+from skyreels_jax.weights.lora.file import content_hash, open_lora
 from skyreels_jax.weights.lora.source import StoredTransformer, proven, touched, with_loras
 
 # What a user may give for one: a file, or a file and its scale.
@@ -40,6 +40,15 @@ def identities(loras: Sequence[Lora]) -> tuple[str, ...]:
 def named(loras: Sequence[Lora]) -> tuple[tuple[str, float], ...]:
     """The names of the files and their scales, for what is said of a video."""
     return tuple((lora.path.name, lora.scale) for lora in loras)
+
+
+def trained_on(loras: Sequence[Lora]) -> tuple[str, ...]:
+    """Return what the headers of LoRAs say that they were trained on.
+
+    Raises:
+        WeightsError: there is no such file, or it is not sound.
+    """
+    return tuple(text for lora in loras for text in open_lora(lora.path).trained_on())
 
 
 def _without(loras: Sequence[Lora], path: Path | None) -> tuple[Lora, ...]:
