@@ -18,7 +18,7 @@ VIDEOS = 48
 
 @pytest.mark.slow
 def test_frame_by_frame_in_four_steps_without_guidance():
-    """Measured 30 of 48 right, as another implementation's 28; with the next caption, 0 to 2."""
+    """Measured 30 of 48 right, as another implementation's 28."""
     pipeline = Pipeline.from_pretrained("mini", dtype="float32", keep=True)
     denoiser, encoder = pipeline._denoiser.get(), pipeline.components.text_encoder
     schedule = CausalSchedule(warp((1000, 750, 500, 250), 4), 1)

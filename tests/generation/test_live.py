@@ -340,7 +340,7 @@ def resident() -> float:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_over_2000_frames(checkpoints: Checkpoints):
-    """By at most 3 MiB (0.3 measured); frames that somebody keeps are caught (7 MiB)."""
+    """By at most 3 MiB; frames that somebody keeps are caught (7 MiB)."""
     pipe = Pipeline.from_pretrained(checkpoints("df", "original"), dtype="float32")
     settings = {"height": 32, "width": 48, "seed": 3, "steps": 1, "guidance_scale": 1.0}
     growth: list[float] = []

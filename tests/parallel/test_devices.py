@@ -14,7 +14,9 @@ from skyreels_jax.parallel.plan import MeshPlan, all_plans
 
 # Of the largest latent, after each of three steps in float32 with guidance 3.
 TOL = 2e-6  # measured at most 1.85e-6
-TOL_BF16 = 4e-2  # measured 1.3e-2
+TOL_BF16 = 4e-2  # measured 1.4e-2
+# Adds the difference of an earlier step, with its rounding, to the input of this one.
+TOL_EASYCACHE = 3e-6  # measured 2.04e-6 on data=4,ulysses=2, at most 1.81e-6 on the 19 others
 FAST = [
     ("uneven", "fsdp=2,ring=2,ulysses=2", "-"),
     # Layers of the VAE whose rows, and a text encoder whose parameters, are cut over 4 devices.
@@ -62,6 +64,7 @@ def test_every_mesh_of_eight_devices(case: str):
     found = differences(*words)
     assert len(found) == 20
     tol = TOL_BF16 if CASES[case].dtype == "bfloat16" else TOL
+    tol = TOL_EASYCACHE if case == "easycache" else tol
     assert {key: value for key, value in found.items() if not value < tol} == {}
 
 
