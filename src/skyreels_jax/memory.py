@@ -176,6 +176,18 @@ def available_memory() -> int | None:
     return min(_host_memory(), default=None)
 
 
+def total_memory() -> int | None:
+    """Bytes that there are in all where JAX computes, used or not; the same from start to start.
+
+    ``None`` if it cannot be found out.
+    """
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"]
+    whole = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_container_limit()]
+    return min(whole, default=None)
+
+
 @contextmanager
 def refused_in_words(advice: str) -> Iterator[None]:
     """A device's refusal to allot memory as one line instead of the compiler's report.
@@ -201,9 +213,14 @@ def _host_memory() -> list[int]:
                 free.append(int(line.split()[1]) * 1024)
     except OSError:
         free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return [*free, *_container_limit()]
+
+
+def _container_limit() -> list[int]:
+    """What a container may have, if this is one that says so."""
     try:
         # Not less what is used: that counts the file cache, which gives way.
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
     except OSError:
-        return free
-    return [*free, int(limit)] if limit.isdecimal() else free
+        return []
+    return [int(limit)] if limit.isdecimal() else []

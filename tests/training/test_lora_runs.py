@@ -236,3 +236,44 @@ def test_a_dry_run_is_compiled_and_writes_nothing(
     assert "a step of 2 of 32 x 32 x 5" in said
     assert "unknown" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_is_for_another_device_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recipe(tmp_path)
+    assert main(["train", str(tmp_path / "run.toml"), "--device", "h100"]) == 2
+    assert "--device goes with --dry-run" in capsys.readouterr().err
+    text = (tmp_path / "run.toml").read_text().replace('"mini"', '"SkyReels-V2-I2V-14B-540P"', 1)
+    (tmp_path / "run.toml").write_text(text)
+    assert main(["train", str(tmp_path / "run.toml"), "--dry-run"]) == 2
+    assert "set model.model_type = 'i2v'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_a_released_model_needs_nothing_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    text = RECIPE.replace("OUTPUT", str(tmp_path / "run")).replace("TYPE", "t2v")
+    text = text.replace("START", "SkyReels-V2-T2V-14B-540P").replace("dropout = 0.1\n", "")
+    text = text.replace("rank = 4", "rank = 16").replace(
+        '"float32"\n[lora]', '"float32"\nremat = true\ndtype = "bfloat16"\n[lora]'
+    )
+    text = text.replace('base = "float32"', 'base = "bfloat16"').replace("ema = 0.9\n", "")
+    data = text.partition("[data]")[0]
+    data += '[data]\nsource = "folder"\nvae = "mini"\ntext = "mini"\nencoded = "x"\n'
+    data += "resolution = [960, 544]\nbatch = 1\n"
+    (tmp_path / "run.toml").write_text(
+        data + '[[data.datasets]]\nvideo_directory = "x"\ntarget_frames = [97]\n'
+    )
+    said = {}
+    for device in ("h100", "4090"):
+        code = main(["train", str(tmp_path / "run.toml"), "--dry-run", "--device", device])
+        lines = capsys.readouterr().out.splitlines()
+        assert "a step of 1 of 960 x 544 x 97" in lines[0]
+        said[device] = code, lines[-1]
+    # With attention's linears alone; of the feed-forward's too, 70.04 GB.
+    assert said["h100"][0] == 0
+    assert said["4090"][0] == 2
+    assert "does not fit" in said["4090"][1]
+    size = re.search(r"together +([\d.]+) GB", said["h100"][1])
+    assert size is not None
+    assert 60 < float(size[1]) < 70

@@ -182,7 +182,7 @@ def _run_encode(args: argparse.Namespace) -> int:
     sources = find_sources(training)
     plan = plan_clips(data, open_tokenizer(sources.text.component("tokenizer")))
     require_sound(plan, data.skip_broken)
-    files = EncodedFiles(Path(data.encoded).expanduser(), sources, data.text_dtype)
+    files = EncodedFiles.of(data, sources)
     share = (shard.index, shard.count)
     enable_compilation_cache()
     with encoding_progress() as on_encoded:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skyreels_jax.cli.flags import add_process_flags
+from skyreels_jax.cli.plan import ACCELERATOR_NAMES
 from skyreels_jax.errors import RequestError
 
 if TYPE_CHECKING:
     from skyreels_jax.generation.request.keywords import VideoSettings
     from skyreels_jax.mini.recipe import Recipe
+    from skyreels_jax.models.transformer_config import TransformerConfig
     from skyreels_jax.training.dataset import OnEncoded
     from skyreels_jax.training.log import OnLog
 
@@ -38,6 +40,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         action="store_true",
         help="say what a step takes of the device's memory, from headers alone, and train nothing",
     )
+    parser.add_argument(
+        "--device",
+        choices=ACCELERATOR_NAMES,
+        help="with --dry-run: of this accelerator instead, which nobody needs to have",
+    )
     add_process_flags(parser)
 
 
@@ -55,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.config, overrides)
     shown = _sample_prompts(recipe)
     if args.dry_run:
-        return _dry_run(recipe)
+        return _dry_run(recipe, args.device)
+    if args.device is not None:
+        raise RequestError("--device goes with --dry-run: training takes the devices there are")
 
     from skyreels_jax.cli.together import broken_off_in_words, join
     from skyreels_jax.cli.training_samples import samples_of, write_samples_of
@@ -104,26 +113,71 @@ def _sample_prompts(recipe: "Recipe") -> "list[tuple[str, VideoSettings]]":
     return read_sample_prompts(Path(recipe.run.sample_prompts).expanduser(), recipe.tables)
 
 
-def _dry_run(recipe: "Recipe") -> int:
-    """Print the memory of a step of a recipe that trains the transformer."""
-    from skyreels_jax.training.footprint import footprint
-    from skyreels_jax.training.optimizer import make_optimizer
+def _dry_run(recipe: "Recipe", device: str | None) -> int:
+    """Print the memory of a step of a recipe that trains the transformer; 2 if it does not fit."""
+    from skyreels_jax.presets import PRESETS
     from skyreels_jax.training.sources import find_sources
 
     if recipe.kind != "video":
         raise RequestError(f"--dry-run is of train = 'video', not of {recipe.kind!r}")
-    sources, run = find_sources(recipe.tables), recipe.run
+    shape = recipe.tables.model
+    preset = PRESETS.get(shape.start or "")
+    # Of a released checkpoint that is named so nothing need be there.
+    config = find_sources(recipe.tables).config if preset is None else preset.config
+    if config.model_type != shape.model_type:
+        raise RequestError(
+            f"model.start = {shape.start!r} is {config.model_type}: set model.model_type = "
+            f"{config.model_type!r}"
+        )
+    return _dry_run_here(recipe, config) if device is None else _planned(recipe, config, device)
+
+
+def _dry_run_here(recipe: "Recipe", config: "TransformerConfig") -> int:
+    """By this machine's compiler."""
+    import jax
+
+    from skyreels_jax.training.footprint import footprint
+    from skyreels_jax.training.optimizer import make_optimizer
+
+    run = recipe.run
     found = footprint(
         recipe.tables,
-        sources.config,
+        config,
         lambda params: make_optimizer(recipe.optimizer, run.steps, params),
         ema=run.ema,
         accumulate=run.accumulate,
+        kernels=run.kernels,
     )
-    print(f"a step of {found.clips}, the largest clips that there can be")
+    platform = jax.devices()[0].platform
+    print(f"a step of {found.clips}, the largest clips that there can be; compiled for {platform}")
     for name, size in found.parts().items():
         print(f"{name:<32} {'unknown' if size is None else f'{size / 1e9:.3f} GB':>12}")
+    if run.offload:
+        left = found.offloaded().parts()["together"] or 0
+        print(f"{'of it not on the host':<32} {f'{left / 1e9:.3f} GB':>12} between steps")
     return 0
+
+
+def _planned(recipe: "Recipe", config: "TransformerConfig", device: str) -> int:
+    """For an accelerator: the step is traced, and what a layer takes at work is a formula."""
+    from skyreels_jax.generation.dry_run.meshes import ACCELERATORS
+    from skyreels_jax.generation.dry_run.training import TrainingJob, training_forecast
+    from skyreels_jax.parallel.plan import AUTO, MeshPlan
+    from skyreels_jax.training.footprint import largest_clips
+
+    run, kind, clips = recipe.run, ACCELERATORS[device], largest_clips(recipe.tables)
+    plan = MeshPlan() if run.mesh in (None, AUTO) else MeshPlan.parse(run.mesh)
+    job = TrainingJob(config, clips, recipe.tables, recipe.optimizer, run.ema)
+    found = training_forecast(job.step(), plan, kind)
+    print(
+        f"a step of {clips}, the largest clips that there can be, on {plan.devices} x {device}; "
+        "traced, neither compiled nor run"
+    )
+    for name, size in found.bytes.items():
+        print(f"{name:<32} {size / 1e9:>9.3f} GB")
+    verdict = "fits" if found.fits else "does not fit"
+    print(f"{'together':<32} {found.total / 1e9:>9.3f} GB of {kind.memory / 1e9:.1f}: {verdict}")
+    return 0 if found.fits else 2
 
 
 @contextmanager

@@ -46,7 +46,8 @@ def write_samples_of(shown: Sequence[tuple[str, VideoSettings]]) -> SampleWriter
         for number, (prompt, settings) in enumerate(shown):
             try:
                 video = pipeline(prompt, **settings)
-                video.save(folder / f"{number}.mp4")
+                # Settings would name the temporary folder: the same run makes the same file.
+                video.save(folder / f"{number}.mp4", metadata=False)
                 (folder / f"{number}.txt").write_text(prompt + "\n", encoding="utf-8")
                 rows.append(contact_sheet(video.frames, count=6, columns=6))
             except Exception as error:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.stages import Traced
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from skyreels_jax.geometry import PIXELS_PER_LATENT, latent_frames
@@ -84,6 +85,10 @@ class Footprint:
             "intermediate values": self.temporary,
         }
         return {**found, "together": sum(size or 0 for size in found.values())}
+
+    def offloaded(self) -> "Footprint":
+        """What the device has between steps where optimiser and average wait on the host."""
+        return replace(self, optimizer=0, average=0)
 
 
 def largest_clips(training: VideoTraining) -> ClipShape:
@@ -176,7 +181,12 @@ class AbstractStep:
         layers.adopt(model)
         return velocity_loss(model, batch, *noise), {}
 
-    def traced(self, accumulate: int = 1, mesh: "TrainingMesh | None" = None) -> Traced:
+    def traced(
+        self,
+        accumulate: int = 1,
+        mesh: "TrainingMesh | None" = None,
+        kernels: DTypeLike = jnp.float32,
+    ) -> Traced:
         """What JAX traced of it, with arrays where a mesh has them."""
         frozen, state, batch = self.frozen, self.state, self.batch
         loss, key = self.loss, jax.eval_shape(lambda: jax.random.key(0))
@@ -184,7 +194,7 @@ class AbstractStep:
             loss = mesh.loss_of({**frozen, **state.params}, loss)
             frozen, state, batch = self.placed(mesh)
         made = {"accumulate": accumulate, "ema": self.ema, "mesh": mesh}
-        step = make_step(loss, self.optimizer, draw=_draw, **made)
+        step = make_step(loss, self.optimizer, draw=_draw, kernels=kernels, **made)
         assert isinstance(step, partial)
         return step.func.trace(state, batch, key, frozen=frozen)
 
@@ -210,6 +220,7 @@ def footprint(
     ema: float = 0.0,
     accumulate: int = 1,
     clips: ClipShape | None = None,
+    kernels: DTypeLike = jnp.float32,
     compiles: bool = True,
 ) -> Footprint:
     """Count what a step takes, and have it compiled from shapes.
@@ -221,13 +232,14 @@ def footprint(
         ema: of the parameters; 0 keeps no average.
         accumulate: parts of a batch.
         clips: the largest; as the data has them unless given.
+        kernels: dtype in which the model is given what multiplies.
         compiles: whether the compiler is asked for intermediate values.
     """
     clips = largest_clips(training) if clips is None else clips
     step = AbstractStep.of(training, config, optimizer, clips=clips, ema=ema)
     temporary = None
     if compiles:
-        memory = step.traced(accumulate).lower().compile().memory_analysis()
+        memory = step.traced(accumulate, kernels=kernels).lower().compile().memory_analysis()
         temporary = None if memory is None else memory.temp_size_in_bytes
     return Footprint(
         clips,

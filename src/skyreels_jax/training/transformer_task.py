@@ -109,16 +109,21 @@ class VideoTask:
         return Template.of(self._begin())
 
     def _begin(self) -> WanModel:
-        model = self._fresh(self.config)
         layout, begun = self._sources.start, self._sources.begun
         if layout is None or begun is None:
-            return model
+            return self._fresh(self.config)
         state = stored_transformer(layout).load_state(jnp.float32)
         if begun == self.config:
-            nnx.update(model, state)
-        else:
-            graph = nnx.graphdef(self._fresh(begun))
-            widen_to_i2v(model, Template.of(nnx.merge(graph, state))[1])
+            # Of the fresh one only the structure: there is one model in memory, not two.
+            graph = nnx.graphdef(nnx.eval_shape(lambda: self._fresh(self.config)))
+            return nnx.merge(graph, state)
+        _logger.warning(
+            "%s is %s: the i2v model begins with its parameters; %d new input channels and the "
+            "image's values are zero, and what else looks at the image is drawn at random",
+            *(self.training.model.start, begun.model_type, self.config.in_dim - begun.in_dim),
+        )
+        model, graph = self._fresh(self.config), nnx.graphdef(self._fresh(begun))
+        widen_to_i2v(model, Template.of(nnx.merge(graph, state))[1])
         return model
 
     def _fresh(self, config: TransformerConfig) -> WanModel:

@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests import documents
+from tests.media.films import colours, write_film
 from tests.training.videos.small_films import CAPTIONS, make_films, write_recipe
 
 from skyreels_jax.cli.main import main
 from skyreels_jax.components.clip_preprocessing import squash
 from skyreels_jax.components.encoders import WanAutoencoder, condition_latents, prepare_image
+from skyreels_jax.memory import vae_work
 from skyreels_jax.mini.recipe import read_recipe
 from skyreels_jax.training.dataset import FirstFrameEncoder
 from skyreels_jax.training.sources import find_sources
+from skyreels_jax.training.videos import encode
 from skyreels_jax.training.videos.clips import Videos
 from skyreels_jax.training.videos.survey import frames_of
 from skyreels_jax.weights.components.clip import stored_image_encoder
@@ -167,6 +170,36 @@ def test_clips_are_encoded_as_generation_encodes_them(folder: Path):
         features = FirstFrameEncoder(sources.image)._apply(pixels[None])[0]
         # Measured: 5.7e-6, of features up to 11.
         np.testing.assert_allclose(batch.clip_fea[0], features, atol=1e-4)
+
+
+def test_large_frames_are_encoded_in_tiles(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    for file in (folder / "films").iterdir():
+        file.unlink()
+    write_film(folder / "films" / "large.mp4", colours(5, 272, 288))
+    (folder / "films" / "large.txt").write_text("Four quarters of colour.")
+    recipe = write_recipe(folder, data__resolution="[288, 272]")
+    training = read_recipe(recipe).tables
+    sources = find_sources(training)
+    vae = stored_vae(sources.vae).load(jnp.float32)
+
+    def latents() -> tuple[np.ndarray, str]:
+        videos = Videos(training.data, sources, 0, 0.0, lambda what, done, total: None)
+        return np.asarray(videos.batch(0).latents[0]), videos.fingerprint()["data.sizes in tiles"]
+
+    whole, tiled_sizes = latents()
+    assert tiled_sizes == "none"
+    # Half of this would be taken by a frame that is a little smaller.
+    needed = vae_work(vae.config, "encode", 272, 288)
+    monkeypatch.setattr(encode, "total_memory", lambda: int(1.9 * needed))
+    tiled, tiled_sizes = latents()
+    assert tiled_sizes == "288 x 272"
+    frames = list(frames_of(folder / "films" / "large.mp4", 16, None))[:5]
+    pixels = [prepare_image(f, 272, 288, Image.Resampling.BICUBIC).pixels for f in frames]
+    generated = WanAutoencoder(vae, "on").encode(np.stack(pixels, axis=1))
+    np.testing.assert_array_equal(tiled, generated)
+    # Each stays under its own name: nothing is encoded again when the machine is the other.
+    assert np.abs(tiled - whole).max() > 1e-4
+    assert len(list((folder / "encoded" / "clips").glob("*.safetensors"))) == 2
 
 
 def test_a_sheet_and_images_train_too(folder: Path):

@@ -9,6 +9,7 @@ from typing import Final
 import jax.numpy as jnp
 import numpy as np
 
+from skyreels_jax.models.vae_tiling import WHOLE
 from skyreels_jax.training.batches import HELD_CLIPS, TRAINING_STREAM, Example, Tags
 from skyreels_jax.training.dataset import OnEncoded
 from skyreels_jax.training.objective import Batch
@@ -96,7 +97,7 @@ class Videos:
         self.plan = plan_clips(data, tokenizer)
         require_sound(self.plan, data.skip_broken)
         self.text_length = self.plan.text_length
-        self._files = EncodedFiles(Path(data.encoded).expanduser(), sources, data.text_dtype)
+        self._files = EncodedFiles.of(data, sources)
         encode_videos(self.plan, self._files, on_encoded=on_encoded)
         self._datasets = data.datasets
         self._seed, self._text_dropout = seed, text_dropout
@@ -108,7 +109,9 @@ class Videos:
     def fingerprint(self) -> Mapping[str, str]:
         """Digests of the encoders, of which clips there are, and of their captions."""
         encoders = {f"data.{name} digest": d[:12] for name, d in self._files.digests.items()}
-        return {**encoders, **self.plan.digests()}
+        cut = {c.bucket for c in self.plan.clips if self._files.tiling(c) is not WHOLE}
+        tiled = ", ".join(sorted({f"{bucket.width} x {bucket.height}" for bucket in cut}))
+        return {**encoders, **self.plan.digests(), "data.sizes in tiles": tiled or "none"}
 
     def batch(self, index: int) -> Batch:
         """Clips of one bucket with one of their captions each, or none."""

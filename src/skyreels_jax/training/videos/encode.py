@@ -8,6 +8,7 @@ each take a share.
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -25,8 +26,10 @@ from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.files import TEMPORARY_PREFIX, load_tensors, reason_of, save_tensors
 from skyreels_jax.hub import fingerprint
 from skyreels_jax.media import RgbImage, fit_image
+from skyreels_jax.memory import total_memory, vae_work
 from skyreels_jax.models.vae import WanVae, encode_pixels
 from skyreels_jax.models.vae_layers import FRAME_STRIDE
+from skyreels_jax.models.vae_tiling import WHOLE, Tiles, Tiling
 from skyreels_jax.prompts import TEXT_LEN, clean
 from skyreels_jax.shapes import Frames
 from skyreels_jax.training.dataset import (
@@ -37,6 +40,7 @@ from skyreels_jax.training.dataset import (
 )
 from skyreels_jax.training.sources import TrainingSources
 from skyreels_jax.training.videos.plan import DataPlan, PlannedClip
+from skyreels_jax.training.videos.recipe import FolderData
 from skyreels_jax.training.videos.survey import frames_of
 from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.layout import ComponentName, Layout
@@ -47,6 +51,8 @@ _FORMAT: Final = 1
 _RESAMPLING: Final = Image.Resampling.BICUBIC
 # A caption is padded to the least of these that holds it: few shapes, and the same for ever.
 _LENGTHS: Final = (32, 64, 128, 256, TEXT_LEN)
+# Of the memory that there is in all, what work on whole frames may take.
+_WHOLE_SHARE: Final = 0.5
 # Seconds after which a temporary file is taken to be left over.
 _STALE: Final = 3600.0
 
@@ -61,11 +67,38 @@ class EncodedFiles:
         folder: of all.
         sources: the encoders.
         text_dtype: in which text is encoded.
+        vae_tiling: as in :class:`.FolderData`.
     """
 
     folder: Path
     sources: TrainingSources
     text_dtype: str
+    vae_tiling: str = "auto"
+
+    @classmethod
+    def of(cls, data: FolderData, sources: TrainingSources) -> "EncodedFiles":
+        """Those of a recipe's data."""
+        folder = Path(data.encoded).expanduser()
+        return cls(folder, sources, data.text_dtype, data.vae_tiling)
+
+    @cached_property
+    def _most_pixels(self) -> float:
+        """The most that a frame that is encoded whole has.
+
+        Never by what is free just now: a run that goes on must find what it encoded before.
+        """
+        if self.vae_tiling != "auto" or (memory := total_memory()) is None:
+            return 0.0 if self.vae_tiling == "on" else math.inf
+        of_a_pixel = vae_work(stored_vae(self.sources.vae).config, "encode", 1, 1)
+        return _WHOLE_SHARE * memory / of_a_pixel
+
+    def tiling(self, clip: PlannedClip) -> Tiling:
+        """How a clip's frames are cut to be encoded, as generation cuts them."""
+        pixels = clip.bucket.height * clip.bucket.width
+        return Tiles() if pixels > self._most_pixels else WHOLE
+
+    def _how(self, clip: PlannedClip) -> tuple[str, ...]:
+        return () if self.tiling(clip) is WHOLE else ("tiles",)
 
     @cached_property
     def digests(self) -> Mapping[str, str]:
@@ -81,11 +114,12 @@ class EncodedFiles:
 
     def clip(self, clip: PlannedClip) -> Path:
         """Latents of a clip, and its first frame."""
-        return self._path("clips", clip.identity, self.digests["vae"])
+        return self._path("clips", clip.identity, self.digests["vae"], *self._how(clip))
 
     def first(self, clip: PlannedClip) -> Path:
         """What an i2v model is given of a clip's first frame."""
-        return self._path("first", clip.identity, self.digests["vae"], self.digests["image"])
+        digests = self.digests["vae"], self.digests["image"]
+        return self._path("first", clip.identity, *digests, *self._how(clip))
 
     def text(self, caption: str) -> Path:
         """States of a caption."""
@@ -195,9 +229,10 @@ def _encode_clips(
     for together in streams.values():
         for clip, frames in cut_frames(together):
             if files.clip(clip) in missing:
-                _write(files.clip(clip), {"latents": _latents(vae, frames), "first": frames[0]})
+                latents = _latents(vae, frames, files.tiling(clip))
+                _write(files.clip(clip), {"latents": latents, "first": frames[0]})
             if encoder is not None and files.first(clip) in missing:
-                known = _known(vae, frames)
+                known = _known(vae, frames, files.tiling(clip))
                 _write(files.first(clip), {"known": known, "image": encoder(frames[:1])[0]})
             done += 1
             on_encoded("clips", done, len(clips))
@@ -228,16 +263,16 @@ def cut_frames(clips: Sequence[PlannedClip]) -> Iterator[tuple[PlannedClip, Fram
     )
 
 
-def _latents(vae: WanVae, frames: Frames) -> Float[np.ndarray, "C F H W"]:
+def _latents(vae: WanVae, frames: Frames, tiling: Tiling) -> Float[np.ndarray, "C F H W"]:
     """Normalised latents, four frames at a time, as a video to be continued is encoded."""
-    return encode_pixels(vae, pixels_of(frames[None]))[0]
+    return encode_pixels(vae, pixels_of(frames[None]), tiling=tiling)[0]
 
 
-def _known(vae: WanVae, frames: Frames) -> Float[np.ndarray, "Y F H W"]:
+def _known(vae: WanVae, frames: Frames, tiling: Tiling) -> Float[np.ndarray, "Y F H W"]:
     """Mask and latents of the video of which only the first frame is known, others mid-grey."""
     pixels = np.zeros((1, 3, *frames.shape[:3]), np.float32)
     pixels[:, :, 0] = pixels_of(frames[:1])
-    latents = encode_pixels(vae, pixels)[0]
+    latents = encode_pixels(vae, pixels, tiling=tiling)[0]
     mask = np.zeros((FRAME_STRIDE, *latents.shape[1:]), latents.dtype)
     mask[:, 0] = 1
     return np.concatenate([mask, latents])

@@ -152,6 +152,8 @@ class FolderData(VideoData):
         validation_split: share of files that are never trained on, for the held-out loss.
         skip_broken: go on without files that cannot be used; else they are refused.
         text_dtype: in which the text encoder computes.
+        vae_tiling: whether frames are encoded in tiles: ``on``, ``off``, or ``auto`` for those that
+            would take more than half of the memory that there is in all.
     """
 
     source: Literal["folder"]
@@ -164,6 +166,7 @@ class FolderData(VideoData):
     validation_split: float = 0.0
     skip_broken: bool = False
     text_dtype: Literal["float32", "bfloat16"] = "float32"
+    vae_tiling: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self):
         check_at_least(self, 1, "batch", most=10_000)
