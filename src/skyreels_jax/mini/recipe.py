@@ -13,6 +13,8 @@ from skyreels_jax.parallel.plan import AUTO, MeshPlan
 from skyreels_jax.training.checkpointing import RunSettings
 from skyreels_jax.training.config import from_table, read_toml
 from skyreels_jax.training.dataset import OnEncoded
+from skyreels_jax.training.distillation_recipe import DISTILLATION_OF_SOURCE, DistillTraining
+from skyreels_jax.training.distillation_task import DistillTask
 from skyreels_jax.training.loop import RunConfig
 from skyreels_jax.training.lora_task import make_video_task
 from skyreels_jax.training.mesh import check_rows
@@ -29,6 +31,12 @@ _TRAINABLE: Final[Mapping[str, tuple[type, _Make]]] = {
     "text": (EncoderTraining, lambda tables, seed, _: TextTask(tables, seed)),
     "image": (EncoderTraining, lambda tables, seed, _: ImageTask(tables, seed)),
     "video": (VideoTraining, make_video_task),
+    "distill": (DistillTraining, DistillTask),
+}
+# Kinds whose tables depend on their data's source.
+_BY_SOURCE: Final[Mapping[str, Mapping[str, type[VideoTraining]]]] = {
+    "video": TRAINING_OF_SOURCE,
+    "distill": DISTILLATION_OF_SOURCE,
 }
 _COMMON: Final = ("train", "output", "run", "optimizer")
 
@@ -38,7 +46,7 @@ class Recipe:
     """A checked file.
 
     Attributes:
-        kind: what is trained: ``vae``, ``text``, ``image`` or ``video``.
+        kind: what is trained: ``vae``, ``text``, ``image``, ``video`` or ``distill``.
         output: folder of the run.
         run: its course.
         optimizer: its updates.
@@ -97,7 +105,7 @@ def read_recipe(file: Path, overrides: Mapping[str, str | int] | None = None) ->
     if not isinstance(kind, str) or kind not in _TRAINABLE:
         raise RequestError(f"{where}: train = {kind!r} should be one of {', '.join(_TRAINABLE)}")
     own = {name: table for name, table in values.items() if name not in _COMMON}
-    tables = TRAINING_OF_SOURCE[_source(own, where)] if kind == "video" else _TRAINABLE[kind][0]
+    tables = _BY_SOURCE[kind][_source(own, where)] if kind in _BY_SOURCE else _TRAINABLE[kind][0]
     recipe = Recipe(
         kind=kind,
         output=_output(values.get("output"), where),
@@ -105,6 +113,8 @@ def read_recipe(file: Path, overrides: Mapping[str, str | int] | None = None) ->
         optimizer=from_table(OptimizerConfig, values.get("optimizer", {}), f"{where}: optimizer"),
         tables=from_table(tables, own, where),
     )
+    if isinstance(recipe.tables, DistillTraining):
+        _check_distillation(recipe.tables, recipe.run, where)
     data, parts = recipe.tables.data, recipe.run.accumulate
     for batch in data.batches() if isinstance(data, VideoData) else (data.batch,):
         if batch % parts:
@@ -116,6 +126,19 @@ def read_recipe(file: Path, overrides: Mapping[str, str | int] | None = None) ->
         if recipe.run.mesh not in (None, AUTO):
             check_rows(MeshPlan.parse(recipe.run.mesh), batch // parts)
     return recipe
+
+
+def _check_distillation(tables: DistillTraining, run: RunConfig, where: str) -> None:
+    if run.mesh is not None:
+        raise RequestError(
+            f"{where}: run.mesh = {run.mesh!r}: a student is distilled on one device so far; leave "
+            "run.mesh out"
+        )
+    if tables.distill.stage == "consistency" and not run.ema:
+        raise RequestError(
+            f"{where}: run.ema must be above 0 for distill.stage = 'consistency', whose student "
+            "should agree with its own average; such as 0.95"
+        )
 
 
 def _source(tables: Mapping[str, object], where: str) -> str:

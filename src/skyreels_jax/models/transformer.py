@@ -44,7 +44,7 @@ from skyreels_jax.models.transformer_layers import (
     WanAttentionBlock,
 )
 from skyreels_jax.ops.attention import PastKeyValues
-from skyreels_jax.ops.masks import BlockCausal
+from skyreels_jax.ops.masks import BlockCausal, Mask
 from skyreels_jax.ops.positions import RopeTable, rope_table, sinusoidal_embedding_1d
 from skyreels_jax.shapes import Latents, Timesteps
 
@@ -221,7 +221,7 @@ class WanModel(nnx.Module):
         tokens: FrameTokens,
         context: CrossContext,
         shared: SharedInputs,
-        mask: BlockCausal | None,
+        mask: Mask | None,
         attention: str | None,
         past: PastFrames | None = None,
         *,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from skyreels_jax.models.layers import Linear, WanRMSNorm
 from skyreels_jax.models.transformer_config import Numerics
 from skyreels_jax.ops.attention import PastKeyValues, attention
-from skyreels_jax.ops.masks import BlockCausal
+from skyreels_jax.ops.masks import Mask
 from skyreels_jax.ops.positions import RopeTable, rope_apply
 from skyreels_jax.shapes import Context, Tokens
 
@@ -143,7 +143,7 @@ class WanSelfAttention(_Projections):
         x: Tokens,
         rope: RopeTable,
         *,
-        mask: BlockCausal | None = None,
+        mask: Mask | None = None,
         implementation: str | None = None,
         own: KeyValues | None = None,
         past: PastKeyValues | None = None,

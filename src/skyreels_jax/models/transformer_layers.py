@@ -35,7 +35,7 @@ from skyreels_jax.models.transformer_attention import (
 )
 from skyreels_jax.models.transformer_config import Numerics, TransformerConfig
 from skyreels_jax.ops.linear import linear
-from skyreels_jax.ops.masks import BlockCausal
+from skyreels_jax.ops.masks import Mask
 from skyreels_jax.ops.positions import RopeTable
 
 FrameTokens = Float[Array, "B F P D"]
@@ -85,7 +85,7 @@ class WanAttentionBlock(nnx.Module):
         context: CrossContext,
         rope: RopeTable,
         *,
-        mask: BlockCausal | None = None,
+        mask: Mask | None = None,
         implementation: str | None = None,
         past: PastTokens | None = None,
         attend: AttentionFunction | None = None,

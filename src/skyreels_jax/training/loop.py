@@ -17,7 +17,7 @@ from skyreels_jax.parallel.plan import AUTO, MeshPlan
 from skyreels_jax.training.checkpointing import Checkpoints, RunSettings, open_checkpoints
 from skyreels_jax.training.log import OnLog, TrainingLog
 from skyreels_jax.training.mesh import TrainingMesh
-from skyreels_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from skyreels_jax.training.optimizer import OptimizerConfig, learning_rate, optimizer_of
 from skyreels_jax.training.prefetch import prefetched
 from skyreels_jax.training.processes import agreed, any_says, is_first, whole
 from skyreels_jax.training.step import TrainState, TrainStep, TrainStepReport, init_state, make_step
@@ -158,7 +158,7 @@ def train(
     mesh = None if run.mesh is None else _mesh_of(task, run.mesh, run.accumulate)
     if mesh is not None:
         on_mesh(str(mesh))
-    chain = make_optimizer(optimizer, run.steps, first)
+    chain = optimizer_of(task, optimizer, run.steps, first)
     state = init_state(first, chain, run.ema, mesh, offload=run.offload)
     with (
         open_checkpoints(output / "checkpoints", keep=run.keep) as saved,

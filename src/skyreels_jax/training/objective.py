@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 def add_noise(latents: Latents, noise: Latents, sigma: Sigmas) -> Latents:
     """``(1 - sigma) * latents + sigma * noise``, by video or by frame."""
-    share = _beside_latents(sigma)
+    share = beside_latents(sigma)
     return (1 - share) * latents + share * noise
 
 
@@ -82,7 +82,7 @@ def velocity_loss(
     )
     error = jnp.square(prediction - (noise - batch.latents))
     if weight is not None:
-        error = error * _beside_latents(weight(sigma))
+        error = error * beside_latents(weight(sigma))
     if known is None:
         return jnp.mean(error)
     # By video, so that the parts of a batch have the mean of the whole.
@@ -100,5 +100,6 @@ def cosmap(sigma: Sigmas) -> Sigmas:
     return 2 / (jnp.pi * (1 - 2 * sigma + 2 * jnp.square(sigma)))
 
 
-def _beside_latents(sigma: Sigmas) -> Float[Array, "B 1 steps 1 1"]:
+def beside_latents(sigma: Sigmas) -> Float[Array, "B 1 steps 1 1"]:
+    """Sigmas ``[B, steps]`` as they multiply latents."""
     return sigma[:, None, :, None, None]

@@ -1,7 +1,7 @@
 """What turns gradients into updates: optax's optimisers, by name and numbers."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, Protocol, runtime_checkable
 
 from skyreels_jax.training.task import Params
 
@@ -46,6 +46,15 @@ class OptimizerConfig:
             raise ValueError(f"{self.beta1=} and {self.beta2=} should be at least 0 and below 1")
         if self.warmup < 0 or self.weight_decay < 0:
             raise ValueError(f"{self.warmup=} and {self.weight_decay=} should not be negative")
+
+
+@runtime_checkable
+class OwnOptimizer(Protocol):
+    """A task whose parameters are not all updated alike."""
+
+    def optimizer(self, config: OptimizerConfig, steps: int) -> "optax.GradientTransformation":
+        """What a recipe's optimiser becomes over a run of so many steps."""
+        ...
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> "optax.Schedule":
@@ -119,3 +128,12 @@ def _muon_axes(params: Params) -> "dict[str, MuonDimensionNumbers | None]":
         return MuonDimensionNumbers(tuple(range(first, ndim - 1)), ndim - 1)
 
     return {name: axes(name, value.ndim) for name, value in params.items()}
+
+
+def optimizer_of(
+    task: object, config: OptimizerConfig, steps: int, params: Params
+) -> "optax.GradientTransformation":
+    """A task's own optimiser, or else the recipe's for all parameters alike."""
+    if isinstance(task, OwnOptimizer):
+        return task.optimizer(config, steps)
+    return make_optimizer(config, steps, params)

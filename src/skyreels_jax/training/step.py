@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from skyreels_jax.errors import UnsupportedError
 from skyreels_jax.training.optimizer import MATRICES
-from skyreels_jax.training.task import LossAndMetrics, Params
+from skyreels_jax.training.task import AVERAGE, LossAndMetrics, Params
 
 if TYPE_CHECKING:
     import optax
@@ -141,10 +141,14 @@ def make_step(
     def step(
         state: TrainState, batch: PyTree, key: Array, frozen: Params
     ) -> tuple[TrainState, TrainStepReport]:
+        on_device = _on_device(state)
+        # On one device a loss may ask for the average too; on a mesh none does.
+        named = on_device.average if mesh is None else {}
+        others = {**frozen, **{f"{AVERAGE}{name}": value for name, value in named.items()}}
         made = {"draw": draw, "accumulate": accumulate, "ema": ema, "mesh": mesh}
         made["kernels"] = jnp.dtype(kernels)
-        stepped = _uncompiled(loss, optimizer, frozen, **made)
-        after, report = stepped(_on_device(state), batch, key)
+        stepped = _uncompiled(loss, optimizer, others, **made)
+        after, report = stepped(on_device, batch, key)
         return jax.tree.map(_where, after, state), report
 
     return partial(jax.jit(step, donate_argnums=0), frozen=dict(frozen or {}))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Final, Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
 from flax import nnx
@@ -13,6 +13,8 @@ Params = Mapping[str, jax.Array]
 ShapesOfParams = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
 # The loss and other metrics by name.
 LossAndMetrics = tuple[Float[Array, ""], dict[str, Array]]
+# Begins the names of parameters' moving averages, which a loss is given too on one device.
+AVERAGE: Final = "average."
 _ModelT = TypeVar("_ModelT", bound=nnx.Module)
 
 

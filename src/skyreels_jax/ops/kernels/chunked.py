@@ -219,7 +219,7 @@ def _attend(
     def step(state: RunningSoftmax, tile):
         if mask is None:
             return take_in(state, tile), None
-        is_seen = mask.allowed(q_index[-1:], tile[0][None])[0, 0]
+        is_seen = mask.any_allowed(q_index, tile[0] + jnp.arange(keys.shape[1]))
         return jax.lax.cond(is_seen, take_in, lambda state, _: state, state, tile), None
 
     state, _ = jax.lax.scan(step, state, key_tiles)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from skyreels_jax.ops.masks import Mask
+from skyreels_jax.ops.masks import CleanAndNoisy, Mask
 from skyreels_jax.ops.target import Device
 
 
@@ -64,10 +64,18 @@ def by_query_block(
 ) -> Float[Array, "B L N K"]:
     """Serve a mask with a kernel that has none: one call per query block, on the keys it sees.
 
-    What a block sees is a prefix, so this is exact, and it computes no score that is masked away.
+    What a block sees is a prefix, or one and the block itself, so this is exact, and it computes no
+    score that is masked away.
     With ``past`` the call's own keys are written behind the filled slots, and ``unmasked`` is given
     how many keys count as ``key_value_seq_lengths``, as in :func:`jax.nn.dot_product_attention`.
     """
+    if isinstance(mask, CleanAndNoisy):
+        assert past is None, "the clean frames are what comes before the noisy ones"
+        parts = [
+            unmasked(query[:, rows], *(_joined(states, seen) for states in (key, value)))
+            for rows, seen in mask.tiles()
+        ]
+        return jnp.concatenate(parts, axis=1)
     slots = 0
     if past is not None:
         slots = past.key.shape[1]
@@ -84,6 +92,10 @@ def by_query_block(
         rows = query[:, start : start + size]
         blocks.append(unmasked(rows, key[:, seen], value[:, seen], **lengths))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+def _joined(states: Float[Array, "B S N K"], seen: tuple[slice, ...]) -> Float[Array, "B s N K"]:
+    return jnp.concatenate([states[:, part] for part in seen], axis=1)
 
 
 def _append(

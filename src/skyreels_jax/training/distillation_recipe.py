@@ -1,0 +1,146 @@
+"""The table of a recipe that distils the transformer into one of few steps."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
+from skyreels_jax.training.config import check_at_least
+from skyreels_jax.training.transformer_recipe import (
+    ClipsData,
+    FolderTraining,
+    ShapesTraining,
+    VideoTraining,
+)
+from skyreels_jax.training.videos.recipe import FolderData
+
+DistillStage = Literal["guidance", "teacher-forcing", "consistency", "continuous", "dmd"]
+# Of which stages a setting is; one that is not here is of all.
+_STAGES_OF: Final[Mapping[str, tuple[DistillStage, ...]]] = {
+    "teacher": ("guidance", "consistency", "continuous", "dmd"),
+    "guidance": ("guidance", "consistency", "continuous", "dmd"),
+    "sigmas": ("consistency",),
+    "warmup": ("continuous",),
+    "critic_steps": ("dmd",),
+    "critic_rate": ("dmd",),
+}
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a student learns, and from whom.
+
+    Attributes:
+        stage: ``guidance`` (the teacher's guided velocity, asked once), ``teacher-forcing`` (the
+            data's velocity, block by block), ``consistency`` and ``continuous`` (the end of the
+            teacher's flow, by steps or by a derivative), or ``dmd`` (its own videos, held against
+            the teacher by a critic).
+        teacher: a pipeline's or transformer's folder, ``mini`` or a Hugging Face id; that of
+            ``model.start`` unless given.
+        guidance: the teacher's scale.
+        block: latent frames that are made at once; as many as the video has leave nothing causal.
+        first_block: of the first block, where it has its own number.
+        timesteps: the student's, noisiest first, of 1000; of ``guidance`` and ``teacher-forcing``
+            what sigmas are drawn from (the table ``objective`` where empty), of ``dmd`` its steps.
+        shift: towards noise, of the sigmas of consistency and of those that critic and teacher are
+            asked at.
+        sigmas: how many steps the teacher's flow is cut into.
+        warmup: steps over which the derivative comes in.
+        critic_steps: of the critic, for each of the student.
+        critic_rate: the critic's learning rate as a share of the student's.
+    """
+
+    stage: DistillStage
+    teacher: str | None = None
+    guidance: float = 4.0
+    block: int = 3
+    first_block: int | None = None
+    timesteps: tuple[float, ...] = ()
+    shift: float = 5.0
+    sigmas: int = 48
+    warmup: int = 1000
+    critic_steps: int = 5
+    critic_rate: float = 0.2
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            stages = _STAGES_OF.get(field.name, (self.stage,))
+            value = getattr(self, field.name)
+            if self.stage not in stages and value != field.default:
+                raise ValueError(
+                    f"{field.name} = {value!r} is of stage {' or '.join(map(repr, stages))}, not "
+                    f"of {self.stage!r}; leave it out"
+                )
+        check_at_least(self, 1, "block", "warmup", "critic_steps")
+        check_at_least(self, 2, "sigmas", most=NUM_TRAIN_TIMESTEPS)
+        if self.first_block is not None:
+            check_at_least(self, 1, "first_block")
+        for name in ("shift", "critic_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)} should be positive, such as 1.0")
+        if self.guidance < 1:
+            raise ValueError(
+                f"guidance = {self.guidance} should be at least 1, which is the teacher without"
+            )
+        self._check_timesteps()
+
+    def _check_timesteps(self) -> None:
+        falls = sorted(set(self.timesteps), reverse=True) == list(self.timesteps)
+        if not falls or not all(0 < t <= NUM_TRAIN_TIMESTEPS for t in self.timesteps):
+            raise ValueError(
+                f"timesteps = {list(self.timesteps)} should fall, from at most 1000 to above 0, "
+                "such as [1000, 937.5, 833.3, 625]"
+            )
+        if self.stage == "dmd" and not self.timesteps:
+            raise ValueError(
+                "timesteps must be given for stage 'dmd': those of the student's steps, such as "
+                "[1000, 937.5, 833.3, 625]"
+            )
+        if self.timesteps and self.stage in ("consistency", "continuous"):
+            raise ValueError(
+                f"timesteps = {list(self.timesteps)} are not of stage {self.stage!r}, which learns "
+                "all of them; leave them out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillTraining(VideoTraining):
+    """A run's tables ``data``, ``model``, ``objective`` and ``distill``."""
+
+    distill: Distillation
+
+    def __post_init__(self):
+        if self.lora is not None:
+            raise ValueError("lora: a distilled student's own parameters are trained; leave it out")
+        if self.model.model_type != "t2v":
+            raise ValueError(
+                f"model.model_type = {self.model.model_type!r}: students of text to video alone "
+                "can be distilled so far"
+            )
+        if self.model.start is None:
+            raise ValueError(
+                "model.start must name what the student begins as, such as 'mini' or its teacher"
+            )
+        super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillShapes(DistillTraining, ShapesTraining):
+    """A distillation on moving shapes."""
+
+    data: ClipsData
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillFolder(DistillTraining, FolderTraining):
+    """A distillation on one's own videos."""
+
+    data: FolderData
+
+
+# By `data.source`.
+DISTILLATION_OF_SOURCE: Final[Mapping[str, type[DistillTraining]]] = {
+    "shapes": DistillShapes,
+    "folder": DistillFolder,
+}
