@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -265,6 +266,10 @@ def test_what_is_offloaded_or_rounded_goes_on_bit_for_bit(tmp_path):
         def loss(self, params, batch, noise):
             assert params["a.kernel"].dtype == jnp.bfloat16
             return super().loss({"a.kernel": params["a.kernel"].astype(jnp.float32)}, batch, noise)
+
+        def evaluate(self, params):
+            # What waits in the host's memory cannot be multiplied there.
+            return {"held": float(jax.jit(jnp.dot)(params["a.kernel"], jnp.ones(2))[0])}
 
     def ran(name: str, *steps: int, **changes) -> np.ndarray:
         for count in steps:

@@ -20,7 +20,14 @@ from skyreels_jax.training.mesh import TrainingMesh
 from skyreels_jax.training.optimizer import OptimizerConfig, learning_rate, optimizer_of
 from skyreels_jax.training.prefetch import prefetched
 from skyreels_jax.training.processes import agreed, any_says, is_first, whole
-from skyreels_jax.training.step import TrainState, TrainStep, TrainStepReport, init_state, make_step
+from skyreels_jax.training.step import (
+    TrainState,
+    TrainStep,
+    TrainStepReport,
+    best_params,
+    init_state,
+    make_step,
+)
 from skyreels_jax.training.task import FrozenBase, Params, TrainingTask
 from skyreels_jax.weights.writer import new_folder
 
@@ -244,7 +251,7 @@ class _Loop:
     def finish(self, state: TrainState) -> None:
         """Write the model, then evaluate and sample: what is not there yet of it."""
         done = int(state.step)
-        for name, params in (("model", _best(state)), ("model-raw", state.params)):
+        for name, params in (("model", best_params(state)), ("model-raw", state.params)):
             if name == "model-raw" and not self.run.export_raw:
                 continue
             params = whole(params)
@@ -268,7 +275,7 @@ class _Loop:
         run = self.run
         if done == 0 or (done == run.steps and not last):
             return
-        params = _best(state)
+        params = best_params(state)
         if last or (run.evaluate_every and done % run.evaluate_every == 0):
             self._evaluate(params, done)
         exported = self.output / "exports" / f"{done:07d}"
@@ -340,7 +347,3 @@ def _check_settings(saved: Checkpoints, settings: RunSettings, output: Path, ste
             f"{output} holds a run that was begun with other settings: {said}; set them back, or "
             "name another output folder"
         )
-
-
-def _best(state: TrainState) -> Params:
-    return state.average or state.params

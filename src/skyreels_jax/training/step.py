@@ -102,6 +102,18 @@ def _to_host(leaf: Array) -> Array:
     return jax.device_put(leaf, leaf.sharding.with_memory_kind(_HOST))
 
 
+def best_params(state: TrainState) -> Params:
+    """The average, or the parameters if there is none, in memory that the device computes in."""
+
+    def moved(leaf: Array) -> Array:
+        kind = next(iter(leaf.devices())).default_memory().kind
+        if leaf.sharding.memory_kind == kind:
+            return leaf
+        return jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))
+
+    return {name: moved(value) for name, value in (state.average or state.params).items()}
+
+
 def no_draw(batch: PyTree, key: Array) -> tuple[()]:
     """The :data:`Draw` of a loss in which nothing is random."""
     del batch, key
