@@ -51,13 +51,13 @@ class Batch:
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames that follow from the seed alone, in no time; all around them is as it is."""
 
-    def stream(self: Pipeline, request: ResolvedRequest, *, store, clock):
+    def frames(self: Pipeline, request: ResolvedRequest, *, store, clock):
         shape = (16, request.windows[0].frames, *request.latent_shape[1:])
         store.save(request.windows[0], np.zeros(shape, np.float32))
         size = (request.num_frames, request.height, request.width, 3)
         yield np.random.default_rng(request.seed).integers(0, 256, size, np.uint8)
 
-    monkeypatch.setattr(Pipeline, "stream", stream)
+    monkeypatch.setattr(Pipeline, "frames", frames)
     monkeypatch.setattr("skyreels_jax.pipeline.verify_checkpoint", lambda *_: None)
 
 
@@ -126,7 +126,7 @@ def test_what_is_there_with_other_settings_is_never_replaced(batch: Batch):
 def test_bad_rows_are_all_named_before_anything_begins(
     batch: Batch, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(Pipeline, "stream", None)
+    monkeypatch.setattr(Pipeline, "frames", None)
     rows = [{"prompt": "a", "steps": 0}, {"prompt": "a", "image": "x.png"}, {"prompt": "a", "x": 1}]
     batch.write([*ROWS, *rows])
     batch.out.rmdir()

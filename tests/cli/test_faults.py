@@ -50,7 +50,7 @@ class Numbers(Pipeline):
     def fingerprint(self) -> str:
         return "numbers"
 
-    def stream(self, request, *, store=None, clock=None) -> Iterator[np.ndarray]:
+    def frames(self, request, *, store=None, clock=None) -> Iterator[np.ndarray]:
         done = 0
         for window in request.windows:
             latents = store.load(window)
