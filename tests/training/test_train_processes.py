@@ -1,4 +1,4 @@
-"""Two processes train as one does that has the devices of both."""
+"""Processes train as one does that has the devices of all."""
 
 import json
 import signal
@@ -13,8 +13,9 @@ from tests.parallel.test_processes import finish, start
 from skyreels_jax.training.lora_task import PEFT_FILE
 
 STEPS = 20
-# Of parameters up to 1 that have moved by 2e-3 in all; sums have other orders.
-TOLERANCE = 1e-6
+# Of parameters up to 1 that have moved by 2e-3 in all. Sums over two have one order; over four they
+# have several, and AdamW makes a step of a gradient that is rounding alone: measured 0 and 1.06e-5.
+TOLERANCE = {2: 1e-6, 4: 3e-5}
 RECIPE = """
 train = "video"
 output = "{output}"
@@ -59,12 +60,14 @@ def recipe(
     return file
 
 
-def trained(folder: Path, name: str, count: int, **changed: int) -> dict[str, np.ndarray]:
-    """The model that so many processes with two devices in all have trained."""
+def trained(
+    folder: Path, name: str, count: int, *, devices: int = 2, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """The model that so many processes with so many devices in all have trained."""
     said = folder / f"{name}-{count}"
     said.mkdir()
-    words = ["train", str(recipe(folder, name, **changed))]
-    assert finish(start(count, 2 // count, words, said), said, 560) == [0] * count
+    words = ["train", str(recipe(folder, name, seed=seed, mesh=f"fsdp={devices}"))]
+    assert finish(start(count, devices // count, words, said), said, 560) == [0] * count
     return weights(folder / name)
 
 
@@ -84,18 +87,21 @@ def losses(output: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_twenty_steps_of_two_processes_are_those_of_one(tmp_path: Path):
-    one = trained(tmp_path, "one", 1)
-    two = trained(tmp_path, "two", 2)
-    difference = apart(one, two)
-    print("apart", difference, losses(tmp_path / "one"), losses(tmp_path / "two"))
-    assert difference < TOLERANCE
-    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5)
+@pytest.mark.parametrize("count", [2, 4])
+def test_twenty_steps_of_processes_are_those_of_one(count: int, tmp_path: Path):
+    one = trained(tmp_path, "one", 1, devices=count)
+    several = trained(tmp_path, "several", count, devices=count)
+    difference = apart(one, several)
+    print("apart", difference, losses(tmp_path / "one"), losses(tmp_path / "several"))
+    assert difference < TOLERANCE[count]
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "several"), rtol=1e-5)
     # One log, one model, and nothing half written.
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(
-        p.name for p in (tmp_path / "two").iterdir()
+        p.name for p in (tmp_path / "several").iterdir()
     )
-    assert apart(one, trained(tmp_path, "other", 1, seed=1)) > 100 * TOLERANCE
+    other = apart(one, trained(tmp_path, "other", 1, devices=count, seed=1))
+    print("another seed", other)
+    assert other > 50 * TOLERANCE[count]
 
 
 @pytest.mark.slow
@@ -115,8 +121,8 @@ def test_a_lora_of_two_processes_is_that_of_one_device(tmp_path: Path):
         found[name] = load_file(tmp_path / name / "model" / PEFT_FILE)
     difference = apart(found["one"], found["two"])
     print("apart", difference, losses(tmp_path / "one"), losses(tmp_path / "two"))
-    assert difference < TOLERANCE
-    assert apart(found["one"], found["other"]) > 100 * TOLERANCE
+    assert difference < TOLERANCE[2]
+    assert apart(found["one"], found["other"]) > 100 * TOLERANCE[2]
 
 
 @pytest.mark.slow
