@@ -1,13 +1,15 @@
 """A LoRA that learns a word: "zorp" for a red star, from 100 clips, judged before and after.
 
-``python -m benchmarks.lora_zorp [--count 100]`` makes the clips, trains with
-``configs/mini/lora-zorp.toml``, whose last step was fixed before anything was judged, and has fresh
-videos of zorps and of all else that the small model knows judged. No timing: the machine need not
-be quiet.
+``python -m benchmarks.lora_zorp [--count 100]`` makes the clips, and 100 of what the small model
+knows already; trains with ``configs/mini/lora-zorp.toml``, whose last step was fixed on other
+scenes than those that are judged; and has fresh videos of zorps and of all else that the small
+model knows judged. Of training the CPU's seconds are shown: the machine need not be quiet.
 """
 
 import argparse
+import json
 import re
+import resource
 import subprocess
 import sys
 from functools import partial
@@ -25,8 +27,9 @@ from skyreels_jax.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs" / "mini" / "lora-zorp.toml"
-CLIPS = Path("out/mini/lora-zorp-clips")
+CLIPS, KNOWN_CLIPS = Path("out/mini/lora-zorp-clips"), Path("out/mini/lora-zorp-known")
 WORD = "zorp"
+WORDINGS = 6
 # What the issue asks for: shares of zorps before and after, and of known captions after.
 BEFORE, AFTER, KNOWN = 0.05, 0.85, 0.88
 
@@ -48,14 +51,20 @@ def with_word(text: str) -> str:
     return re.sub(r"\bred star\b", WORD, text)
 
 
-def make_clips(folder: Path, count: int = 100) -> None:
-    """Videos of red stars, and captions that have the word for it."""
+def make_clips(folder: Path, *, zorps: bool, count: int = 100) -> None:
+    """Videos of red stars and captions that have the word for it, or of all else.
+
+    A clip has several wordings, the plain one among them: one is drawn each time it is seen.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(5)
-    for number, scene in enumerate(scenes(count, 0, zorps=True)):
+    rng, rows = np.random.default_rng(5 if zorps else 6), []
+    for number, scene in enumerate(scenes(count, 0 if zorps else 3, zorps=zorps)):
         frames = render(scene, frames=FRAMES, fps=float(FPS), size=MINI_SIZE)
         write_video(folder / f"{number:03d}.mp4", frames, fps=FPS)
-        (folder / f"{number:03d}.txt").write_text(with_word(caption(scene, rng)) + "\n")
+        texts = [plain_caption(scene), *(caption(scene, rng) for _ in range(WORDINGS - 1))]
+        texts = [with_word(text) if zorps else text for text in texts]
+        rows.append(json.dumps({"file_name": f"{number:03d}.mp4", "caption": texts}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(rows))
 
 
 def judged(pipeline: Pipeline, count: int, *, zorps: bool) -> float:
@@ -81,9 +90,12 @@ def main() -> None:
     enable_compilation_cache()
     lora = options.lora
     if lora is None:
-        make_clips(CLIPS)
+        make_clips(CLIPS, zorps=True)
+        make_clips(KNOWN_CLIPS, zorps=False)
         command = [sys.executable, "-m", "skyreels_jax.cli.main", "train", str(RECIPE)]
         folder = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        print(f"trained in {used.ru_utime + used.ru_stime:.0f} s of one core", flush=True)
         lora = Path(folder.strip()) / "pytorch_lora_weights.safetensors"
     pipeline = Pipeline.from_pretrained("mini", dtype="float32", keep=True)
     before = judged(pipeline, options.count, zorps=True)
