@@ -7,14 +7,16 @@ for Infinity-RoPE, which trains nothing, its paper (arXiv 2511.20649).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
-from skyreels_jax.diffusion.few_steps import CausalSchedule, CausalWindow, WindowPositions, warp
+from skyreels_jax.diffusion.few_steps import (
+    CausalSchedule,
+    CausalWindow,
+    Recomputation,
+    WindowPositions,
+    warp,
+)
 from skyreels_jax.presets import PRESETS, Preset
-
-# When keys and values of earlier latent frames are computed anew: never, when the prompt changes,
-# or before every block.
-Recomputation = Literal["never", "prompt", "block"]
 
 _FOUR: Final = (1000.0, 750.0, 500.0, 250.0)
 _WAN_1_3B: Final = "Wan2.1-T2V-1.3B"
@@ -85,8 +87,7 @@ class CausalPreset:
 
     def attention_window(self) -> CausalWindow:
         """What a block sees."""
-        recompute = "block" if self.recompute == "block" else self.recompute == "prompt"
-        return CausalWindow(self.window, self.sink, self.positions, recompute)
+        return CausalWindow(self.window, self.sink, self.positions, self.recompute)
 
     @property
     def caveat(self) -> str | None:

@@ -75,8 +75,7 @@ def estimate(
     model = TRANSFORMER.abstract(config, dtype, kernel_dtype=kernel_dtype(weights))
     size = 4 if dtype == "float32" else 2
     frames, rows, columns = latents
-    _, patch_rows, patch_columns = config.patch_size
-    tokens = frames * (rows // patch_rows) * (columns // patch_columns)
+    tokens = frames * config.patches(rows, columns)
     # On CPUs the feed-forward has a tile of rows between its products at a time.
     hidden = copies * tokens
     hidden = min(hidden, TILE_ROWS) if jax.default_backend() == "cpu" else hidden
@@ -93,8 +92,7 @@ def estimate(
 def cache_bytes(config: TransformerConfig, latents: tuple[int, int, int], dtype: str) -> int:
     """What the keys and values of so many latent frames, rows and columns take, of all blocks."""
     frames, rows, columns = latents
-    _, patch_rows, patch_columns = config.patch_size
-    tokens = frames * (rows // patch_rows) * (columns // patch_columns)
+    tokens = frames * config.patches(rows, columns)
     return 2 * config.num_layers * tokens * config.dim * (4 if dtype == "float32" else 2)
 
 

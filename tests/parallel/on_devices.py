@@ -183,7 +183,7 @@ def blocks(
     case: Case, denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance
 ) -> list[np.ndarray]:
     """Blocks that see a window, past the end of its ring, at positions within it."""
-    window = CausalWindow(4, 1, "relative", recompute=True)
+    window = CausalWindow(4, 1, "relative", recompute="prompt")
     schedule = CausalSchedule((1000, 500), 1)
     sampler = CausalSampler(
         denoiser, schedule, window, guidance, case.size, seed=3, batch=case.videos

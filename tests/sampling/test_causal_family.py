@@ -273,7 +273,7 @@ def test_causal_forcing_plus_plus_has_more_steps_for_the_first_frame(sides):
 
 @pytest.mark.slow
 def test_longlive_computes_keys_again_for_a_new_prompt(sides):
-    window = CausalWindow(12, 3, recompute=True)
+    window = CausalWindow(12, 3, recompute="prompt")
     made = ours(sides, CausalSchedule(FOUR), window, 8, second=3)
     assert decibels(made, longlive(*sides[1:])) > LEAST
     assert decibels(made, longlive(*sides[1:], again=False)) < MOST

@@ -47,6 +47,17 @@ def test_a_mesh_of_more_devices_than_there_are_is_refused():
     assert TrainingMesh.of("auto", 8).plan == MeshPlan()
 
 
+def assert_faults_alone_differ(whole: list[str], faults: list[str]) -> None:
+    """Loss and gradients are those of one device, unless a fault is planted."""
+    for found in (answers(*whole, faults[0]), answers(faults[1])):
+        for word, (of_loss, of_gradients) in found.items():
+            if word in whole:
+                assert of_loss < TOLERANCE
+                assert of_gradients < TOLERANCE
+            else:
+                assert of_gradients > 1000 * TOLERANCE
+
+
 @pytest.mark.slow
 def test_gradients_are_those_of_one_device():
     whole = [
@@ -58,13 +69,7 @@ def test_gradients_are_those_of_one_device():
     ]
     # The last words break what comes after them, in the same process.
     faults = ["gradients:data=4:2:none:unsummed", "gradients:fsdp=4:1:none:other rows"]
-    for found in (answers(*whole, faults[0]), answers(faults[1])):
-        for word, (of_loss, of_gradients) in found.items():
-            if word in whole:
-                assert of_loss < TOLERANCE
-                assert of_gradients < TOLERANCE
-            else:
-                assert of_gradients > 1000 * TOLERANCE
+    assert_faults_alone_differ(whole, faults)
 
 
 @pytest.mark.slow
@@ -79,13 +84,7 @@ def test_gradients_of_a_lora_are_those_of_one_device():
         "gradients:fsdp=4:1:none:unsummed:float32",
         "gradients:fsdp=4:1:none:other parts:float32",
     ]
-    for found in (answers(*whole, faults[0]), answers(faults[1])):
-        for word, (of_loss, of_gradients) in found.items():
-            if word in whole:
-                assert of_loss < TOLERANCE
-                assert of_gradients < TOLERANCE
-            else:
-                assert of_gradients > 1000 * TOLERANCE
+    assert_faults_alone_differ(whole, faults)
 
 
 @pytest.mark.slow

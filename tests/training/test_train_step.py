@@ -169,7 +169,7 @@ def test_what_is_on_the_host_makes_no_difference(name):
 
 def test_a_device_without_such_memory_is_refused(monkeypatch):
     optimizer, _ = begun()
-    monkeypatch.setattr(train_step, "_HOST", "memory of another machine")
+    monkeypatch.setattr(train_step, "PINNED_HOST", "memory of another machine")
     with pytest.raises(UnsupportedError, match="run.offload takes memory of the kind memory of an"):
         init_state(PARAMS, optimizer, 0.9, offload=True)
 

@@ -149,20 +149,25 @@ def job_of(args: argparse.Namespace) -> "Job":
     return job
 
 
-def _print(job: "Job", args: argparse.Namespace, found: Sequence["MeshForecast"]) -> None:
+def devices_of(args: argparse.Namespace) -> str:
+    """The devices that were named, and the rates that are taken for theirs."""
     from skyreels_jax.generation.dry_run.meshes import ACCELERATORS, ASSUMED_SHARE
 
     kind = ACCELERATORS[args.device]
+    return (
+        f"{args.devices} x {args.device}: {kind.memory / _GIB:.0f} GiB, "
+        f"{kind.operations / 1e12:.0f} TFLOP/s of which {ASSUMED_SHARE:.0%} are assumed, "
+        f"{kind.link / 1e9:.0f} GB/s each way"
+    )
+
+
+def _print(job: "Job", args: argparse.Namespace, found: Sequence["MeshForecast"]) -> None:
     tokens = job.latent_frames * job.patches
     print(
         f"{args.model}: {job.frames} frames of {job.height} x {job.width}, {tokens} tokens, "
         f"{job.calls} calls of {job.rows} rows a step, {job.steps} steps"
     )
-    print(
-        f"{args.devices} x {args.device}: {kind.memory / _GIB:.0f} GiB, "
-        f"{kind.operations / 1e12:.0f} TFLOP/s of which {ASSUMED_SHARE:.0%} are assumed, "
-        f"{kind.link / 1e9:.0f} GB/s each way; a formula, nothing was run"
-    )
+    print(f"{devices_of(args)}; a formula, nothing was run")
     print(_ROW.format(*_HEADINGS).rstrip())
     for one in found:
         stage, largest = one.largest

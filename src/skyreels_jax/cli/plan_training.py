@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
-from skyreels_jax.cli.plan import job_of
+from skyreels_jax.cli.plan import devices_of, job_of
 from skyreels_jax.errors import RequestError
 
 if TYPE_CHECKING:
@@ -92,19 +92,13 @@ def _job_of(args: argparse.Namespace) -> "TrainingJob":
 def _print(
     job: "TrainingJob", args: argparse.Namespace, found: Sequence["TrainingForecast"]
 ) -> None:
-    from skyreels_jax.generation.dry_run.meshes import ACCELERATORS, ASSUMED_SHARE
-
-    kind, lora, clips = ACCELERATORS[args.device], job.training.lora, job.clips
+    lora, clips = job.training.lora, job.clips
     what = "the transformer" if lora is None else f"a LoRA of rank {lora.rank} over {lora.base}"
     print(
         f"{args.model}: {what}, {clips.batch} clips of {clips.frames} frames of {clips.height} x "
         f"{clips.width} a step, {job.optimizer.name}, remat {job.training.model.remat or 'none'}"
     )
-    print(
-        f"{args.devices} x {args.device}: {kind.memory / _GIB:.0f} GiB, "
-        f"{kind.operations / 1e12:.0f} TFLOP/s of which {ASSUMED_SHARE:.0%} are assumed, "
-        f"{kind.link / 1e9:.0f} GB/s each way; traced, nothing was run"
-    )
+    print(f"{devices_of(args)}; traced, nothing was run")
     print(_ROW.format(*_HEADINGS).rstrip())
     for one in found:
         weights = one.bytes["weights"] + one.bytes["frozen weights"]

@@ -11,6 +11,7 @@ Source: CausVid (arXiv 2412.07772) and Self-Forcing (arXiv 2506.08009); the sink
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, Literal
 
 import numpy as np
@@ -22,8 +23,12 @@ from skyreels_jax.shapes import ROPE_FRAMES
 
 StepRule = Literal["renoise", "euler"]
 WindowPositions = Literal["absolute", "relative"]
+# When keys and values of earlier latent frames are computed anew: never, when the prompt changes,
+# or before every block.
+Recomputation = Literal["never", "prompt", "block"]
 _RULES: Final = ("renoise", "euler")
 _POSITIONS: Final = ("absolute", "relative")
+_RECOMPUTATIONS: Final = ("never", "prompt", "block")
 
 
 def warp(timesteps: Sequence[float | int], shift: float | int) -> tuple[float, ...]:
@@ -93,10 +98,15 @@ class CausalSchedule:
             start, end = end, end + self.block
 
 
+def are_timesteps(timesteps: Sequence[float | int]) -> bool:
+    """Whether all are in (0, 1000] and each is less than the one before."""
+    falling = all(a > b for a, b in pairwise(timesteps))
+    return falling and all(0 < t <= NUM_TRAIN_TIMESTEPS for t in timesteps)
+
+
 def _check_timesteps(timesteps: tuple[float | int, ...]) -> None:
     """Refuse timesteps that are none, out of range, or do not fall."""
-    falling = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
-    if not timesteps or not falling or not 0 < timesteps[-1] <= timesteps[0] <= NUM_TRAIN_TIMESTEPS:
+    if not timesteps or not are_timesteps(timesteps):
         raise RequestError(
             f"timesteps {', '.join(f'{t:g}' for t in timesteps) or '(none)'}: at least one, "
             f"falling, each above 0 and at most {NUM_TRAIN_TIMESTEPS}"
@@ -117,19 +127,23 @@ class CausalWindow:
         sink: the first frames of the video, of which so many are seen for ever.
         positions: ``absolute`` counts frames from the video's first and ends at 1024; ``relative``
             counts within the window, the sink first, and has no end.
-        recompute: compute the window's keys and values again when the prompt changes; ``block``:
-            before every block.
+        recompute: when the window's keys and values are computed again: ``never``, when the
+            ``prompt`` changes, or before every ``block``.
     """
 
     frames: int
     sink: int = 0
     positions: WindowPositions = "absolute"
-    recompute: bool | Literal["block"] = False
+    recompute: Recomputation = "never"
 
     def __post_init__(self) -> None:
         if self.positions not in _POSITIONS:
             raise RequestError(
                 f"positions {self.positions!r}; there are {' and '.join(_POSITIONS)}"
+            )
+        if self.recompute not in _RECOMPUTATIONS:
+            raise RequestError(
+                f"recompute {self.recompute!r}; there are {', '.join(_RECOMPUTATIONS)}"
             )
         if self.sink < 0 or self.frames > ROPE_FRAMES:
             raise RequestError(

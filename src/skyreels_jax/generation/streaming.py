@@ -2,6 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Unpack
@@ -11,14 +12,15 @@ from skyreels_jax.components.lazy import Lazy, Residency
 from skyreels_jax.components.protocols import Components
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.live import LiveStream
+from skyreels_jax.generation.request.builder import warning_of_words
 from skyreels_jax.generation.request.keywords import StreamSettings
 from skyreels_jax.generation.request.kinds import Prompts
 from skyreels_jax.generation.request.live import LiveRequest
 from skyreels_jax.generation.request.resolve_live import resolve_live
 from skyreels_jax.parallel.processes import current_processes
-from skyreels_jax.prompts import clean
 from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.sampling.progress import Clock, NoProgress, Progress
+from skyreels_jax.weights.lora.binding import Lora
 from skyreels_jax.weights.lora.stack import WithLoras, named
 
 logger = logging.getLogger(__name__)
@@ -67,16 +69,19 @@ class WithStreams(WithLoras, ABC):
         """The stream of a request, as :meth:`stream`, logging nothing."""
         if current_processes() is not None:
             raise RequestError("a stream is made by one process: start it without the others")
-        resolved = resolve_live(request, self.checkpoint, memory=self._residency.free_memory())
+        memory = self._residency.free_memory()
+        resolved = resolve_live(request, self.checkpoint, memory=memory, loras=self.loras)
         resolved = replace(resolved, video=replace(resolved.video, loras=named(self.loras)))
         self.verify()
         self._residency.decide(resolved.work)
-        known = partial(in_known_words, self.checkpoint)
+        known = partial(in_known_words, self.checkpoint, loras=self.loras)
         return LiveStream(self.components, self._denoiser.get, resolved, known=known, clock=clock)
 
 
-def in_known_words(checkpoint: Checkpoint, prompt: str) -> str:
+def in_known_words(checkpoint: Checkpoint, prompt: str, loras: Sequence[Lora] = ()) -> str:
     """A prompt that is given while a stream runs, as the model knows it; logs unknown words.
+
+    Words that the transformer's ``loras`` were trained on are known.
 
     Raises:
         RequestError: it is empty.
@@ -86,9 +91,6 @@ def in_known_words(checkpoint: Checkpoint, prompt: str) -> str:
     preset = checkpoint.guess.preset
     if preset is None or not preset.only_moving_shapes:
         return prompt
-    from skyreels_jax.moving_shapes.captions import known_things, unknown_words
-
-    if unknown := unknown_words(clean(prompt)):
-        words = ", ".join(map(repr, unknown))
-        logger.warning("%s never learned %s; it knows %s", preset.name, words, known_things())
+    if warning := warning_of_words(preset, [prompt], loras):
+        logger.warning("%s", warning)
     return prompt.lower()

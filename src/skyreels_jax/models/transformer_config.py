@@ -99,6 +99,11 @@ class TransformerConfig:
             return 0
         return self.pos_embed_seq_len or _IMAGE_TOKENS
 
+    def patches(self, rows: int, columns: int) -> int:
+        """Tokens of a latent frame of so many rows and columns."""
+        _, patch_rows, patch_columns = self.patch_size
+        return (rows // patch_rows) * (columns // patch_columns)
+
     def check_video(self, x: Array, t: Array, y: Array | None) -> None:
         """Raise ``ValueError`` unless latents, timesteps and image condition fit each other."""
         batch, channels, frames, height, width = x.shape

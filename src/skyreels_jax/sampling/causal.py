@@ -102,7 +102,7 @@ class CausalSampler:
         )
         self._step = CausalStep(step, self.schedule.rule)
         self._programs = {}
-        if self.window.recompute is True:
+        if self.window.recompute == "prompt":
             self._recompute()
 
     def given(self, latents: Latents | Float[np.ndarray, "B C F H W"]) -> None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.training.step import TrainState
+from skyreels_jax.training.step import TrainState, default_memory_kind
 
 if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
@@ -64,8 +64,7 @@ class Checkpoints:
 
         def asked(leaf: jax.Array) -> jax.ShapeDtypeStruct | np.ndarray:
             # Orbax takes what is in the host's memory for what is on the device.
-            of_device = next(iter(leaf.devices())).default_memory().kind
-            if leaf.sharding.memory_kind == of_device:
+            if leaf.sharding.memory_kind == default_memory_kind(leaf):
                 return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             return np.empty(leaf.shape, leaf.dtype)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from skyreels_jax.diffusion.few_steps import are_timesteps
 from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.training.config import check_at_least
 from skyreels_jax.training.transformer_recipe import (
@@ -86,8 +87,7 @@ class Distillation:
         self._check_timesteps()
 
     def _check_timesteps(self) -> None:
-        falls = sorted(set(self.timesteps), reverse=True) == list(self.timesteps)
-        if not falls or not all(0 < t <= NUM_TRAIN_TIMESTEPS for t in self.timesteps):
+        if not are_timesteps(self.timesteps):
             raise ValueError(
                 f"timesteps = {list(self.timesteps)} should fall, from at most 1000 to above 0, "
                 "such as [1000, 937.5, 833.3, 625]"

@@ -29,11 +29,11 @@ _Tree = TypeVar("_Tree")
 _Loss = Callable[[Params, PyTree, PyTree], LossAndMetrics]
 _Gradients = Callable[[Params, tuple[PyTree, PyTree], Params], tuple[PyTree, dict[str, Array]]]
 
-# Other than for one video: ``fsdp`` cuts rows, which attention need not gather, and along ``data``
-# there are whole copies of what is trained.
 # Matrices that are small beside those that they stand at, and whole on every device: a collective
 # each would take longer than their bytes are worth.
 _BESIDE: Final = (".lora_down", ".lora_up")
+# Other than for one video: ``fsdp`` cuts rows, which attention need not gather, and along ``data``
+# there are whole copies of what is trained.
 TRAINING_RULES: Final = Rules(
     rows=("data", "fsdp"),
     patches=("ring", "ulysses"),

@@ -60,8 +60,7 @@ def generate_own(
         attention: name of an attention path.
     """
     levels = jnp.asarray(sigmas, jnp.float32)
-    batch, sides = noise.shape[1], model.config.patch_size
-    patches = noise.shape[4] // sides[1] * (noise.shape[5] // sides[2])
+    batch, patches = noise.shape[1], model.config.patches(*noise.shape[4:])
     shape = (model.config.num_layers, batch, sum(blocks), patches)
     heads = (model.config.num_heads, model.config.head_dim)
     past = FrameKeyValues(*(jnp.zeros((*shape, *heads), model.numerics.compute) for _ in range(2)))

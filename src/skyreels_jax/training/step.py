@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from skyreels_jax.errors import UnsupportedError
 from skyreels_jax.training.optimizer import MATRICES
 from skyreels_jax.training.task import AVERAGE, LossAndMetrics, Params
+from skyreels_jax.weights.offload import PINNED_HOST
 
 if TYPE_CHECKING:
     import optax
@@ -51,9 +52,6 @@ class TrainStepReport(NamedTuple):
     metrics: dict[str, Float[Array, ""]]
     is_finite: Bool[Array, ""]
 
-
-# Memory of the host that a device reads from by itself.
-_HOST: Final = "pinned_host"
 
 TrainStep = Callable[[TrainState, PyTree, Array], tuple[TrainState, TrainStepReport]]
 
@@ -95,18 +93,23 @@ def _to_host(leaf: Array) -> Array:
         return leaf
     devices = leaf.sharding.addressable_devices
     kinds = {memory.kind for device in devices for memory in device.addressable_memories()}
-    if _HOST not in kinds:
+    if PINNED_HOST not in kinds:
         raise UnsupportedError(
-            f"run.offload takes memory of the kind {_HOST}, which this device has not"
+            f"run.offload takes memory of the kind {PINNED_HOST}, which this device has not"
         )
-    return jax.device_put(leaf, leaf.sharding.with_memory_kind(_HOST))
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind(PINNED_HOST))
+
+
+def default_memory_kind(leaf: Array) -> str:
+    """The memory that the devices of an array compute in."""
+    return next(iter(leaf.devices())).default_memory().kind
 
 
 def best_params(state: TrainState) -> Params:
     """The average, or the parameters if there is none, in memory that the device computes in."""
 
     def moved(leaf: Array) -> Array:
-        kind = next(iter(leaf.devices())).default_memory().kind
+        kind = default_memory_kind(leaf)
         if leaf.sharding.memory_kind == kind:
             return leaf
         return jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from skyreels_jax.errors import UnsupportedError
 
 # Memory of the host that a device reads from by itself.
-_HOST: Final = "pinned_host"
+PINNED_HOST: Final = "pinned_host"
 
 
 def stays_on_host(path: str) -> bool:
@@ -34,9 +34,9 @@ def require_host_memory() -> None:
             "`offload` keeps weights in the host's memory instead of an accelerator's, and JAX "
             "computes on the CPU here: leave it out"
         )
-    if _HOST not in {memory.kind for memory in device.addressable_memories()}:
+    if PINNED_HOST not in {memory.kind for memory in device.addressable_memories()}:
         raise UnsupportedError(
-            f"`offload` takes memory of the kind {_HOST}, which {device.device_kind} has not"
+            f"`offload` takes memory of the kind {PINNED_HOST}, which {device.device_kind} has not"
         )
 
 
@@ -44,14 +44,16 @@ def on_host(path: str, value: np.ndarray) -> jax.Array:
     """Place the blocks' kernels in the host's memory, and all else on the default device."""
     if not stays_on_host(path):
         return jax.device_put(value)
-    return jax.device_put(value, SingleDeviceSharding(jax.local_devices()[0], memory_kind=_HOST))
+    return jax.device_put(
+        value, SingleDeviceSharding(jax.local_devices()[0], memory_kind=PINNED_HOST)
+    )
 
 
 def abstract_on_host(model: nnx.Module) -> nnx.Module:
     """An abstract model whose arrays say where :func:`on_host` puts them: programs depend on it."""
     graph, state = nnx.split(model)
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("device",))
-    placed = NamedSharding(mesh, PartitionSpec(), memory_kind=_HOST)
+    placed = NamedSharding(mesh, PartitionSpec(), memory_kind=PINNED_HOST)
     leaves = []
     for path, variable in nnx.to_flat_state(state):
         leaf = variable.get_value()

@@ -5,15 +5,19 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tests import standins
 
-from skyreels_jax.causal_presets import CAUSAL_PRESETS, Recomputation
-from skyreels_jax.diffusion.few_steps import StepRule, WindowPositions
+from skyreels_jax.causal_presets import CAUSAL_PRESETS
+from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.diffusion.few_steps import Recomputation, StepRule, WindowPositions
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request import live
 from skyreels_jax.generation.request.live import LiveRequest, live_declared
 from skyreels_jax.generation.request.resolve_live import ResolvedLive, resolve_live
+from skyreels_jax.generation.streaming import in_known_words
 from skyreels_jax.recognition import CausalGuess
+from skyreels_jax.weights.lora.binding import Lora
 
 IMAGE = np.zeros((32, 48, 3), np.uint8)
 
@@ -50,7 +54,7 @@ def test_a_model_that_learned_it_is_sampled_as_it_learned():
     stream = resolved("t2v", student="self-forcing", seconds=5, image=IMAGE)
     assert (stream.schedule.block, stream.schedule.rule) == (3, "renoise")
     assert stream.schedule.timesteps == pytest.approx((1000, 937.5, 833.33, 625), abs=0.01)
-    assert (stream.window.frames, stream.window.sink, stream.window.recompute) == (21, 0, False)
+    assert (stream.window.frames, stream.window.sink, stream.window.recompute) == (21, 0, "never")
     assert stream.window.positions == "absolute"
     assert stream.video.guidance_scale == 1
     assert stream.sources["guidance_scale"] == "preset self-forcing"
@@ -65,9 +69,9 @@ def test_what_a_student_learned_that_streams_do_not_do_is_said():
 
 def test_settings_of_students():
     live = resolved(student="longlive")
-    assert (live.window.frames, live.window.sink, live.window.recompute) == (12, 3, True)
+    assert (live.window.frames, live.window.sink, live.window.recompute) == (12, 3, "prompt")
     assert resolved(student="krea-realtime").window.recompute == "block"
-    assert resolved(student="krea-realtime", recompute="never").window.recompute is False
+    assert resolved(student="krea-realtime", recompute="never").window.recompute == "never"
     assert resolved(student="causvid").schedule.timesteps == (1000.0, 757.0, 522.0)
     two = resolved(student="causal-forcing++-2step").schedule
     assert (len(two.timesteps), len(two.first_timesteps or ())) == (2, 4)
@@ -149,3 +153,18 @@ def test_settings_are_json_values():
     text = json.dumps(resolved(seconds=2, seed=1).settings())
     assert '"window": 3' in text
     assert '"seed": 1' in text
+
+
+@pytest.mark.parametrize(("about", "known"), [("A Zorp", True), ("a cat", False)])
+def test_words_that_a_lora_was_trained_on_are_known(about, known, tmp_path, caplog):
+    """Those of the prompt that it begins with, and of one that is given while it runs."""
+    file, checkpoint = tmp_path / "lora.safetensors", Checkpoint.open("mini")
+    tensors = {"a.lora_A.weight": np.zeros((1, 1), np.float32)}
+    save_file(tensors, file, {"modelspec.trigger_phrase": about})
+    request = LiveRequest.of({"prompt": "a zorp on a pink background"})
+    made = resolve_live(request, checkpoint, memory=2**40, loras=[Lora(file)])
+    assert in_known_words(checkpoint, "a pink Zorp", [Lora(file)]) == "a pink zorp"
+    (first,) = [warning for warning in made.warnings if "never learned" in warning]
+    for warning in (first, caplog.text):
+        assert ("'zorp'" in warning) is not known
+        assert "'pink'" in warning

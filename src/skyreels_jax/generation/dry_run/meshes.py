@@ -111,7 +111,7 @@ class Job:
     def patches(self) -> int:
         """Tokens of a latent frame."""
         _, rows, columns = latent_shape(self.frames, self.height, self.width)
-        return (rows // self.config.patch_size[1]) * (columns // self.config.patch_size[2])
+        return self.config.patches(rows, columns)
 
     @property
     def rows(self) -> int:

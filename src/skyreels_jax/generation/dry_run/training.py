@@ -251,7 +251,7 @@ def _at_work(step: AbstractStep, mesh: TrainingMesh) -> int:
     What is put together for the whole step, of time and text, is with them.
     """
     config, rows, plan = step.config, step.batch.latents.shape, mesh.plan
-    patches = math.prod(rows[3:]) // math.prod(config.patch_size[1:])
+    patches = config.patches(*rows[3:])
     slab = math.ceil(patches / (plan.ring * plan.ulysses))
     tokens = rows[0] // TRAINING_RULES.parts("rows", plan) * rows[2] * slab
     together = 0.0

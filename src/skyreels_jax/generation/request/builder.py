@@ -11,6 +11,7 @@ from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request.resolved import GivenVideo
 from skyreels_jax.generation.request.settings import FORCING, Request, declared, violation
 from skyreels_jax.media import ImageInput, RgbImage, Sound, read_image, survey_video
+from skyreels_jax.presets import Preset
 from skyreels_jax.prompts import clean
 from skyreels_jax.weights.lora.binding import Lora
 from skyreels_jax.weights.lora.stack import trained_on
@@ -76,19 +77,9 @@ class RequestBuilder:
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if preset is None or not preset.only_moving_shapes:
             return prompts, negative
-        from skyreels_jax.moving_shapes.captions import known_things, unknown_words
-
         texts = [*(prompts.values() if isinstance(prompts, Mapping) else prompts), negative]
-        unknown = unknown_words(" ".join(map(clean, texts)))
-        if unknown and loras:
-            learned = unknown_words(" ".join(trained_on(loras)))
-            unknown = tuple(word for word in unknown if word not in learned)
-        if unknown:
-            self.warnings.append(
-                f"{preset.name} was trained on moving shapes and never learned "
-                f"{', '.join(map(repr, unknown))}, so the video will not show what is meant; it "
-                f"knows {known_things()}"
-            )
+        if warning := warning_of_words(preset, texts, loras):
+            self.warnings.append(warning)
         if isinstance(prompts, Mapping):
             return {frame: text.lower() for frame, text in prompts.items()}, negative.lower()
         return [text.lower() for text in prompts], negative.lower()
@@ -296,3 +287,20 @@ def resolve_cache(
     tables = preset.cache
     coefficients = tables.retained if use_ret_steps else tables.plain
     return CacheSettings(name, threshold, use_ret_steps, coefficients, original_counter)
+
+
+def warning_of_words(preset: Preset, texts: Sequence[str], loras: Sequence[Lora]) -> str | None:
+    """What is to be said of words that neither a model of moving shapes nor its LoRAs learned."""
+    from skyreels_jax.moving_shapes.captions import known_things, unknown_words
+
+    unknown = unknown_words(" ".join(map(clean, texts)))
+    if unknown and loras:
+        learned = unknown_words(" ".join(trained_on(loras)))
+        unknown = tuple(word for word in unknown if word not in learned)
+    if not unknown:
+        return None
+    return (
+        f"{preset.name} was trained on moving shapes and never learned "
+        f"{', '.join(map(repr, unknown))}, so the video will not show what is meant; it knows "
+        f"{known_things()}"
+    )

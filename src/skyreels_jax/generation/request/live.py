@@ -23,10 +23,10 @@ from skyreels_jax.generation.request.declaration import (
 from skyreels_jax.generation.request.kinds import Choice, SettingKind, WholeNumber
 from skyreels_jax.generation.request.settings import Request, declared
 
-# Of `diffusion.few_steps.StepRule` and `WindowPositions`, which a test holds equal.
+# Of `diffusion.few_steps`: `StepRule`, `WindowPositions` and `Recomputation`, which a test holds
+# equal.
 RULES: Final = ("renoise", "euler")
 POSITIONS: Final = ("absolute", "relative")
-# Of `causal_presets.Recomputation`, likewise.
 RECOMPUTATIONS: Final = ("never", "prompt", "block")
 # Steps of a block: more are no longer few.
 MAX_LIVE_STEPS: Final = 8

@@ -4,10 +4,10 @@ What it shares with other videos is resolved as theirs (:mod:`.resolve`), as a v
 of its window, which is the most that the transformer sees at once.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Final, Literal, TypeVar
+from typing import Final, TypeVar
 
 from skyreels_jax import geometry
 from skyreels_jax.checkpoints import Checkpoint, Default
@@ -20,18 +20,13 @@ from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.geometry import latent_frames, pixel_frames
 from skyreels_jax.memory import Estimate, available_memory, cache_bytes, estimate
 from skyreels_jax.ops.positions import ROPE_FRAMES
+from skyreels_jax.weights.lora.binding import Lora
 
 # What diffusion forcing alone has.
 _KNOWN_FRAMES: Final = (
     *("ar_step", "addnoise_condition", "addnoise_once", "continuation", "causal_attention"),
     "overlap_history",
 )
-# As the window has it.
-_RECOMPUTE: Final[Mapping[str, bool | Literal["block"]]] = {
-    "never": False,
-    "prompt": True,
-    "block": "block",
-}
 # Where nothing else is known: enough for a model with guidance (docs/live.md).
 _STEPS: Final = 4
 _UNLIMITED: Final = 2**62
@@ -81,7 +76,7 @@ class ResolvedLive:
             "window": window.frames,
             "sink": window.sink,
             "positions": window.positions,
-            "recompute": {how: name for name, how in _RECOMPUTE.items()}[window.recompute],
+            "recompute": window.recompute,
             "first_block": schedule.first_block,
             "first_timesteps": schedule.first_timesteps and list(schedule.first_timesteps),
         }
@@ -97,7 +92,11 @@ class ResolvedLive:
 
 
 def resolve_live(
-    request: LiveRequest, checkpoint: Checkpoint, *, memory: int | None = None
+    request: LiveRequest,
+    checkpoint: Checkpoint,
+    *,
+    memory: int | None = None,
+    loras: Sequence[Lora] = (),
 ) -> ResolvedLive:
     """Complete a stream from what the checkpoint learned and check all of it.
 
@@ -105,6 +104,7 @@ def resolve_live(
         request: as asked for.
         checkpoint: decides the defaults.
         memory: bytes the transformer may take; ``None`` for what is free on the device.
+        loras: of the transformer; words that they were trained on are known.
 
     Raises:
         RequestError: with everything that is wrong, a line each.
@@ -119,9 +119,10 @@ def resolve_live(
     schedule, window = chosen.schedule(), chosen.window()
     if schedule is None or window is None or chosen.problems:
         # What the rest has to say is said with it.
-        chosen.try_to(lambda: _shared(request, checkpoint, checkpoint.defaults.num_frames.value))
+        usual = checkpoint.defaults.num_frames.value
+        chosen.try_to(lambda: _shared(request, checkpoint, usual, loras))
         raise RequestError("\n".join(dict.fromkeys(chosen.problems)))
-    video = _shared(request, checkpoint, pixel_frames(max(2, window.frames)))
+    video = _shared(request, checkpoint, pixel_frames(max(2, window.frames)), loras)
     frames = None
     if request.seconds is not None:
         frames = geometry.frames_in(request.seconds, video.fps)
@@ -209,7 +210,7 @@ class _Choices:
         source = source if learned else "for models that have not learned it"
         sink = self.choose("sink", Default(learned.sink if learned else 0, source))
         usual = Default(learned.recompute if learned else "never", source)
-        recompute = _RECOMPUTE.get(self.choose("recompute", usual), False)
+        recompute = self.choose("recompute", usual)
         usual = Default(learned.positions if learned else "absolute", source)
         positions = self.choose("positions", usual)
         if self.problems:
@@ -272,7 +273,9 @@ class _Choices:
         return () if self.problems else warp(timesteps, shift)
 
 
-def _shared(request: LiveRequest, checkpoint: Checkpoint, num_frames: int) -> ResolvedRequest:
+def _shared(
+    request: LiveRequest, checkpoint: Checkpoint, num_frames: int, loras: Sequence[Lora]
+) -> ResolvedRequest:
     """What a stream shares with other videos, as one of ``num_frames``."""
     wanted = replace(request.video, num_frames=num_frames, base_num_frames=num_frames)
     causal = checkpoint.guess.causal
@@ -283,7 +286,7 @@ def _shared(request: LiveRequest, checkpoint: Checkpoint, num_frames: int) -> Re
         checkpoint = replace(checkpoint, defaults=defaults)
     task = checkpoint.task
     # Known frames come before those that are made, as in diffusion forcing, whatever the model.
-    resolved = resolve(wanted, replace(checkpoint, task="df"), memory=_UNLIMITED)
+    resolved = resolve(wanted, replace(checkpoint, task="df"), memory=_UNLIMITED, loras=loras)
     return replace(resolved, task=task)
 
 
