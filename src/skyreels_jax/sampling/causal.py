@@ -186,6 +186,7 @@ class CausalSampler:
         self._made += 1
         self._under_way[self._made] = range(self.frames, self.frames + count)
         self._monitor.submitted(report)
+        self._monitor.seconds.clear()  # Nobody asks, and a stream may have no end.
 
     def finish(self) -> None:
         """Wait for all blocks.

@@ -141,13 +141,15 @@ class IterationReport(NamedTuple):
 class StepMonitor:
     """Waits for old steps, checks and times them, reports progress, stops where it is asked to.
 
-    ``describe`` names a step, given how many were done with it.
+    ``describe`` names a step, given how many were ``done`` with it. Who makes steps without an end
+    clears ``seconds``.
     """
 
     clock: Clock
     describe: Callable[[int], str]
     pending: deque[IterationReport] = field(default_factory=deque)
     seconds: list[float] = field(default_factory=list)
+    done: int = 0
     computed: int = 0
     calls: int = 0
     last: float = field(default_factory=time.perf_counter)
@@ -169,14 +171,14 @@ class StepMonitor:
         now = time.perf_counter()
         self.seconds.append(now - self.last)
         self.last = now
-        done = len(self.seconds)
+        self.done += 1
         if not finite:
             raise NumericsError(
-                f"the transformer's prediction in {self.describe(done)} holds NaN or infinity: its "
+                f"the transformer's prediction in {self.describe(self.done)} holds NaN or infinity: its "
                 "weights, the conditioning or the starting noise do, or a value overflowed; check "
                 "the weights (`skyreels-jax info`) and try `dtype` float32"
             )
         self.computed += int(np.sum(report.computed))
         self.calls += len(report.computed)
-        self.clock.progress.advance("denoise", done)
+        self.clock.progress.advance("denoise", self.done)
         self.clock.check()
