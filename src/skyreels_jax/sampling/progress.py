@@ -174,9 +174,9 @@ class StepMonitor:
         self.done += 1
         if not finite:
             raise NumericsError(
-                f"the transformer's prediction in {self.describe(self.done)} holds NaN or infinity: "
-                "its weights, the conditioning or the starting noise do, or a value overflowed; check "
-                "the weights (`skyreels-jax info`) and try `dtype` float32"
+                f"the transformer's prediction in {self.describe(self.done)} holds NaN or "
+                "infinity: its weights, the conditioning or the starting noise do, or a value "
+                "overflowed; check the weights (`skyreels-jax info`) and try `dtype` float32"
             )
         self.computed += int(np.sum(report.computed))
         self.calls += len(report.computed)
