@@ -57,6 +57,9 @@ def run(args: argparse.Namespace) -> int:
         overrides["steps"] = args.steps
     if args.mesh is not None:
         overrides["mesh"] = args.mesh
+    from skyreels_jax.training.freed_memory import keep_freed_memory
+
+    keep_freed_memory()
     from skyreels_jax.mini.recipe import read_recipe
 
     recipe = read_recipe(args.config, overrides)
