@@ -92,11 +92,6 @@ class CausalPreset:
     @property
     def caveat(self) -> str | None:
         """What its authors' sampler does and `live` does not, if anything."""
-        if self.is_rolling:
-            return (
-                "its authors let each block run a step behind the one before, all in one call; "
-                "`live` finishes a block before it begins the next"
-            )
         if self.recompute == "block":
             return (
                 "its authors encode the window's first frame again from pixels before every "

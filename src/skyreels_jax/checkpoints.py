@@ -113,7 +113,7 @@ class Checkpoint:
         image_encoder: str | Path | None = None,
         weights_key: str | None = None,
     ) -> "Checkpoint":
-        """Understand a folder, a file or a Hugging Face id.
+        """Understand a folder, a file, a Hugging Face id or ``owner/name/path`` of a file there.
 
         Args:
             path_or_id: a folder in either format, a transformer's own folder or file, or an id.
@@ -132,7 +132,9 @@ class Checkpoint:
             WeightsError: the folder is incomplete or contradicts itself, or a component given is
                 something else.
         """
-        location = locate(path_or_id, revision)
+        students = CAUSAL_PRESETS.values() if preset is None else [CAUSAL_PRESETS.get(preset)]
+        known = [student.weights for student in students if student is not None]
+        location = locate(path_or_id, revision, known=known)
         layout = _with_heads(read_model(location.folder, key=weights_key), preset)
         source = layout.tensors()
         if not layout.config:

@@ -100,6 +100,8 @@ def add_setting(group: Any, setting: Setting) -> None:
     options: dict[str, Any] = {"dest": setting.name, "help": _help(setting)}
     if isinstance(setting.kind, Switch):
         options |= {"action": "store_true", "default": None}
+        if setting.kind.has_off:
+            options["action"] = argparse.BooleanOptionalAction
     else:
         options["metavar"] = setting.metavar or setting.kind.metavar
         options["type"] = _Converter(setting.kind)

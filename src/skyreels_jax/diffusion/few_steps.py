@@ -152,7 +152,7 @@ class CausalWindow:
             )
 
     def slots(self, block: int) -> int:
-        """Frames before a block that are kept.
+        """Frames that are kept before ``block`` frames which are made at once.
 
         Raises:
             RequestError: not one is, or the sink does not fit.
@@ -160,8 +160,8 @@ class CausalWindow:
         slots = self.frames - block
         if slots < max(1, self.sink):
             raise RequestError(
-                f"a window of {self.frames} latent frames: with a block of {block} and a sink of "
-                f"{self.sink} it needs at least {block + max(1, self.sink)}"
+                f"a window of {self.frames} latent frames: with {block} made at once and a sink "
+                f"of {self.sink} it needs at least {block + max(1, self.sink)}"
             )
         return slots
 

@@ -18,7 +18,7 @@ from skyreels_jax.training.videos.recipe import FolderData
 
 DistillStage = Literal["guidance", "teacher-forcing", "consistency", "continuous", "dmd"]
 # Of which stages a setting is; one that is not here is of all.
-_STAGES_OF: Final[Mapping[str, tuple[DistillStage, ...]]] = {
+STAGES_OF: Final[Mapping[str, tuple[DistillStage, ...]]] = {
     "teacher": ("guidance", "consistency", "continuous", "dmd"),
     "guidance": ("guidance", "consistency", "continuous", "dmd"),
     "sigmas": ("consistency",),
@@ -66,7 +66,7 @@ class Distillation:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            stages = _STAGES_OF.get(field.name, (self.stage,))
+            stages = STAGES_OF.get(field.name, (self.stage,))
             value = getattr(self, field.name)
             if self.stage not in stages and value != field.default:
                 raise ValueError(
