@@ -22,7 +22,8 @@ from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.engine import Placement, on_default_device
-from skyreels_jax.weights.layout import ComponentName, Layout, read_object
+from skyreels_jax.weights.folder_files import read_object
+from skyreels_jax.weights.layout import ComponentName, Layout
 from skyreels_jax.weights.lora.beside import put_beside
 from skyreels_jax.weights.lora.binding import Lora
 from skyreels_jax.weights.lora.source import with_loras
