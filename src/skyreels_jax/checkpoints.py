@@ -324,12 +324,15 @@ def _defaults(layout: Layout, config: TransformerConfig, guess: Guess) -> Defaul
     source = f"preset {preset.name}" if preset else f"{guess.family} {config.model_type} models"
     if preset is None:
         preset = PRESETS[_LIKE[guess.family, config.model_type]]
+    guidance = Default(preset.guidance_scale, source)
+    if guess.causal is not None and guess.causal.own_guidance is not None:
+        guidance = Default(guess.causal.own_guidance, guess.causal.origin)
     return Defaults(
         resolution=Default(preset.resolution, source),
         num_frames=Default(preset.num_frames, source),
         fps=Default(preset.fps, source),
         shift=_stored_shift(layout) or Default(preset.shift, source),
-        guidance_scale=Default(preset.guidance_scale, source),
+        guidance_scale=guidance,
         steps=Default(preset.steps, source),
         ar_step=Default(preset.ar_step, source if preset.ar_step else "all frames together"),
     )

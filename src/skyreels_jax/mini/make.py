@@ -96,9 +96,9 @@ def assemble(outputs: Path, assets: Path, name: str) -> Path:
         if "image_encoder" in parts:
             image = stored_image_encoder(components_of(folder)).config
         beside = None if name == _WHOLE else _WHOLE
-        parts = {**_PARTS, **parts}
-        write_pipeline_files(folder, pipeline, parts, preset.shift, image, beside)
-        runs = {run, *parts.values()}
+        together: Mapping[ComponentName, str] = {**_PARTS, **parts}
+        write_pipeline_files(folder, pipeline, together, preset.shift, image, beside)
+        runs = {run, *together.values()}
         while more := {_BEGUN_BY[later] for later in runs & _BEGUN_BY.keys()} - runs:
             runs |= more
         write_config(folder / "training.json", made_by(outputs, sorted(runs, key=_RUNS.index)))

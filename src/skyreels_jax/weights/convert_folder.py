@@ -14,7 +14,7 @@ from skyreels_jax.weights.components.clip import image_processor_json, stored_im
 from skyreels_jax.weights.components.stored import StoredComponent
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
-from skyreels_jax.weights.layout import COMPONENTS_IN, MODEL_INDEX, PATHS, Layout
+from skyreels_jax.weights.layout import COMPONENTS_IN, MODEL_INDEX, PATHS, STREAMING, Layout
 from skyreels_jax.weights.pipeline_folder import (
     About,
     needed_components,
@@ -86,6 +86,9 @@ def convert_folder(
         translated = nested and (source.format != format or of_files)
         if translated:
             files += _write_components(partial, source, config, about, weights)
+        if source.streaming_file is not None:
+            target_name = (transformer / STREAMING).relative_to(partial)
+            _copy(source.streaming_file, partial, str(target_name), result)
         result.written.extend(file.relative_to(partial) for file in files)
         if source.format == format and source.model_index:
             _copy_index(source, partial, result)

@@ -49,6 +49,8 @@ MODEL_INDEX: Final = "model_index.json"
 CONFIG: Final = "config.json"
 # In ``model_index.json``: the folder beside this one with the components that this one lacks.
 COMPONENTS_IN: Final = "_components_in"
+# Beside a transformer's ``config.json``: how a causal student is sampled.
+STREAMING: Final = "streaming.json"
 # Classes of transformers that are read: Skywork's, diffusers' port of it, and the Wan 2.1 model
 # that both descend from (same parameters, no frame rates). The first one is written.
 TRANSFORMER_CLASSES: Final[Mapping[Format, tuple[str, ...]]] = {
@@ -94,6 +96,14 @@ class Layout:
     def config_file(self) -> Path:
         """Where ``config`` was read from, or would be."""
         return (self.transformer.parent if self.is_file else self.transformer) / CONFIG
+
+    @property
+    def streaming_file(self) -> Path | None:
+        """Where a causal student says how it is sampled; None where it does not."""
+        if self.is_file and not self.config:
+            return None  # What lies beside may be another's.
+        file = self.config_file.with_name(STREAMING)
+        return file if file.is_file() else None
 
     def component(self, name: ComponentName) -> Path:
         """The path of a component but the transformer.

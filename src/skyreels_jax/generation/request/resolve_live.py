@@ -162,7 +162,9 @@ class _Choices:
     def __init__(self, request: LiveRequest, checkpoint: Checkpoint):
         self.request, self.checkpoint = request, checkpoint
         causal = checkpoint.guess.causal
-        self.learned = None if causal is None else causal.preset
+        self.learned = None if causal is None else causal.settings
+        self.caveat = causal and causal.preset and causal.preset.caveat
+        self.origin = causal.origin if causal else ""
         self.sources: dict[str, str] = {}
         self.problems: list[str] = []
 
@@ -186,12 +188,15 @@ class _Choices:
     def schedule(self) -> CausalSchedule | None:
         """The steps of a block."""
         learned = self.learned
-        source = f"preset {learned.name}" if learned else "for models that have not learned it"
+        source = self.origin if learned else "for models that have not learned it"
         timesteps = self._timesteps()
         block = learned.block if learned else self.checkpoint.block_length or 1
         block = self.choose("causal_block_size", Default(block, source))
-        rule = self.choose("rule", Default("renoise" if learned else "euler", source))
-        first_block = self.choose("first_block", Default(None, "as in the others"))
+        rule = self.choose("rule", Default(learned.rule if learned else "euler", source))
+        other = learned.first_block if learned else None
+        first_block = self.choose(
+            "first_block", Default(other, source if other else "as in the others")
+        )
         first = learned.first_timesteps if learned and not self._has_own_steps() else None
         first = first and self._warped(first)
         first = self.choose("first_timesteps", Default(first, source if first else "as the others"))
@@ -204,7 +209,7 @@ class _Choices:
     def window(self) -> CausalWindow | None:
         """What of the past a block sees."""
         learned, at_once = self.learned, self.checkpoint.defaults.num_frames
-        source = f"preset {learned.name}" if learned else at_once.source
+        source = self.origin if learned else at_once.source
         frames = learned.window if learned else latent_frames(at_once.value)
         frames = self.choose("window", Default(frames, source))
         source = source if learned else "for models that have not learned it"
@@ -241,8 +246,8 @@ class _Choices:
                 "can be streamed, and what it makes will be worse than a video made at once, and "
                 "drift; docs/live.md names models that have"
             )
-        if self.learned is not None and self.learned.caveat is not None:
-            yield f"{self.learned.name}: {self.learned.caveat}"
+        if self.caveat:
+            yield f"{self.origin}: {self.caveat}"
 
     def _has_own_steps(self) -> bool:
         return self.request.timesteps is not None or self.request.steps is not None
@@ -256,7 +261,7 @@ class _Choices:
             given = self.choose("timesteps", Default((), ""))
             return self._warped(given) if request.shift is not None else given
         if request.steps is None and learned is not None:
-            self.sources["timesteps"] = f"preset {learned.name}"
+            self.sources["timesteps"] = self.origin
             return self._warped(learned.timesteps)
         steps = self.choose("steps", Default(_STEPS, "enough with guidance"))
         self.sources["timesteps"] = f"{steps} even steps, warped"
@@ -268,7 +273,7 @@ class _Choices:
         learned = self.learned
         usual = self.checkpoint.defaults.shift
         if learned is not None:
-            usual = Default(learned.shift or 1.0, f"preset {learned.name}")
+            usual = Default(learned.shift or 1.0, self.origin)
         shift = self.choose("shift", usual)
         return () if self.problems else warp(timesteps, shift)
 
@@ -279,9 +284,11 @@ def _shared(
     """What a stream shares with other videos, as one of ``num_frames``."""
     wanted = replace(request.video, num_frames=num_frames, base_num_frames=num_frames)
     causal = checkpoint.guess.causal
-    if request.video.guidance_scale is None and causal is not None and causal.preset is not None:
+    settings = None if causal is None else causal.settings
+    scale = None if settings is None else settings.guidance_scale
+    if request.video.guidance_scale is None and causal is not None and scale is not None:
         # Not "given": nobody did.
-        usual = Default(1.0, f"preset {causal.preset.name}")
+        usual = Default(scale, causal.origin)
         defaults = replace(checkpoint.defaults, guidance_scale=usual)
         checkpoint = replace(checkpoint, defaults=defaults)
     task = checkpoint.task
