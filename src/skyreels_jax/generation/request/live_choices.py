@@ -87,10 +87,12 @@ class LiveChoices:
         recompute = self.choose("recompute", usual)
         usual = Default(learned.positions if learned else "absolute", source)
         positions = self.choose("positions", usual)
+        usual = Default(learned.context_noise if learned else 0.0, source)
+        noise = self.choose("context_noise", usual)
         if self.problems:
             return None
         return self.try_to(
-            lambda: CausalWindow(frames, sink, positions, recompute)  # pyright: ignore
+            lambda: CausalWindow(frames, sink, positions, recompute, noise)  # pyright: ignore
         )
 
     def with_positions(self, window: CausalWindow, total: int | None) -> CausalWindow:

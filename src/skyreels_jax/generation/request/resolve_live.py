@@ -73,6 +73,7 @@ class ResolvedLive:
             "sink": window.sink,
             "positions": window.positions,
             "recompute": window.recompute,
+            "context_noise": window.context_noise,
             "rolling": schedule.rolling,
             "first_block": schedule.first_block,
             "first_timesteps": schedule.first_timesteps and list(schedule.first_timesteps),
