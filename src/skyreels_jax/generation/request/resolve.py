@@ -113,10 +113,7 @@ def resolve(
             **values, sources=builder.sources, warnings=tuple(builder.warnings)
         )
         resolved = replace(resolved, prompts=prompts_by_window(prompts, resolved.windows))
-        problems = [
-            *state_violations(resolved),
-            *_memory_violations(resolved, checkpoint, memory),
-        ]
+        problems = [*state_violations(resolved), *_memory_violations(resolved, checkpoint, memory)]
         if not problems:
             of_length = (*builder.length_warnings, *length_notes(request, resolved, checkpoint))
             said = (*resolved.warnings, *notes(request, resolved, checkpoint), *of_length)
