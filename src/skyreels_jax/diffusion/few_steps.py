@@ -15,11 +15,11 @@ from itertools import pairwise
 from typing import Final, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.errors import RequestError
-from skyreels_jax.shapes import ROPE_FRAMES
+from skyreels_jax.shapes import ROPE_FRAMES, Latents
 
 StepRule = Literal["renoise", "euler"]
 WindowPositions = Literal["absolute", "relative"]
@@ -116,6 +116,22 @@ def _check_timesteps(timesteps: tuple[float | int, ...]) -> None:
 def step_sigmas(timesteps: Sequence[float | int]) -> Float[np.ndarray, " points"]:
     """The sigma of each timestep, and 0 after the last; float32."""
     return np.array([*timesteps, 0], np.float64).astype(np.float32) / NUM_TRAIN_TIMESTEPS
+
+
+def moved(
+    x: Latents,
+    velocity: Latents,
+    sigma: Float[Array, "..."],
+    following: Float[Array, "..."],
+    noise: Latents | None,
+) -> Latents:
+    """``x`` at the following sigma: new ``noise`` on the data that is meant, or an Euler step.
+
+    Sigmas are one for all, or broadcast against latents ``[B, C, F, H, W]``.
+    """
+    if noise is None:
+        return x + (following - sigma) * velocity
+    return (1 - following) * (x - sigma * velocity) + following * noise
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from skyreels_jax.diffusion.few_steps import StepRule
+from skyreels_jax.diffusion.few_steps import StepRule, moved
 from skyreels_jax.diffusion.step_cache import StagedForward
 from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.models.transformer_attention import FrameKeyValues, PastFrames
@@ -80,10 +80,10 @@ class CausalStep:
         ) -> tuple[tuple[Latents, Bool[Array, ""]], None]:
             x, finite = carry
             number, timestep, sigma, following = given
-            velocity = self.velocity(window, block, x, timestep)
+            velocity = self.velocity(window.kv_cache, block, x, timestep)
             finite &= jnp.all(jnp.isfinite(velocity))
             new = noise(number + 1) if self.rule == "renoise" else None
-            return (_moved(x, velocity, sigma, following, new), finite), None
+            return (moved(x, velocity, sigma, following, new), finite), None
 
         count = len(steps.timesteps)
         sigmas = jnp.asarray(steps.sigmas)
@@ -122,14 +122,14 @@ class CausalStep:
         # The newest takes the first step.
         done = np.arange(blocks)[::-1]
         at = np.repeat(done, size)
-        velocity = self.velocity(window, block, x, jnp.asarray(steps.timesteps)[at])
+        velocity = self.velocity(window.kv_cache, block, x, jnp.asarray(steps.timesteps)[at])
         new = None
         if self.rule == "renoise":
             drawn = [draw(starts[n], size, jnp.int32(done[n] + 1)) for n in range(blocks)]
             new = jnp.concatenate(drawn, axis=2)
         sigmas = jnp.asarray(steps.sigmas)
         sigma, following = (sigmas[n].reshape(1, 1, -1, 1, 1) for n in (at, at + 1))
-        x = _moved(x, velocity, sigma, following, new)
+        x = moved(x, velocity, sigma, following, new)
         finite = jnp.all(jnp.isfinite(velocity))
         report = IterationReport(finite, jnp.ones(len(self.step.conditioning.contexts), bool))
         if blocks < count:
@@ -145,8 +145,7 @@ class CausalStep:
             noise = _noise(self.context_key, window, block.first, x.shape[2], jnp.int32(0))
             seen = (1 - level) * x + level * noise
         new = KeptWindow(self.key_values(window.kv_cache, block, seen), x)
-        slots = jnp.asarray(block.slots)
-        return jax.tree.map(lambda old, frames: write_frames(old, frames, slots, 2), window, new)
+        return write_frames(window, new, jnp.asarray(block.slots))
 
     def key_values(self, cache: KVCache, block: BlockPlace, x: Latents) -> KVCache:
         """Keys and values of a finished block as it is seen later, for each model call."""
@@ -154,10 +153,10 @@ class CausalStep:
         return tuple(FrameKeyValues(*staged.key_values()) for staged in calls)
 
     def velocity(
-        self, window: KeptWindow, block: BlockPlace, x: Latents, timestep: Float[Array, "*F"]
+        self, cache: KVCache, block: BlockPlace, x: Latents, timestep: Float[Array, "*F"]
     ) -> Latents:
         """The prediction for a block at a timestep, or for frames each at its own; guided."""
-        calls = self._calls(window.kv_cache, block, x, timestep)
+        calls = self._calls(cache, block, x, timestep)
         predictions = tuple(staged.head(staged.blocks(staged.tokens)) for staged in calls)
         return self.step.guidance.combine(predictions)
 
@@ -188,12 +187,3 @@ def _noise(
     batch, channels, _, *size = window.latents.shape
     frames = jax.ShapeDtypeStruct((count, batch, channels, *size), jnp.float32)
     return jnp.moveaxis(frame_noise(jax.random.fold_in(key, step), first, frames), 0, 2)
-
-
-def _moved(
-    x: Latents, velocity: Latents, sigma: Array, following: Array, noise: Latents | None
-) -> Latents:
-    """``x`` at the following sigma: new noise on the data that is meant, or an Euler step."""
-    if noise is None:
-        return x + (following - sigma) * velocity
-    return (1 - following) * (x - sigma * velocity) + following * noise

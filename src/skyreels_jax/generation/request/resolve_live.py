@@ -125,10 +125,8 @@ def resolve_live(
     if request.seconds is not None:
         frames = geometry.frames_in(request.seconds, video.fps)
     given = _given_frames(video)
-    total = None
-    if frames is not None:
-        # Blocks are whole, and others may be under way: they end after the video does.
-        total = latent_frames(frames) + given + schedule.at_once - 1
+    # Blocks are whole, and others may be under way: they end after the video does.
+    total = None if frames is None else latent_frames(frames) + given + schedule.at_once - 1
     window = chosen.with_positions(window, total)
     problems = [*chosen.problems, *_violations(video, schedule, window, given)]
     needed, kept = _needed_memory(video, checkpoint, schedule, window)
