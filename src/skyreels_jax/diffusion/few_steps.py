@@ -145,14 +145,23 @@ class CausalWindow:
             counts within the window, the sink first, and has no end.
         recompute: when the window's keys and values are computed again: ``never``, when the
             ``prompt`` changes, or before every ``block``.
+        context_noise: timestep to which finished frames are noised before their keys and values are
+            computed (Self-Forcing's ``context_noise``); what a model got wrong in them is then less
+            of what it goes on from.
     """
 
     frames: int
     sink: int = 0
     positions: WindowPositions = "absolute"
     recompute: Recomputation = "never"
+    context_noise: float | int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.context_noise < NUM_TRAIN_TIMESTEPS:
+            raise RequestError(
+                f"context_noise {self.context_noise:g}: a timestep of at least 0, below "
+                f"{NUM_TRAIN_TIMESTEPS}"
+            )
         if self.positions not in _POSITIONS:
             raise RequestError(
                 f"positions {self.positions!r}; there are {' and '.join(_POSITIONS)}"

@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from skyreels_jax.diffusion.few_steps import CausalSchedule, CausalWindow, step_sigmas
 from skyreels_jax.diffusion.guidance import Guidance, NoGuidance
 from skyreels_jax.diffusion.step_cache import NoCache
 from skyreels_jax.geometry import LATENT_CHANNELS
 from skyreels_jax.sampling.causal_step import BlockPlace, BlockSteps, CausalStep, KeptWindow
-from skyreels_jax.sampling.denoiser import Denoiser
+from skyreels_jax.sampling.denoiser import AbstractInputs, Denoiser
 from skyreels_jax.sampling.kv_cache import WindowSlots, allocate
 from skyreels_jax.sampling.noise import noise_key
 from skyreels_jax.sampling.progress import Clock, IterationReport, StepMonitor
@@ -100,7 +101,10 @@ class CausalSampler:
             attention=self.attention,
             parallelism=self.denoiser.parallelism,
         )
-        self._step = CausalStep(step, self.schedule.rule)
+        noise = self.window.context_noise
+        # A key of its own: steps of blocks draw from the other.
+        key = noise_key(self.seed, 1) if noise else None
+        self._step = CausalStep(step, self.schedule.rule, noise, key)
         self._programs = {}
         if self.window.recompute == "prompt":
             self._recompute()
@@ -151,6 +155,21 @@ class CausalSampler:
         self._submitted(size, report)
         return latents
 
+    def trace_block(self, inputs: AbstractInputs) -> jax.stages.Traced:
+        """The program that makes a block of usual size, which is the same however full the window.
+
+        From shapes alone, the model may be abstract; for a sampler of its own, and a schedule that
+        does not roll.
+        """
+        self.change(self.denoiser.abstract_conditioning(self.guidance, inputs))
+        place = self.denoiser.parallelism.place
+        step, state = self._started(lambda *array: place(jax.ShapeDtypeStruct(*array)))
+        timesteps = self.schedule.timesteps
+        steps = BlockSteps(np.array(timesteps, np.float32), step_sigmas(timesteps), self._key)
+        arguments = (step, state, self._next_block(0, self.schedule.block), steps)
+        jitted = self.denoiser.parallelism.jit(CausalStep.make_block, arguments, (1,))
+        return jitted.trace(*arguments)
+
     def _roll(self, steps: BlockSteps) -> Latents:
         """Step all blocks under way, with a new one each time, until the oldest is finished."""
         size, count = self.schedule.block, len(steps.timesteps)
@@ -196,13 +215,16 @@ class CausalSampler:
         """
         self._monitor.finish()
 
-    def _started(self) -> tuple[CausalStep, KeptWindow]:
-        """The step, and the window, which is empty at first."""
+    def _started(
+        self,
+        make: Callable[[tuple[int, ...], DTypeLike], Array | jax.ShapeDtypeStruct] | None = None,
+    ) -> tuple[CausalStep, KeptWindow]:
+        """The step, and the window, which is empty at first: zeros, or what ``make`` gives."""
         if self._step is None:
             raise ValueError("a causal sampler needs a conditioning first: call `change`")
         if self._state is None:
             slots = self._held.slots
-            make = self.denoiser.parallelism.zeros
+            make = make or self.denoiser.parallelism.zeros
             frame = jax.ShapeDtypeStruct(
                 (self.batch, LATENT_CHANNELS, 1, *self.latent_size), jnp.float32
             )

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from skyreels_jax.diffusion.few_steps import StepRule, moved
 from skyreels_jax.diffusion.step_cache import StagedForward
+from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.models.transformer_attention import FrameKeyValues, PastFrames
 from skyreels_jax.sampling.kv_cache import KVCache, write_frames
 from skyreels_jax.sampling.progress import IterationReport
@@ -50,13 +51,23 @@ class BlockSteps(NamedTuple):
     key: Array
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("step",), meta_fields=("rule",))
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("step", "context_key"),
+    meta_fields=("rule", "context_noise"),
+)
 @dataclass(frozen=True, eq=False)
 class CausalStep:
-    """A block as a function of the window, with all that is constant between two prompts."""
+    """A block as a function of the window, with all that is constant between two prompts.
+
+    With ``context_noise``, a timestep, keys and values are of finished frames noised so far, each
+    frame by noise of its own from ``context_key``, the same whenever they are computed again.
+    """
 
     step: DenoisingStep
     rule: StepRule
+    context_noise: float | int = 0
+    context_key: PyTree = None
 
     def make_block(
         self, window: KeptWindow, block: BlockPlace, steps: BlockSteps
@@ -128,12 +139,17 @@ class CausalStep:
 
     def keep_block(self, window: KeptWindow, block: BlockPlace, x: Latents) -> KeptWindow:
         """The window with the finished block ``x`` in it."""
-        new = KeptWindow(self.key_values(window.kv_cache, block, x), x)
+        seen = x
+        if self.context_key is not None:
+            level = jnp.float32(self.context_noise / NUM_TRAIN_TIMESTEPS)
+            noise = _noise(self.context_key, window, block.first, x.shape[2], jnp.int32(0))
+            seen = (1 - level) * x + level * noise
+        new = KeptWindow(self.key_values(window.kv_cache, block, seen), x)
         return write_frames(window, new, jnp.asarray(block.slots))
 
     def key_values(self, cache: KVCache, block: BlockPlace, x: Latents) -> KVCache:
-        """Keys and values of a finished block, for each model call."""
-        calls = self._calls(cache, block, x, jnp.float32(0))
+        """Keys and values of a finished block as it is seen later, for each model call."""
+        calls = self._calls(cache, block, x, jnp.float32(self.context_noise))
         return tuple(FrameKeyValues(*staged.key_values()) for staged in calls)
 
     def velocity(

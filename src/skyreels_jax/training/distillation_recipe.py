@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from skyreels_jax.diffusion.few_steps import are_timesteps
+from skyreels_jax.causal_settings import CausalSettings
+from skyreels_jax.diffusion.few_steps import are_timesteps, warp
 from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
+from skyreels_jax.geometry import latent_frames
 from skyreels_jax.training.config import check_at_least
+from skyreels_jax.training.footprint import largest_clips
 from skyreels_jax.training.transformer_recipe import (
     ClipsData,
     FolderTraining,
@@ -144,3 +147,35 @@ DISTILLATION_OF_SOURCE: Final[Mapping[str, type[DistillTraining]]] = {
     "shapes": DistillShapes,
     "folder": DistillFolder,
 }
+
+
+# Velocities that were learned at all noise are followed; what ends a flow is noised anew.
+_FOLLOWED: Final[tuple[DistillStage, ...]] = ("guidance", "teacher-forcing")
+_EVEN: Final = (1000.0, 750.0, 500.0, 250.0)
+
+
+def learned_settings(training: DistillTraining) -> CausalSettings | None:
+    """How the student of a recipe is sampled: as it learned to; None where blocks are whole videos.
+
+    What it has not learned is the usual: four even timesteps, warped. It has seen the frames of a
+    clip together, counted from the first: windows of as many, with positions relative to them.
+    """
+    distill = training.distill
+    window = latent_frames(largest_clips(training).frames)
+    if distill.block >= window:
+        return None
+    timesteps = _EVEN
+    if distill.timesteps:
+        # Unwarped, so that another number of steps is warped too; 6 digits are below float32's.
+        timesteps = tuple(round(t, 6) for t in warp(distill.timesteps, 1 / distill.shift))
+    return CausalSettings(
+        block=distill.block,
+        first_block=distill.first_block,
+        timesteps=timesteps,
+        shift=distill.shift,
+        rule="euler" if distill.stage in _FOLLOWED else "renoise",
+        window=window,
+        positions="relative",
+        # Teacher forcing learns from data, which has none in it.
+        guidance_scale=None if distill.stage == "teacher-forcing" else 1.0,
+    )

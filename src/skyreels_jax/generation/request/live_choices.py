@@ -26,7 +26,9 @@ class LiveChoices:
     def __init__(self, request: LiveRequest, checkpoint: Checkpoint):
         self.request, self.checkpoint = request, checkpoint
         causal = checkpoint.guess.causal
-        self.learned = None if causal is None else causal.preset
+        self.learned = None if causal is None else causal.settings
+        self.caveat = causal and causal.preset and causal.preset.caveat
+        self.origin = causal.origin if causal else ""
         self.sources: dict[str, str] = {}
         self.problems: list[str] = []
 
@@ -50,15 +52,18 @@ class LiveChoices:
     def schedule(self) -> CausalSchedule | None:
         """The steps of a block."""
         learned = self.learned
-        source = f"preset {learned.name}" if learned else "for models that have not learned it"
+        source = self.origin if learned else "for models that have not learned it"
         timesteps = self._timesteps()
         block = learned.block if learned else self.checkpoint.block_length or 1
         block = self.choose("causal_block_size", Default(block, source))
-        rule = self.choose("rule", Default("renoise" if learned else "euler", source))
+        rule = self.choose("rule", Default(learned.rule if learned else "euler", source))
         rolling = self.choose("rolling", Default(bool(learned and learned.is_rolling), source))
         if rolling:
             self._refuse_another_first()
-        first_block = self.choose("first_block", Default(None, "as in the others"))
+        other = learned.first_block if learned and not rolling else None
+        first_block = self.choose(
+            "first_block", Default(other, source if other else "as in the others")
+        )
         is_alike = rolling or self._has_own_steps()
         first = learned.first_timesteps if learned and not is_alike else None
         first = first and self._warped(first)
@@ -73,7 +78,7 @@ class LiveChoices:
     def window(self) -> CausalWindow | None:
         """What of the past a block sees."""
         learned, at_once = self.learned, self.checkpoint.defaults.num_frames
-        source = f"preset {learned.name}" if learned else at_once.source
+        source = self.origin if learned else at_once.source
         frames = learned.window if learned else latent_frames(at_once.value)
         frames = self.choose("window", Default(frames, source))
         source = source if learned else "for models that have not learned it"
@@ -82,10 +87,12 @@ class LiveChoices:
         recompute = self.choose("recompute", usual)
         usual = Default(learned.positions if learned else "absolute", source)
         positions = self.choose("positions", usual)
+        usual = Default(learned.context_noise if learned else 0.0, source)
+        noise = self.choose("context_noise", usual)
         if self.problems:
             return None
         return self.try_to(
-            lambda: CausalWindow(frames, sink, positions, recompute)  # pyright: ignore
+            lambda: CausalWindow(frames, sink, positions, recompute, noise)  # pyright: ignore
         )
 
     def with_positions(self, window: CausalWindow, total: int | None) -> CausalWindow:
@@ -110,8 +117,8 @@ class LiveChoices:
                 "can be streamed, and what it makes will be worse than a video made at once, and "
                 "drift; docs/live.md names models that have"
             )
-        if self.learned is not None and self.learned.caveat is not None:
-            yield f"{self.learned.name}: {self.learned.caveat}"
+        if self.caveat:
+            yield f"{self.origin}: {self.caveat}"
         usual = latent_frames(self.checkpoint.defaults.num_frames.value)
         if window.frames > FRAMES_LEARNED * usual:
             yield (
@@ -143,7 +150,7 @@ class LiveChoices:
             given = self.choose("timesteps", Default((), ""))
             return self._warped(given) if request.shift is not None else given
         if request.steps is None and learned is not None:
-            self.sources["timesteps"] = f"preset {learned.name}"
+            self.sources["timesteps"] = self.origin
             return self._warped(learned.timesteps)
         steps = self.choose("steps", Default(_STEPS, "enough with guidance"))
         self.sources["timesteps"] = f"{steps} even steps, warped"
@@ -155,7 +162,7 @@ class LiveChoices:
         learned = self.learned
         usual = self.checkpoint.defaults.shift
         if learned is not None:
-            usual = Default(learned.shift or 1.0, f"preset {learned.name}")
+            usual = Default(learned.shift or 1.0, self.origin)
         shift = self.choose("shift", usual)
         return () if self.problems else warp(timesteps, shift)
 

@@ -109,9 +109,8 @@ def resolve(
     if not problems:
         negative = values["negative_prompt"]
         prompts, values["negative_prompt"] = builder.in_known_words(negative, loras)
-        resolved = ResolvedRequest(
-            **values, sources=builder.sources, warnings=tuple(builder.warnings)
-        )
+        said = tuple(builder.warnings)
+        resolved = ResolvedRequest(**values, sources=builder.sources, warnings=said)
         resolved = replace(resolved, prompts=prompts_by_window(prompts, resolved.windows))
         problems = [*state_violations(resolved), *_memory_violations(resolved, checkpoint, memory)]
         if not problems:

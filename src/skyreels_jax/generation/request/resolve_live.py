@@ -73,6 +73,7 @@ class ResolvedLive:
             "sink": window.sink,
             "positions": window.positions,
             "recompute": window.recompute,
+            "context_noise": window.context_noise,
             "rolling": schedule.rolling,
             "first_block": schedule.first_block,
             "first_timesteps": schedule.first_timesteps and list(schedule.first_timesteps),
@@ -161,9 +162,11 @@ def _shared(
     """What a stream shares with other videos, as one of ``num_frames``."""
     wanted = replace(request.video, num_frames=num_frames, base_num_frames=num_frames)
     causal = checkpoint.guess.causal
-    if request.video.guidance_scale is None and causal is not None and causal.preset is not None:
+    settings = None if causal is None else causal.settings
+    scale = None if settings is None else settings.guidance_scale
+    if request.video.guidance_scale is None and causal is not None and scale is not None:
         # Not "given": nobody did.
-        usual = Default(1.0, f"preset {causal.preset.name}")
+        usual = Default(scale, causal.origin)
         defaults = replace(checkpoint.defaults, guidance_scale=usual)
         checkpoint = replace(checkpoint, defaults=defaults)
     task = checkpoint.task
