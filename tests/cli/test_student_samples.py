@@ -14,55 +14,17 @@ from skyreels_jax.cli.main import main
 from skyreels_jax.cli.training_samples import stream_settings, streamed, write_samples_of
 from skyreels_jax.generation.request.keywords import VideoSettings
 from skyreels_jax.generation.request.live import LiveRequest
-from skyreels_jax.media import read_video
+from skyreels_jax.media import VideoWriter, read_video
 from skyreels_jax.pipeline import Pipeline
-from skyreels_jax.training.distillation_recipe import Distillation
 
 VIDEO: VideoSettings = {"num_frames": 17, "fps": 16, "height": 64, "width": 64, "seed": 3}
 VIDEO |= {"steps": 20, "guidance_scale": 4.0, "shift": 4.0, "image": None}
-# Stage -> what its student is made by.
-STUDENTS: dict[str, tuple[Distillation, dict[str, Any]]] = {
-    "dmd": (
-        Distillation(stage="dmd", block=3, timesteps=(1000.0, 625.0), first_block=1),
-        {"timesteps": (1000.0, 625.0), "rule": "renoise", "first_block": 1, "window": 9},
-    ),
-    "consistency": (
-        Distillation(stage="consistency", block=1, shift=7.0),
-        {"steps": 4, "rule": "renoise", "shift": 7.0, "window": 6},
-    ),
-    "continuous": (
-        Distillation(stage="continuous", block=2),
-        {"steps": 4, "rule": "renoise", "shift": 5.0, "window": 7},
-    ),
-    "guidance": (
-        Distillation(stage="guidance", block=1, timesteps=(1000.0, 625.0)),
-        {"timesteps": (1000.0, 625.0), "rule": "euler", "guidance_scale": 1.0},
-    ),
-    "guidance at all timesteps": (
-        Distillation(stage="guidance", block=1),
-        {"steps": 8, "rule": "euler", "shift": 4.0},
-    ),
-    "more timesteps than a stream has": (
-        Distillation(stage="guidance", timesteps=tuple(1000.0 - 50 * n for n in range(16))),
-        {"timesteps": tuple(1000.0 - 100 * n for n in range(8))},
-    ),
-    "teacher-forcing": (
-        Distillation(stage="teacher-forcing", block=1),
-        {"steps": 8, "rule": "euler", "guidance_scale": 4.0},
-    ),
-}
 
 
-@pytest.mark.parametrize("name", STUDENTS)
-def test_a_student_is_shown_in_its_own_blocks_and_steps(name: str):
-    distill, expected = STUDENTS[name]
-    found = stream_settings(distill, VIDEO)
-    # Seconds, that is: 17 frames of 16 a second.
-    own = {"causal_block_size": distill.block, "seconds": 17 / 16, "guidance_scale": 1.0}
-    own |= {"seed": 3, "height": 64, "width": 64, "fps": 16} | expected
-    assert {key: found.get(key) for key in own} == own
-    assert not {"num_frames", "image"} & found.keys()
-    assert ("steps" in found) != ("timesteps" in found)
+def test_what_is_shown_is_kept_and_how_it_is_made_is_the_students():
+    found = stream_settings(VIDEO)
+    # 17 frames of 16 a second.
+    assert found == {"seconds": 17 / 16, "seed": 3, "height": 64, "width": 64, "fps": 16}
     LiveRequest.of({"prompt": "a star", **found})  # A stream takes them.
 
 
@@ -78,18 +40,21 @@ def test_samples_of_a_distillation_are_streams_of_its_student(
         assert main(["train", str(tmp_path / "run.toml")]) == 0
         folder = made.output / "samples" / "0000002"
         pipe = Pipeline.from_pretrained(made.output / "model", dtype="float32")
-        own: dict[str, Any] = {"causal_block_size": 1, "timesteps": (1000, 625), "window": 3}
-        own |= {"height": 32, "width": 32, "seconds": 5 / 16, "seed": 0, "fps": 16}
-        own |= {"rule": "renoise", "guidance_scale": 1.0, "positions": "absolute"}
+        own = {"height": 32, "width": 32, "seconds": 5 / 16, "seed": 0, "fps": 16}
         prompt = (folder / "0.txt").read_text().strip()
-        stream, other = (
-            np.concatenate(list(pipe.stream(prompt, **own | change)))
-            for change in ({}, {"timesteps": (1000,)})
-        )
-    shown = read_video(folder / "0.mp4")[0] * 1.0
-    # H.264 alone is between them.
-    assert np.abs(shown - stream).mean() < 4
-    assert np.abs(shown - other).mean() > 2 * np.abs(shown - stream).mean()  # Twin.
+        for name, change in {"own": {}, "other": {"timesteps": (1000,)}}.items():
+            stream = pipe.stream(prompt, **own | change)
+            frames = np.concatenate(list(stream))
+            with VideoWriter(tmp_path / f"{name}.mp4", fps=16, size=(32, 32)) as writer:
+                writer.append(frames)
+            if name == "own":
+                assert stream.request.schedule.timesteps == pytest.approx((1000, 625), rel=1e-5)
+    shown, own_frames, other = (
+        read_video(file)[0]
+        for file in (folder / "0.mp4", tmp_path / "own.mp4", tmp_path / "other.mp4")
+    )
+    np.testing.assert_array_equal(shown, own_frames)
+    assert np.any(shown != other)  # Twin.
 
 
 class Streaming(Planted):
@@ -110,9 +75,9 @@ def test_a_student_is_not_made_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         training_samples.Pipeline, "from_pretrained", lambda *args, **kwargs: pipeline
     )
-    write = write_samples_of([("a star", VIDEO)], streamed(STUDENTS["dmd"][0]))
+    write = write_samples_of([("a star", VIDEO)], streamed)
     with pytest.raises(RuntimeError, match="no memory for a stream"):
         write(tmp_path, tmp_path)
     (request,) = pipeline.asked
-    assert (request.causal_block_size, request.timesteps) == (3, (1000.0, 625.0))
+    assert (request.seconds, request.steps, request.timesteps) == (17 / 16, None, None)
     assert request.video.dtype == "float32"

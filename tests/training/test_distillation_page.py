@@ -80,7 +80,7 @@ def test_the_recipe_and_its_streams_run(tmp_path: Path, monkeypatch: pytest.Monk
         assert main(["data", "shapes", "clips", "--count", "3"]) == 0
         train, *streams = documents.commands(documents.Page(SECTION))
         assert main([*train[1:], "--steps", "2"]) == 0
-        assert len(streams) == 2
+        assert len(streams) == 1
         for words in streams:
             shorter = ["--seconds", "0.3", "--overwrite"]
             assert main([*words[1:], *shorter]) == 0

@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         write_samples_of,
     )
     from skyreels_jax.hub import enable_compilation_cache
+    from skyreels_jax.training.distillation_recipe import learned_settings
     from skyreels_jax.training.distillation_task import DistillTask
     from skyreels_jax.training.loop import train
     from skyreels_jax.training.transformer_task import VideoTask
@@ -90,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     with encoding_progress() as on_encoded:
         task = recipe.task(on_encoded)
     if isinstance(task, VideoTask):
-        make = streamed(task.distill) if isinstance(task, DistillTask) else made_at_once
+        is_student = isinstance(task, DistillTask) and learned_settings(task.training) is not None
+        make = streamed if is_student else made_at_once
         task.sample_writer = write_samples_of(shown or samples_of(task.examples()), make)
     advice = "the same command in every process goes on from the last checkpoint"
     with _progress(recipe.run.steps) as on_log, broken_off_in_words(advice):

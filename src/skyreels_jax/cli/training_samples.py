@@ -9,20 +9,16 @@ import numpy as np
 
 from skyreels_jax.cli.sample_prompts import SAMPLE_DEFAULTS
 from skyreels_jax.generation.request.keywords import StreamSettings, VideoSettings
-from skyreels_jax.generation.request.live import MAX_LIVE_STEPS, LiveRequest
-from skyreels_jax.geometry import latent_frames
+from skyreels_jax.generation.request.live import LiveRequest
 from skyreels_jax.media import VideoWriter, contact_sheet, write_image
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.shapes import Frames
 from skyreels_jax.training.batches import Example
-from skyreels_jax.training.distillation_recipe import Distillation
 from skyreels_jax.training.transformer_task import SampleWriter
 
 _logger = logging.getLogger(__name__)
 # Makes the video of a prompt, writes it into a file and returns its frames.
 Maker = Callable[[Pipeline, str, VideoSettings, Path], Frames]
-# Steps of a student of consistency, which learns to take any number.
-_FEW: Final = 4
 # What a stream takes of the settings of a video.
 _OF_BOTH: Final = ("height", "width", "fps", "seed")
 
@@ -52,53 +48,23 @@ def made_at_once(pipeline: Pipeline, prompt: str, settings: VideoSettings, file:
     return video.frames
 
 
-def streamed(distill: Distillation) -> Maker:
-    """Makes videos as streams of the student that a recipe trains."""
-
-    def make(pipeline: Pipeline, prompt: str, settings: VideoSettings, file: Path) -> Frames:
-        wishes = {"prompt": prompt, **stream_settings(distill, settings)}
-        # A request, as a call would warn each time that the model has not learned it yet.
-        with pipeline.stream_request(LiveRequest.of(wishes, dtype=pipeline.dtype)) as stream:
-            frames = np.concatenate(list(stream))
-        with VideoWriter(file, fps=stream.request.fps, size=stream.request.size) as writer:
-            writer.append(frames)
-        return frames
-
-    return make
+def streamed(pipeline: Pipeline, prompt: str, settings: VideoSettings, file: Path) -> Frames:
+    """A stream of a causal student, in the blocks and steps that its folder says it learned."""
+    wishes = {"prompt": prompt, **stream_settings(settings)}
+    # A request, as a call would log its warnings for each sample again.
+    with pipeline.stream_request(LiveRequest.of(wishes, dtype=pipeline.dtype)) as stream:
+        frames = np.concatenate(list(stream))
+    with VideoWriter(file, fps=stream.request.fps, size=stream.request.size) as writer:
+        writer.append(frames)
+    return frames
 
 
-def stream_settings(distill: Distillation, settings: VideoSettings) -> StreamSettings:
-    """How a student in training is streamed: in the blocks and steps that it learns.
-
-    A window holds the whole video, as in training. Students of the velocity (``guidance``,
-    ``teacher-forcing``) follow it by Euler's rule, in as many steps as a stream has where they
-    learn at all timesteps; the others take new noise at each step, those of consistency, which
-    learn any number of them, at four. What learns from data alone is guided, as videos are.
-
-    Args:
-        distill: the recipe's table.
-        settings: of the sample, as of a video that is made at once.
-    """
+def stream_settings(settings: VideoSettings) -> StreamSettings:
+    """What a stream takes of the settings of a video: what it shows, not how it is made."""
     frames, fps = settings.get("num_frames"), settings.get("fps")
     assert isinstance(frames, int) and fps
-    of_velocity = distill.stage in ("guidance", "teacher-forcing")
-    of_data = distill.stage == "teacher-forcing"
-    own: StreamSettings = {
-        "seconds": frames / float(fps),
-        "causal_block_size": distill.block,
-        "first_block": distill.first_block,
-        "window": latent_frames(frames) + distill.block + (distill.first_block or 0),
-        "positions": "absolute",
-        "rule": "euler" if of_velocity else "renoise",
-        "guidance_scale": SAMPLE_DEFAULTS["guidance_scale"] if of_data else 1.0,  # pyright: ignore[reportTypedDictNotRequiredAccess]
-    }
-    if distill.timesteps:
-        # Of more than a stream has, evenly as many as it can have.
-        own["timesteps"] = distill.timesteps[:: -(-len(distill.timesteps) // MAX_LIVE_STEPS)]
-    else:
-        own["steps"] = MAX_LIVE_STEPS if of_velocity else _FEW
-        own["shift"] = SAMPLE_DEFAULTS.get("shift") if of_velocity else distill.shift
-    return {**{name: settings.get(name) for name in _OF_BOTH}, **own}  # pyright: ignore[reportReturnType]
+    kept = {name: settings.get(name) for name in _OF_BOTH}
+    return {**kept, "seconds": frames / float(fps)}  # pyright: ignore[reportReturnType]
 
 
 def write_samples_of(

@@ -64,8 +64,8 @@ class LiveChoices:
         first_block = self.choose(
             "first_block", Default(other, source if other else "as in the others")
         )
-        has_first = learned is not None and not (rolling or self._has_own_steps())
-        first = learned.first_timesteps if has_first else None
+        is_alike = rolling or self._has_own_steps()
+        first = learned.first_timesteps if learned and not is_alike else None
         first = first and self._warped(first)
         first = self.choose("first_timesteps", Default(first, source if first else "as the others"))
         if self.problems:
