@@ -9,13 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from skyreels_jax.diffusion.few_steps import (
-    CausalSchedule,
-    CausalWindow,
-    Recomputation,
-    WindowPositions,
-    warp,
-)
+from skyreels_jax.causal_settings import CausalSettings
 from skyreels_jax.presets import PRESETS, Preset
 
 _FOUR: Final = (1000.0, 750.0, 500.0, 250.0)
@@ -23,8 +17,8 @@ _WAN_1_3B: Final = "Wan2.1-T2V-1.3B"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalPreset:
-    """The settings of one causal student. Frames are latent frames.
+class CausalPreset(CausalSettings):
+    """A published causal student. Frames are latent frames.
 
     Attributes:
         name: what ``--preset`` takes.
@@ -33,15 +27,6 @@ class CausalPreset:
         key: the mapping in that file that its authors sample with; None where it has none.
         lora: a LoRA that belongs to the weights, by its path in the same repository.
         base: name of the preset whose transformer, size and frame rate it has.
-        block: frames that are made at once.
-        timesteps: of a block, noisiest first, in (0, 1000], as published.
-        shift: by which they are warped; None where they are taken as they stand.
-        first_timesteps: of the first block, where they are others.
-        window: frames that attention sees, the block included.
-        sink: how many of them are the first of the video, which never leave.
-        positions: rotary positions in the video, or relative to the window.
-        recompute: when keys and values of earlier frames are computed anew.
-        is_rolling: whether each block runs a step behind the one before, all in one call.
         source: where its settings are stated.
     """
 
@@ -51,15 +36,6 @@ class CausalPreset:
     key: str | None = "generator_ema"
     lora: str | None = None
     base: str = _WAN_1_3B
-    block: int = 3
-    timesteps: tuple[float, ...] = _FOUR
-    shift: float | None = 5.0
-    first_timesteps: tuple[float, ...] | None = None
-    window: int = 21
-    sink: int = 0
-    positions: WindowPositions = "absolute"
-    recompute: Recomputation = "never"
-    is_rolling: bool = False
     source: str
 
     @property
@@ -72,31 +48,9 @@ class CausalPreset:
         """Frames a second of the decoded video."""
         return self.model.fps
 
-    def schedule(self) -> CausalSchedule:
-        """How each block is made, with its timesteps warped."""
-        first = None if self.first_timesteps is None else self._warped(self.first_timesteps)
-        return CausalSchedule(
-            self._warped(self.timesteps),
-            self.block,
-            first_timesteps=first,
-            rolling=self.is_rolling,
-        )
-
-    def _warped(self, timesteps: tuple[float, ...]) -> tuple[float, ...]:
-        return timesteps if self.shift is None else warp(timesteps, self.shift)
-
-    def attention_window(self) -> CausalWindow:
-        """What a block sees."""
-        return CausalWindow(self.window, self.sink, self.positions, self.recompute)
-
     @property
     def caveat(self) -> str | None:
         """What its authors' sampler does and `live` does not, if anything."""
-        if self.is_rolling:
-            return (
-                "its authors let each block run a step behind the one before, all in one call; "
-                "`live` finishes a block before it begins the next"
-            )
         if self.recompute == "block":
             return (
                 "its authors encode the window's first frame again from pixels before every "
@@ -243,3 +197,9 @@ NAMES_OF_STUDENTS: Final[Mapping[str, str]] = {
     r"caus-?vid|autoregressive-checkpoint": "causvid",
     r"self-?forcing": "self-forcing",
 }
+
+
+def published_weights(preset: str | None) -> tuple[str, ...]:
+    """Where weights of students are: of all, or of the one that a preset names, if it is one."""
+    names = CAUSAL_PRESETS if preset is None else (preset,)
+    return tuple(CAUSAL_PRESETS[name].weights for name in names if name in CAUSAL_PRESETS)

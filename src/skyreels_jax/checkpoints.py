@@ -10,7 +10,7 @@ from typing import Final, Generic, TypedDict, TypeVar
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from skyreels_jax.causal_presets import CAUSAL_PRESETS
+from skyreels_jax.causal_presets import CAUSAL_PRESETS, published_weights
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.hub import COMPONENTS_VARIABLE, NEEDED_COMPONENTS, locate
 from skyreels_jax.models.transformer import WanModel
@@ -22,7 +22,8 @@ from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.engine import Placement, on_default_device
-from skyreels_jax.weights.layout import ComponentName, Layout, read_object
+from skyreels_jax.weights.folder_files import read_object
+from skyreels_jax.weights.layout import ComponentName, Layout
 from skyreels_jax.weights.lora.beside import put_beside
 from skyreels_jax.weights.lora.binding import Lora
 from skyreels_jax.weights.lora.source import with_loras
@@ -113,7 +114,7 @@ class Checkpoint:
         image_encoder: str | Path | None = None,
         weights_key: str | None = None,
     ) -> "Checkpoint":
-        """Understand a folder, a file or a Hugging Face id.
+        """Understand a folder, a file, a Hugging Face id or ``owner/name/path`` of a file there.
 
         Args:
             path_or_id: a folder in either format, a transformer's own folder or file, or an id.
@@ -132,7 +133,7 @@ class Checkpoint:
             WeightsError: the folder is incomplete or contradicts itself, or a component given is
                 something else.
         """
-        location = locate(path_or_id, revision)
+        location = locate(path_or_id, revision, known=published_weights(preset))
         layout = _with_heads(read_model(location.folder, key=weights_key), preset)
         source = layout.tensors()
         if not layout.config:
@@ -323,12 +324,15 @@ def _defaults(layout: Layout, config: TransformerConfig, guess: Guess) -> Defaul
     source = f"preset {preset.name}" if preset else f"{guess.family} {config.model_type} models"
     if preset is None:
         preset = PRESETS[_LIKE[guess.family, config.model_type]]
+    guidance = Default(preset.guidance_scale, source)
+    if guess.causal is not None and guess.causal.own_guidance is not None:
+        guidance = Default(guess.causal.own_guidance, guess.causal.origin)
     return Defaults(
         resolution=Default(preset.resolution, source),
         num_frames=Default(preset.num_frames, source),
         fps=Default(preset.fps, source),
         shift=_stored_shift(layout) or Default(preset.shift, source),
-        guidance_scale=Default(preset.guidance_scale, source),
+        guidance_scale=guidance,
         steps=Default(preset.steps, source),
         ar_step=Default(preset.ar_step, source if preset.ar_step else "all frames together"),
     )

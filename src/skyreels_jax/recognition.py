@@ -1,9 +1,11 @@
 """Which released checkpoint a folder or file is, told by its configuration and its names."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from skyreels_jax.causal_presets import (
@@ -12,10 +14,11 @@ from skyreels_jax.causal_presets import (
     STAGES,
     CausalPreset,
 )
+from skyreels_jax.causal_settings import CausalSettings, read_streaming
 from skyreels_jax.errors import RequestError
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.presets import PRESETS, TASK_OF_PIPELINE, Family, Preset, Task
-from skyreels_jax.weights.layout import Layout
+from skyreels_jax.weights.layout import STREAMING, Layout
 from skyreels_jax.weights.repackaged import UnpackedSource
 
 # What a checkpoint's name has in it.
@@ -36,15 +39,38 @@ _STUDENT_MAPPINGS: Final = ("generator", "generator_ema")
 class CausalGuess:
     """Which causal student a transformer was taken for (None: one in training), and why.
 
-    ``is_assumed`` where nothing tells it from others of the family.
+    ``is_assumed`` where nothing tells it from others of the family. ``own`` is what a student says
+    of itself, which is no published one.
     """
 
     preset: CausalPreset | None
     reason: str
     is_assumed: bool = False
+    own: CausalSettings | None = None
+
+    @property
+    def settings(self) -> CausalSettings | None:
+        """How it is sampled; None for one in training."""
+        return self.own or self.preset
+
+    @property
+    def own_guidance(self) -> float | None:
+        """The scale that it says of itself, if it does."""
+        return None if self.own is None else self.own.guidance_scale
+
+    @property
+    def origin(self) -> str:
+        """Where settings are from."""
+        return f"preset {self.preset.name}" if self.preset else self.reason
 
     def words(self) -> str:
         """One line: which it is, how that is known, and how it is sampled."""
+        if self.own is not None:
+            return (
+                f"a causal student of {len(self.own.timesteps)} steps, made for `skyreels-jax "
+                f"live`: blocks of {self.own.block} and a window of {self.own.window} latent "
+                f"frames ({self.reason})"
+            )
         if self.preset is None:
             return f"a stage of a causal student's training, no student yet ({self.reason})"
         assumed = "assumed: " if self.is_assumed else ""
@@ -61,7 +87,7 @@ class Guess:
     """Which released checkpoint a folder was taken for (None: none of them), and why.
 
     ``family`` is whose settings it has where it is none of them, and ``causal`` which causal
-    student of the released one it is, if it is one.
+    student of the released one, or of the model, it is, if it is one.
     """
 
     preset: Preset | None
@@ -89,7 +115,13 @@ def guess_preset(
         RequestError: if ``preset`` is unknown or has another configuration.
     """
     if preset is not None:
-        return _given_preset(preset, config)
+        given = _given_preset(preset, config)
+        own = causal if causal is not None and causal.own is not None else None
+        return dataclasses.replace(given, causal=given.causal or own)
+    if causal is not None and causal.own is not None:
+        # It says how it is sampled, not which model it was made of.
+        found = guess_preset(layout, config, repo=repo, marker=marker)
+        return dataclasses.replace(found, causal=causal)
     if causal is not None:
         base = causal.preset.base if causal.preset else _base_of(config)
         if base is not None:
@@ -177,23 +209,29 @@ def _given_preset(name: str, config: TransformerConfig) -> Guess:
 def guess_student(
     layout: Layout, config: TransformerConfig, source: UnpackedSource, repo: str | None = None
 ) -> CausalGuess | None:
-    """Which causal student of Wan 2.1 a transformer is; None where nothing says that it is one.
+    """Which causal student a transformer is; None where nothing says that it is one.
 
-    By what its header, its file with the folder around it, or its repository is called; where these
-    do not tell, a file with the mappings of such a training is taken for the commonest.
+    By what it says of itself beside its ``config.json``. Else a student of Wan 2.1 by what its
+    header, its file with the folder around it, or its repository is called; where these do not
+    tell, a file with the mappings of such a training is taken for the commonest.
 
     Args:
         layout: of the checkpoint.
         config: of its transformer.
         source: its tensors.
         repo: the Hugging Face id it came from.
+
+    Raises:
+        WeightsError: what it says of itself is not legal.
     """
+    if (file := layout.streaming_file) is not None:
+        return CausalGuess(None, f"it says so in {STREAMING}", own=read_streaming(file))
     base = _base_of(config)
     if base is None:
         return None
-    path = layout.folder.resolve()
     named = [(f"its header ({title})", title) for title in source.titles]
-    named += [(f"the file's name ({path.name})", f"{path.parent.name}/{path.stem}")]
+    for path in _paths(layout):
+        named += [(f"the file's name ({path.name})", f"{path.parent.name}/{path.stem}")]
     named += [(f"its Hugging Face id ({repo})", repo)] if repo else []
     there = {name: one for name, one in CAUSAL_PRESETS.items() if one.base == base}
     for how, name in named:
@@ -237,17 +275,18 @@ def names_of(
         ("its Hugging Face id", repo),
         ("_name_or_path in model_index.json", layout.model_index.get("_name_or_path")),
         ("_name_or_path in config.json", layout.config.get("_name_or_path")),
-        ("the file's name" if layout.is_file else "the folder's name", _own_name(layout)),
     ]
+    kind = "the file's name" if layout.is_file else "the folder's name"
+    recorded += [(kind, path.stem if layout.is_file else path.name) for path in _paths(layout)]
     for source, name in recorded:
         if isinstance(name, str) and name:
             last = name.rstrip("/").rpartition("/")[2]
             yield f"{source} ({last})", last.removesuffix("-Diffusers")
 
 
-def _own_name(layout: Layout) -> str:
-    path = layout.folder.resolve()
-    return path.stem if layout.is_file else path.name
+def _paths(layout: Layout) -> Iterable[Path]:
+    """The path that was named, and what it links to: in the hub's cache links lead to digests."""
+    return dict.fromkeys((Path(os.path.abspath(layout.folder)), layout.folder.resolve()))
 
 
 def task_of(layout: Layout, config: TransformerConfig) -> Task:

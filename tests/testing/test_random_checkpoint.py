@@ -7,7 +7,8 @@ from tests.fabricate import Checkpoints
 from skyreels_jax.errors import RequestError
 from skyreels_jax.testing.random_checkpoint import KINDS, Kind, make_checkpoint
 from skyreels_jax.weights.components.transformer import stored_transformer
-from skyreels_jax.weights.layout import read_layout, safetensors_of
+from skyreels_jax.weights.folder_files import safetensors_of
+from skyreels_jax.weights.layout import read_layout
 from skyreels_jax.weights.plan import FORMATS, Format
 
 

@@ -18,7 +18,7 @@ from skyreels_jax.errors import SkyReelsError, UnsupportedError, WeightsError
 from skyreels_jax.weights.components.clip import clip_config_from_json
 from skyreels_jax.weights.components.umt5 import umt5_config_from_json
 from skyreels_jax.weights.components.vae import vae_config_from_json
-from skyreels_jax.weights.layout import read_object
+from skyreels_jax.weights.folder_files import read_object
 from skyreels_jax.weights.safetensors_file import SafetensorsSource
 from skyreels_jax.weights.torch_file import PthSource
 

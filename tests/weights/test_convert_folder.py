@@ -16,7 +16,8 @@ from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.testing.random_checkpoint import Kind
 from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.convert_folder import convert_folder
-from skyreels_jax.weights.layout import read_layout, safetensors_of
+from skyreels_jax.weights.folder_files import safetensors_of
+from skyreels_jax.weights.layout import read_layout
 from skyreels_jax.weights.pipeline_folder import About
 
 CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"

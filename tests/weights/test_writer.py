@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.weights.engine import TensorStream
-from skyreels_jax.weights.layout import safetensors_of
+from skyreels_jax.weights.folder_files import safetensors_of
 from skyreels_jax.weights.safetensors_file import DTYPES, SafetensorsSource, TensorSpec
 from skyreels_jax.weights.writer import new_folder, write_tensors
 

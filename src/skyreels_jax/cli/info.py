@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from skyreels_jax.causal_settings import CausalSettings
 from skyreels_jax.checkpoints import OPENING, Checkpoint
 from skyreels_jax.recognition import CausalGuess
 from skyreels_jax.weights.components.transformer import stored_transformer
@@ -15,6 +16,8 @@ from skyreels_jax.weights.layout import ComponentName
 
 # What generating takes besides the transformer.
 _NEEDED: Final[tuple[ComponentName, ...]] = ("vae", "text_encoder", "tokenizer")
+# How a causal student is sampled.
+_STREAMED: Final = tuple(field.name for field in dataclasses.fields(CausalSettings))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,7 +67,7 @@ def _student(guess: CausalGuess | None) -> dict[str, object] | None:
     """Which causal student it is, with the settings that it is sampled with."""
     if guess is None:
         return None
-    settings = dataclasses.asdict(guess.preset) if guess.preset else {}
+    settings = dataclasses.asdict(guess.settings) if guess.settings else {}
     return {
         "preset": guess.preset.name if guess.preset else None,
         "reason": guess.reason,
@@ -113,6 +116,10 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         yield f"{name:<15} {value}"
     for note in report["notes"]:
         yield f"{'note':<15} {note}"
+    settings = (report["causal"] or {}).get("settings", {})
+    for name in _STREAMED:
+        if settings.get(name) is not None:
+            yield f"streams {name:<15} {settings[name]}"
     for name, default in report["defaults"].items():
         value = default["value"]
         shown = "x".join(map(str, value)) if isinstance(value, tuple) else value

@@ -24,10 +24,12 @@ from skyreels_jax.weights.layout import ComponentName, components_of
 from skyreels_jax.weights.pipeline_folder import write_pipeline_files
 from skyreels_jax.weights.writer import new_folder, write_config
 
+# The folder that lacks nothing.
+_WHOLE: Final = "mini"
 # In the order in which they need each other, by the names of their files and output folders.
 _RUNS: Final = ("text", "image", "vae-frames", "vae", "df-first", "df", "df-last", "i2v")
-# Which run each part of a folder comes from.
-_SHARED_PARTS: Final[Mapping[ComponentName, str]] = {
+# Which run each part of the first folder comes from; the others lie beside it and take them there.
+_PARTS: Final[Mapping[ComponentName, str]] = {
     "tokenizer": "text",
     "text_encoder": "text",
     "vae": "vae",
@@ -36,9 +38,10 @@ _IMAGE_PARTS: Final[Mapping[ComponentName, str]] = {
     "image_encoder": "image",
     "image_processor": "image",
 }
+# The run of each folder's transformer, and of the parts of its own.
 _FOLDERS: Final[Mapping[str, tuple[str, Mapping[ComponentName, str]]]] = {
-    "mini": ("df-last", _SHARED_PARTS),
-    "mini-i2v": ("i2v", {**_SHARED_PARTS, **_IMAGE_PARTS}),
+    _WHOLE: ("df-last", _PARTS),
+    "mini-i2v": ("i2v", _IMAGE_PARTS),
 }
 # Runs that begin with another's parameters.
 _BEGUN_BY: Final[Mapping[str, str]] = {
@@ -92,8 +95,10 @@ def assemble(outputs: Path, assets: Path, name: str) -> Path:
         pipeline, image = PIPELINE_OF_TASK[preset.task], None
         if "image_encoder" in parts:
             image = stored_image_encoder(components_of(folder)).config
-        write_pipeline_files(folder, pipeline, parts, preset.shift, image)
-        runs = {run, *parts.values()}
+        beside = None if name == _WHOLE else _WHOLE
+        together: Mapping[ComponentName, str] = {**_PARTS, **parts}
+        write_pipeline_files(folder, pipeline, together, preset.shift, image, beside)
+        runs = {run, *together.values()}
         while more := {_BEGUN_BY[later] for later in runs & _BEGUN_BY.keys()} - runs:
             runs |= more
         write_config(folder / "training.json", made_by(outputs, sorted(runs, key=_RUNS.index)))

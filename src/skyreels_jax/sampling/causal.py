@@ -101,7 +101,10 @@ class CausalSampler:
             attention=self.attention,
             parallelism=self.denoiser.parallelism,
         )
-        self._step = CausalStep(step, self.schedule.rule)
+        noise = self.window.context_noise
+        # A key of its own: steps of blocks draw from the other.
+        key = noise_key(self.seed, 1) if noise else None
+        self._step = CausalStep(step, self.schedule.rule, noise, key)
         self._programs = {}
         if self.window.recompute == "prompt":
             self._recompute()

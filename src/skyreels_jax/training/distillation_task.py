@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from skyreels_jax.causal_settings import write_streaming
 from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.errors import RequestError
 from skyreels_jax.hub import locate
@@ -29,7 +31,7 @@ from skyreels_jax.training.distillation import (
     guided,
     regression_loss,
 )
-from skyreels_jax.training.distillation_recipe import DistillTraining
+from skyreels_jax.training.distillation_recipe import DistillTraining, learned_settings
 from skyreels_jax.training.objective import Batch, add_noise
 from skyreels_jax.training.optimizer import OptimizerConfig, make_optimizer
 from skyreels_jax.training.self_generated import generate_own
@@ -40,6 +42,7 @@ from skyreels_jax.training.transformer_task import VideoTask
 from skyreels_jax.training.turns import take_turns
 from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.layout import read_layout
+from skyreels_jax.weights.plan import Format
 
 if TYPE_CHECKING:
     import optax
@@ -304,8 +307,13 @@ class DistillTask(VideoTask):
         return jnp.mean(jnp.square(said - (noise - batch.latents)))
 
     def export(self, params: Params, folder: Path) -> None:
-        """As :meth:`.VideoTask.export`, without the critic."""
+        """As :meth:`.VideoTask.export`, without the critic; says how the student is sampled."""
         super().export(self._own(params), folder)
+
+    def _save(self, folder: Path, params: Params, format: Format, dtype: DTypeLike) -> None:
+        super()._save(folder, params, format, dtype)
+        if (learned := learned_settings(self.training)) is not None:
+            write_streaming(folder, learned)
 
     def sample(self, params: Params, folder: Path) -> None:
         """As :meth:`.VideoTask.sample`, without the critic."""

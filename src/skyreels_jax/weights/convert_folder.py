@@ -14,7 +14,7 @@ from skyreels_jax.weights.components.clip import image_processor_json, stored_im
 from skyreels_jax.weights.components.stored import StoredComponent
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
-from skyreels_jax.weights.layout import MODEL_INDEX, PATHS, Layout
+from skyreels_jax.weights.layout import COMPONENTS_IN, MODEL_INDEX, PATHS, STREAMING, Layout
 from skyreels_jax.weights.pipeline_folder import (
     About,
     needed_components,
@@ -86,9 +86,12 @@ def convert_folder(
         translated = nested and (source.format != format or of_files)
         if translated:
             files += _write_components(partial, source, config, about, weights)
+        if source.streaming_file is not None:
+            target_name = (transformer / STREAMING).relative_to(partial)
+            _copy(source.streaming_file, partial, str(target_name), result)
         result.written.extend(file.relative_to(partial) for file in files)
         if source.format == format and source.model_index:
-            _copy(source.folder / MODEL_INDEX, partial, MODEL_INDEX, result)
+            _copy_index(source, partial, result)
         for name, path in source.components.items():
             if name == "tokenizer" and path.is_file():
                 file = open_tokenizer(path).save(partial / PATHS[format][name])
@@ -157,6 +160,16 @@ def _copy(path: Path, folder: Path, name: str, result: Conversion) -> None:
     else:
         shutil.copyfile(path, folder / name)
     result.copied.append(Path(name))
+
+
+def _copy_index(source: Layout, folder: Path, result: Conversion) -> None:
+    """``model_index.json``, which no longer names a folder with components: they are copied."""
+    if COMPONENTS_IN not in source.model_index:
+        _copy(source.folder / MODEL_INDEX, folder, MODEL_INDEX, result)
+        return
+    index = {name: value for name, value in source.model_index.items() if name != COMPONENTS_IN}
+    write_config(folder / MODEL_INDEX, index)
+    result.written.append(Path(MODEL_INDEX))
 
 
 def _left_out(

@@ -13,7 +13,8 @@ scheduler                                                    ``scheduler/``
 ==================  =======================================  ==============================
 
 A transformer's own folder is read too, as one with nothing else in it; a single file too, by
-:mod:`~skyreels_jax.weights.model_file`.
+:mod:`~skyreels_jax.weights.model_file`. Folders in diffusers' format that lie side by side may
+share components: ``model_index.json`` names the folder that has them (:data:`COMPONENTS_IN`).
 """
 
 import re
@@ -24,12 +25,12 @@ from typing import Final, Literal, get_args
 
 from skyreels_jax import files
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.weights.low_precision import dequantized
-from skyreels_jax.weights.open_file import SHARD, open_tensors, series_names, series_of
-from skyreels_jax.weights.plan import Format, natural
+from skyreels_jax.weights.folder_files import read_object, safetensors_of
+from skyreels_jax.weights.open_file import SHARD, open_tensors, series_of
+from skyreels_jax.weights.plan import Format
 from skyreels_jax.weights.relatives import refuse_config, refuse_relatives, refuse_tensors
 from skyreels_jax.weights.repackaged import Held, Packed, UnpackedSource, packed_in, refuse_gguf
-from skyreels_jax.weights.safetensors_file import SafetensorsSource, TensorSource
+from skyreels_jax.weights.safetensors_file import SafetensorsSource
 
 ComponentName = Literal[
     "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler"
@@ -46,6 +47,10 @@ PATHS: Final[Mapping[Format, Mapping[ComponentName, str]]] = {
 }
 MODEL_INDEX: Final = "model_index.json"
 CONFIG: Final = "config.json"
+# In ``model_index.json``: the folder beside this one with the components that this one lacks.
+COMPONENTS_IN: Final = "_components_in"
+# Beside a transformer's ``config.json``: how a causal student is sampled.
+STREAMING: Final = "streaming.json"
 # Classes of transformers that are read: Skywork's, diffusers' port of it, and the Wan 2.1 model
 # that both descend from (same parameters, no frame rates). The first one is written.
 TRANSFORMER_CLASSES: Final[Mapping[Format, tuple[str, ...]]] = {
@@ -91,6 +96,14 @@ class Layout:
     def config_file(self) -> Path:
         """Where ``config`` was read from, or would be."""
         return (self.transformer.parent if self.is_file else self.transformer) / CONFIG
+
+    @property
+    def streaming_file(self) -> Path | None:
+        """Where a causal student says how it is sampled; None where it does not."""
+        if self.is_file and not self.config:
+            return None  # What lies beside may be another's.
+        file = self.config_file.with_name(STREAMING)
+        return file if file.is_file() else None
 
     def component(self, name: ComponentName) -> Path:
         """The path of a component but the transformer.
@@ -256,85 +269,28 @@ def _format_of(config: Mapping[str, object], file: Path) -> Format:
 
 
 def known_components(folder: Path, format: Format) -> dict[ComponentName, Path]:
-    """The components that a folder has under the names of a format."""
+    """The components that a folder has under the names of a format, or names in another's."""
     names = PATHS[format]
-    return {name: folder / path for name, path in names.items() if (folder / path).exists()}
-
-
-def read_object(file: Path) -> dict[str, object]:
-    """A JSON object from a file.
-
-    Raises:
-        WeightsError: naming the file, if it is no regular file, cannot be read or is none.
-    """
-    value = files.read_json(file, error=WeightsError)
-    if not isinstance(value, dict):
-        raise WeightsError(f"{file} holds no JSON object but a {type(value).__name__}")
-    return value
-
-
-def safetensors_of(folder: Path, *, without: Collection[str] = ()) -> TensorSource:
-    """All safetensors files of a folder as one source of floats, with or without an index.
-
-    Files whose names are in ``without`` hold something else.
-
-    Raises:
-        WeightsError: if there are none, one that the index or the numbering names is missing, one
-            is not in the index, or a tensor is not in the shard that the index says.
-    """
-    # Names that begin with a dot are macOS's notes on the files of other file systems.
-    present = {
-        path.name: path
-        for path in folder.glob("[!.]*.safetensors")
-        # Latents that somebody kept there are no part of a model.
-        if not (path.name in without or path.name.endswith(files.LATENTS_SUFFIX))
+    found: dict[ComponentName, Path] = {
+        name: folder / path for name, path in names.items() if (folder / path).exists()
     }
-    indices = sorted(folder.glob("[!.]*.safetensors.index.json"))
-    if len(indices) > 1:
-        names = ", ".join(p.name for p in indices)
-        raise WeightsError(f"{folder} holds several indices ({names}): keep the one that is meant")
-    index = _read_index(indices[0]) if indices else {}
-    if not present and not index:
-        refuse_gguf(folder)
-        raise WeightsError(f"{folder} holds no *.safetensors files: expected the transformer's")
-    series = {(m[1], m[3]) for m in map(SHARD.fullmatch, present) if m}
-    expected = {name for one in series for name in series_names(*one)} | set(index.values())
-    missing = expected - present.keys()
-    if missing:
-        named = f"{indices[0].name} names" if indices else "the numbering asks for"
-        raise WeightsError(f"{folder}: {named} files that are missing: {_listed(missing)}")
-    if extra := present.keys() - set(index.values()) if index else set():
+    return found if format == "original" else {**_shared_components(folder), **found}
+
+
+def _shared_components(folder: Path) -> dict[ComponentName, Path]:
+    """Those that the folder beside it has which its ``model_index.json`` names."""
+    index = read_object(folder / MODEL_INDEX) if (folder / MODEL_INDEX).exists() else {}
+    named = index.get(COMPONENTS_IN)
+    if named is None:
+        return {}
+    if not (isinstance(named, str) and re.fullmatch(r"[\w-]+", named)):
+        rule = "expected the name of a folder beside this one"
+        raise WeightsError(f"{folder / MODEL_INDEX}: {COMPONENTS_IN} = {named!r:.80}: {rule}")
+    beside = folder.resolve().parent / named
+    if not beside.is_dir():
         raise WeightsError(
-            f"{folder}: {indices[0].name} does not name {_listed(extra)}; move away what does not "
-            "belong to the transformer"
+            f"{folder} takes its components from {beside}, which is missing: put it there, or make "
+            "a whole copy with `skyreels-jax convert SRC DST --format diffusers`"
         )
-    source = SafetensorsSource(present[name] for name in sorted(present, key=natural))
-    for name, file in index.items():
-        info = source.tensors().get(name)
-        if info is None or Path(info.file).name != file:
-            raise WeightsError(f"{folder / file} lacks {name}, which {indices[0].name} puts there")
-    if index and (unlisted := source.tensors().keys() - index.keys()):
-        raise WeightsError(
-            f"{folder}: {indices[0].name} does not name {_listed(unlisted)}, which the files hold"
-        )
-    return dequantized(source)
-
-
-def _read_index(file: Path) -> dict[str, str]:
-    """Tensor name to file name, which must be a plain name within the folder."""
-    weight_map = read_object(file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise WeightsError(f"{file} has no weight_map of tensor names to files")
-    for name, shard in weight_map.items():
-        plain = isinstance(shard, str) and re.fullmatch(r"[\w.-]+\.safetensors", shard)
-        if not plain:
-            raise WeightsError(
-                f"{file} puts {name:.200} into {shard!r:.80}: expected the name of a *.safetensors "
-                "file in the same folder"
-            )
-    return weight_map
-
-
-def _listed(names: Collection[str]) -> str:
-    ordered = sorted(names, key=natural)
-    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
+    names = PATHS["diffusers"]
+    return {n: beside / p for n, p in names.items() if n in index and (beside / p).exists()}

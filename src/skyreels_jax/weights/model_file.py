@@ -12,6 +12,7 @@ from typing import Final, cast
 
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.prompts import TOKENIZER_FILES
+from skyreels_jax.weights.folder_files import read_object
 from skyreels_jax.weights.layout import (
     CONFIG,
     TRANSFORMER_CLASSES,
@@ -20,7 +21,6 @@ from skyreels_jax.weights.layout import (
     known_components,
     packed_files,
     read_layout,
-    read_object,
 )
 from skyreels_jax.weights.open_file import WEIGHT_SUFFIXES, open_tensors
 from skyreels_jax.weights.plan import Format

@@ -8,7 +8,7 @@ from typing import Final
 from skyreels_jax.models.clip_vision import ClipVisionConfig
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.weights.components.clip import clip_class
-from skyreels_jax.weights.layout import MODEL_INDEX, ComponentName, Layout
+from skyreels_jax.weights.layout import COMPONENTS_IN, MODEL_INDEX, ComponentName, Layout
 from skyreels_jax.weights.writer import write_config
 
 # The library and class of each component; an image encoder without projection has another.
@@ -95,6 +95,7 @@ def write_pipeline_files(
     components: Collection[ComponentName],
     flow_shift: float,
     image_encoder: ClipVisionConfig | None = None,
+    components_in: str | None = None,
 ) -> list[Path]:
     """Write ``model_index.json`` and the scheduler.
 
@@ -105,6 +106,7 @@ def write_pipeline_files(
             no index.
         flow_shift: of the scheduler: UniPC of order 2 on flow sigmas, shifted.
         image_encoder: its configuration, if it is one of ``components``.
+        components_in: name of the folder beside it that has those components which it lacks.
 
     Returns:
         The files.
@@ -128,5 +130,6 @@ def write_pipeline_files(
     }
     if image_encoder is not None:
         classes["image_encoder"][1] = clip_class(image_encoder)
-    write_config(folder / MODEL_INDEX, {"_class_name": pipeline} | classes)
+    shared = {} if components_in is None else {COMPONENTS_IN: components_in}
+    write_config(folder / MODEL_INDEX, {"_class_name": pipeline} | shared | classes)
     return [scheduler, folder / MODEL_INDEX]

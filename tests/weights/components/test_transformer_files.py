@@ -12,7 +12,8 @@ from tests.weights.tiny import CONFIGS, DF, FLF2V, I2V, T2V, edit_json, random_s
 
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.weights.components.transformer import TRANSFORMER, stored_transformer
-from skyreels_jax.weights.layout import read_layout, safetensors_of
+from skyreels_jax.weights.folder_files import safetensors_of
+from skyreels_jax.weights.layout import read_layout
 from skyreels_jax.weights.plan import FORMATS, natural
 
 

@@ -25,7 +25,8 @@ from skyreels_jax.weights.engine import (
     rename,
     verify,
 )
-from skyreels_jax.weights.layout import CONFIG, ComponentName, Layout, read_object, safetensors_of
+from skyreels_jax.weights.folder_files import read_object, safetensors_of
+from skyreels_jax.weights.layout import CONFIG, ComponentName, Layout
 from skyreels_jax.weights.model_file import open_component
 from skyreels_jax.weights.plan import Format, Rule, Slot, Source, layers_in_file, make_plan
 from skyreels_jax.weights.quantized_stream import StoredPrecision, quantized
