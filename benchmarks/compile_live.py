@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     import jax
 
-    from skyreels_jax.generation.dry_run.meshes import ACCELERATORS
+    from skyreels_jax.generation.dry_run.meshes import ACCELERATORS, USABLE_SHARE
 
     jax.config.update("jax_enable_compilation_cache", False)
     config = preset.model.config
@@ -323,6 +323,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"\nAt most {frames / seconds:.1f} frames a second without decoding, "
         f"{frames / together:.1f} with it; play is {preset.fps}."
     )
-    fits = "fits" if peak <= memory else "does not fit"
-    print(f"Peak with the decoder's arguments {peak / GIB:.2f} of {memory / GIB:.0f} GiB: {fits}.")
+    print(
+        f"Peak with the decoder's arguments {peak / GIB:.2f} of {memory / GIB:.0f} GiB: "
+        f"{'fits' if peak <= USABLE_SHARE * memory else 'does not fit'} in the "
+        f"{USABLE_SHARE:.0%} that plans count with."
+    )
     sys.stdout.flush()

@@ -55,7 +55,8 @@ from benchmarks.compile import devices_of
 (device,) = devices_of("v5e:1x1")
 from benchmarks.compile_live import compile_block
 from tests.test_compile_live_benchmark import stream
-small = stream((128, 256), layers=1)
+# Of two layers: one would be no loop, and its unused half not there.
+small = stream((128, 256), layers=2)
 found, attention, _ = compile_block(small, device)
 forgotten = small.work.__class__(small.config, small.work.patches, 3, 0, 4)
 formulas = [work.standing(kernels=True) for work in (small.work, forgotten)]
@@ -76,5 +77,6 @@ def test_operations_are_nearly_those_that_the_compiler_for_a_tpu_counts():
     assert told.returncode == 0, told.stderr
     counted, formula, without_past, attention = json.loads(told.stdout.splitlines()[-1])
     assert attention == "xla"
-    assert formula == pytest.approx(counted, rel=0.03)
-    assert without_past != pytest.approx(counted, rel=0.03)
+    # The compiler counts norms, softmax and gates too: measured 0.63 % above the formula.
+    assert formula == pytest.approx(counted, rel=0.02)
+    assert without_past != pytest.approx(counted, rel=0.02)  # measured 14 % below

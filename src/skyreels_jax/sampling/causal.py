@@ -162,11 +162,12 @@ class CausalSampler:
         does not roll.
         """
         self.change(self.denoiser.abstract_conditioning(self.guidance, inputs))
-        place = self.denoiser.parallelism.place
-        step, state = self._started(lambda *array: place(jax.ShapeDtypeStruct(*array)))
+        assert self._step is not None
+        window = jax.eval_shape(lambda step: self._empty_window(step, jnp.zeros), self._step)
+        state = self.denoiser.parallelism.place(window)
         timesteps = self.schedule.timesteps
         steps = BlockSteps(np.array(timesteps, np.float32), step_sigmas(timesteps), self._key)
-        arguments = (step, state, self._next_block(0, self.schedule.block), steps)
+        arguments = (self._step, state, self._next_block(0, self.schedule.block), steps)
         jitted = self.denoiser.parallelism.jit(CausalStep.make_block, arguments, (1,))
         return jitted.trace(*arguments)
 
@@ -215,25 +216,27 @@ class CausalSampler:
         """
         self._monitor.finish()
 
-    def _started(
-        self,
-        make: Callable[[tuple[int, ...], DTypeLike], Array | jax.ShapeDtypeStruct] | None = None,
-    ) -> tuple[CausalStep, KeptWindow]:
-        """The step, and the window, which is empty at first: zeros, or what ``make`` gives."""
+    def _started(self) -> tuple[CausalStep, KeptWindow]:
+        """The step, and the window, which is empty at first."""
         if self._step is None:
             raise ValueError("a causal sampler needs a conditioning first: call `change`")
         if self._state is None:
-            slots = self._held.slots
-            make = make or self.denoiser.parallelism.zeros
-            frame = jax.ShapeDtypeStruct(
-                (self.batch, LATENT_CHANNELS, 1, *self.latent_size), jnp.float32
-            )
-            zero = np.zeros((), np.int32)
-            none = BlockPlace(zero, zero, np.zeros(1, np.int32), None)
-            shapes = jax.eval_shape(CausalStep.key_values, self._step, (), none, frame)
-            latents = make((self.batch, LATENT_CHANNELS, slots, *self.latent_size), jnp.float32)
-            self._state = KeptWindow(allocate(shapes, slots, make), latents)
+            self._state = self._empty_window(self._step, self.denoiser.parallelism.zeros)
         return self._step, self._state
+
+    def _empty_window(
+        self, step: CausalStep, make: Callable[[tuple[int, ...], DTypeLike], Array]
+    ) -> KeptWindow:
+        """Zeros by ``make``."""
+        slots = self._held.slots
+        frame = jax.ShapeDtypeStruct(
+            (self.batch, LATENT_CHANNELS, 1, *self.latent_size), jnp.float32
+        )
+        zero = np.zeros((), np.int32)
+        none = BlockPlace(zero, zero, np.zeros(1, np.int32), None)
+        shapes = jax.eval_shape(CausalStep.key_values, step, (), none, frame)
+        latents = make((self.batch, LATENT_CHANNELS, slots, *self.latent_size), jnp.float32)
+        return KeptWindow(allocate(shapes, slots, make), latents)
 
     def _next_block(self, first: int, size: int) -> BlockPlace:
         """The next block's place; its slots are taken."""

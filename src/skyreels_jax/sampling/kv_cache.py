@@ -24,11 +24,11 @@ _Tree = TypeVar("_Tree")
 def allocate(
     block: KVCache,
     slots: int,
-    make: Callable[[tuple[int, ...], DTypeLike], Array | jax.ShapeDtypeStruct] = jnp.zeros,
+    make: Callable[[tuple[int, ...], DTypeLike], Array] = jnp.zeros,
 ) -> KVCache:
-    """Zeros by ``make``, or their shapes, otherwise as ``block`` and with so many ``slots``."""
+    """Zeros by ``make`` with a slot for each of ``slots`` frames, otherwise shaped as ``block``."""
 
-    def zeros(leaf: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
+    def zeros(leaf: Array | jax.ShapeDtypeStruct) -> Array:
         return make((*leaf.shape[:2], slots, *leaf.shape[3:]), leaf.dtype)
 
     return jax.tree.map(zeros, block)
