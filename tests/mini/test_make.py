@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from skyreels_jax.built_in import BUILT_IN
 from skyreels_jax.checkpoints import Checkpoint
-from skyreels_jax.hub import ASSETS, BUILT_IN
+from skyreels_jax.hub import ASSETS
 from skyreels_jax.mini.make import assemble
 
 # The run of each part, and the folder of the package that has it.
@@ -17,8 +18,9 @@ PARTS = {
     "image": {"image_encoder": "mini-i2v", "image_processor": "mini-i2v"},
     "df-last": {"transformer": "mini"},
     "i2v": {"transformer": "mini-i2v"},
+    "live": {"transformer": "mini-live"},
 }
-RUNS = (*PARTS, "vae-frames", "df-first", "df")
+RUNS = (*PARTS, "vae-frames", "df-first", "df", "live-guidance")
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / run).mkdir()
         (folder / run / "log.jsonl").write_text(json.dumps({"step": 2, "seconds": 36.0}) + "\n")
         for part, name in PARTS.get(run, {}).items():
+            if name not in BUILT_IN:
+                continue
             shutil.copytree(ASSETS / name / part, folder / run / "model" / part)
     return folder
 
