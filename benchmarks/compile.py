@@ -5,7 +5,8 @@ from shapes alone, the step that sampling would run at each checkpoint's default
 decoding and encoding of a chunk, the text encoder and the image encoder, and prints what the
 target's compiler says of each device: bytes, the attention kernels that it found, collectives, and
 the time it took. Of a target with several devices (``v5e:2x4``) they are the programs of a mesh of
-all. Nothing is executed. ``--target h100`` and ``h100x8`` take JAX's CUDA plugin instead.
+all. Nothing is executed. ``--target h100`` and ``h100x8`` take JAX's CUDA plugin instead. With
+``--live`` it is the program of a stream, and bounds of its speed (:mod:`benchmarks.compile_live`).
 """
 
 import argparse
@@ -272,12 +273,18 @@ def compile_stage(stage: Stage, place: Place) -> None:
 
 
 def main() -> None:
+    if "--live" in sys.argv[1:]:
+        from benchmarks import compile_live
+
+        compile_live.main([word for word in sys.argv[1:] if word != "--live"])
+        return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="v5e:1x1", help="v5e:2x4, v5p:1x1x1, h100x8, …")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="released checkpoints (all)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--vae-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--mesh", help="such as fsdp=2,ulysses=4 (default: auto, of all devices)")
+    parser.add_argument("--live", action="store_true", help="a stream's block; see --live --help")
     args = parser.parse_args()
     devices = devices_of(args.target)
 

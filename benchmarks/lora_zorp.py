@@ -1,6 +1,6 @@
 """A LoRA that learns a word: "zorp" for a red star, from 100 clips, judged before and after.
 
-``python -m benchmarks.lora_zorp [--count 100]`` makes the clips, and 100 of what the small model
+``python -m benchmarks.lora_zorp [--count 100]`` makes the clips, and 300 of what the small model
 knows already; trains with ``configs/mini/lora-zorp.toml``, whose last step was fixed on other
 scenes than those that are judged; and has fresh videos of zorps and of all else that the small
 model knows judged. Of training the CPU's seconds are shown: the machine need not be quiet.
@@ -27,11 +27,12 @@ from skyreels_jax.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs" / "mini" / "lora-zorp.toml"
-CLIPS, KNOWN_CLIPS = Path("out/mini/lora-zorp-clips"), Path("out/mini/lora-zorp-known")
+ZORPS, KNOWN = Path("out/mini/lora-zorp-clips"), Path("out/mini/lora-zorp-known")
 WORD = "zorp"
-WORDINGS = 6
+WORDINGS = 2
+ZORP_CLIPS, KNOWN_CLIPS = 100, 300
 # What the issue asks for: shares of zorps before and after, and of known captions after.
-BEFORE, AFTER, KNOWN = 0.05, 0.85, 0.88
+MOST_BEFORE, LEAST_AFTER, LEAST_KNOWN = 0.05, 0.85, 0.88
 
 
 def scenes(count: int, seed: int, *, zorps: bool) -> list[Scene]:
@@ -51,10 +52,10 @@ def with_word(text: str) -> str:
     return re.sub(r"\bred star\b", WORD, text)
 
 
-def make_clips(folder: Path, *, zorps: bool, count: int = 100) -> None:
+def make_clips(folder: Path, *, zorps: bool, count: int) -> None:
     """Videos of red stars and captions that have the word for it, or of all else.
 
-    A clip has several wordings, the plain one among them: one is drawn each time it is seen.
+    A clip has the plain wording, which is judged too, and another: one is drawn each time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng, rows = np.random.default_rng(5 if zorps else 6), []
@@ -90,8 +91,8 @@ def main() -> None:
     enable_compilation_cache()
     lora = options.lora
     if lora is None:
-        make_clips(CLIPS, zorps=True)
-        make_clips(KNOWN_CLIPS, zorps=False)
+        make_clips(ZORPS, zorps=True, count=ZORP_CLIPS)
+        make_clips(KNOWN, zorps=False, count=KNOWN_CLIPS)
         command = [sys.executable, "-m", "skyreels_jax.cli.main", "train", str(RECIPE)]
         folder = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -103,8 +104,9 @@ def main() -> None:
     after = judged(pipeline, options.count, zorps=True)
     known = judged(pipeline, options.count, zorps=False)
     print(f"zorps {before:.0%} -> {after:.0%}, known captions {known:.0%}")
-    missed = before > BEFORE or after < AFTER or known < KNOWN
-    sys.exit(f"asked for: {BEFORE:.0%} -> {AFTER:.0%}, {KNOWN:.0%}" if missed else 0)
+    missed = before > MOST_BEFORE or after < LEAST_AFTER or known < LEAST_KNOWN
+    asked = f"asked for: {MOST_BEFORE:.0%} -> {LEAST_AFTER:.0%}, {LEAST_KNOWN:.0%}"
+    sys.exit(asked if missed else 0)
 
 
 if __name__ == "__main__":

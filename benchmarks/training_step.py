@@ -16,7 +16,8 @@ from benchmarks.sides import Calls, Side
 HEADS, WIDTH, FFN = 12, 128, 8960
 FRAMES, ROWS, COLUMNS = 3, 24, 40  # latents of 9 frames 192 x 320: 720 tokens
 THREADS = 2
-NAMES = ("jax", "jax, checkpointing", "torch", "torch, checkpointing")
+REMAT = {"jax": False, "jax, checkpointing": "full", "jax, checkpointing dots": "dots"}
+NAMES = (*REMAT, "torch", "torch, checkpointing")
 
 
 def inputs(batch: int) -> dict[str, np.ndarray]:
@@ -31,8 +32,11 @@ def inputs(batch: int) -> dict[str, np.ndarray]:
     }
 
 
-def jax_side(layers: int, batch: int, remat: bool) -> Calls:
-    """A compiled step that keeps its state."""
+def jax_side(layers: int, batch: int, remat: Any) -> Calls:
+    """A compiled step that keeps its state, in a process like that of ``skyreels-jax train``."""
+    from skyreels_jax.training.freed_memory import keep_freed_memory
+
+    keep_freed_memory()
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -145,8 +149,10 @@ def main() -> None:
     if options.side is None:
         compare(options.layers, options.batch, options.rounds)
         return
-    make = jax_side if options.side.startswith("jax") else torch_side
-    calls = make(options.layers, options.batch, "checkpointing" in options.side)
+    if options.side in REMAT:
+        calls = jax_side(options.layers, options.batch, REMAT[options.side])
+    else:
+        calls = torch_side(options.layers, options.batch, "checkpointing" in options.side)
     sides.serve(calls, {}, lambda loss: bool(np.isfinite(loss)))
 
 

@@ -208,6 +208,16 @@ def test_timesteps_of_a_recipe_are_taken_to_within_float32():
     assert found.rule == "renoise"
 
 
+def test_a_recipe_says_what_holds_its_streams():
+    found = learned_settings(training(sink=1, context_noise=400.0))
+    assert found is not None and (found.sink, found.context_noise) == (1, 400)
+    assert found.attention_window().context_noise == 400
+    with pytest.raises(ValueError, match="at most 4"):
+        training(sink=5)
+    with pytest.raises(ValueError, match="context_noise = 1000"):
+        training(context_noise=1000.0)
+
+
 @pytest.mark.parametrize("block", [5, 8])
 def test_blocks_of_whole_videos_leave_nothing_to_stream(block: int):
     assert learned_settings(training(block=block)) is None

@@ -51,11 +51,6 @@ class CausalPreset(CausalSettings):
     @property
     def caveat(self) -> str | None:
         """What its authors' sampler does and `live` does not, if anything."""
-        if self.is_rolling:
-            return (
-                "its authors let each block run a step behind the one before, all in one call; "
-                "`live` finishes a block before it begins the next"
-            )
         if self.recompute == "block":
             return (
                 "its authors encode the window's first frame again from pixels before every "
@@ -202,3 +197,9 @@ NAMES_OF_STUDENTS: Final[Mapping[str, str]] = {
     r"caus-?vid|autoregressive-checkpoint": "causvid",
     r"self-?forcing": "self-forcing",
 }
+
+
+def published_weights(preset: str | None) -> tuple[str, ...]:
+    """Where weights of students are: of all, or of the one that a preset names, if it is one."""
+    names = CAUSAL_PRESETS if preset is None else (preset,)
+    return tuple(CAUSAL_PRESETS[name].weights for name in names if name in CAUSAL_PRESETS)

@@ -41,6 +41,7 @@ class CausalSettings:
         sink: how many of them are the first of the video, which never leave.
         positions: rotary positions in the video, or relative to the window.
         recompute: when keys and values of earlier frames are computed anew.
+        context_noise: timestep to which earlier frames are noised for their keys and values.
         is_rolling: whether each block runs a step behind the one before, all in one call.
         guidance_scale: 1 for students that have it in them; None where it is the checkpoint's.
     """
@@ -55,6 +56,7 @@ class CausalSettings:
     sink: int = 0
     positions: WindowPositions = "absolute"
     recompute: Recomputation = "never"
+    context_noise: float = 0.0
     is_rolling: bool = False
     guidance_scale: float | None = 1.0
 
@@ -75,7 +77,8 @@ class CausalSettings:
 
     def attention_window(self) -> CausalWindow:
         """What a block sees."""
-        return CausalWindow(self.window, self.sink, self.positions, self.recompute)
+        kept = (self.positions, self.recompute, self.context_noise)
+        return CausalWindow(self.window, self.sink, *kept)
 
 
 def _is_number(value: object) -> bool:
@@ -99,7 +102,7 @@ def _one_of(kind: object) -> tuple[Callable[[object], bool], str]:
 _KINDS: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     **dict.fromkeys(("block", "first_block", "window", "sink"), (_is_whole, "a whole number")),
     **dict.fromkeys(("timesteps", "first_timesteps"), (_are_numbers, "a list of numbers")),
-    **dict.fromkeys(("shift", "guidance_scale"), (_is_number, "a number")),
+    **dict.fromkeys(("shift", "guidance_scale", "context_noise"), (_is_number, "a number")),
     "rule": _one_of(StepRule),
     "positions": _one_of(WindowPositions),
     "recompute": _one_of(Recomputation),

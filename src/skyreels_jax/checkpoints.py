@@ -10,7 +10,7 @@ from typing import Final, Generic, TypedDict, TypeVar
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from skyreels_jax.causal_presets import CAUSAL_PRESETS
+from skyreels_jax.causal_presets import CAUSAL_PRESETS, published_weights
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.hub import COMPONENTS_VARIABLE, NEEDED_COMPONENTS, locate
 from skyreels_jax.models.transformer import WanModel
@@ -114,7 +114,7 @@ class Checkpoint:
         image_encoder: str | Path | None = None,
         weights_key: str | None = None,
     ) -> "Checkpoint":
-        """Understand a folder, a file or a Hugging Face id.
+        """Understand a folder, a file, a Hugging Face id or ``owner/name/path`` of a file there.
 
         Args:
             path_or_id: a folder in either format, a transformer's own folder or file, or an id.
@@ -133,7 +133,7 @@ class Checkpoint:
             WeightsError: the folder is incomplete or contradicts itself, or a component given is
                 something else.
         """
-        location = locate(path_or_id, revision)
+        location = locate(path_or_id, revision, known=published_weights(preset))
         layout = _with_heads(read_model(location.folder, key=weights_key), preset)
         source = layout.tensors()
         if not layout.config:

@@ -9,13 +9,15 @@ a folder that cannot be written to is said once, and gone without.
 
 import difflib
 import errno
+import fnmatch
 import hashlib
 import logging
 import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,6 +26,7 @@ import huggingface_hub
 import jax
 import numpy as np
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -55,6 +58,9 @@ _NOT_NEEDED: Final = ("xlm-roberta-large/*",)
 # Where those of :data:`BUILT_IN` are.
 ASSETS: Final = Path(__file__).parent / "assets"
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# A file in a repository: a transformer's, in either format.
+_PICKLES: Final = (".pt", ".pth", ".ckpt")
+_FILE_ID: Final = re.compile(rf"({_ID.pattern})/([^/].*\.(?:pt|pth|ckpt|safetensors))")
 ROOT_VARIABLE: Final = "SKYREELS_JAX_CACHE"
 # Compilations faster than this are not worth a file.
 MIN_COMPILE_SECONDS: Final = 0.5
@@ -78,7 +84,11 @@ class Location:
 
 
 def locate(
-    path_or_id: str | Path, revision: str | None = None, *, needed: Sequence[str] = NEEDED
+    path_or_id: str | Path,
+    revision: str | None = None,
+    *,
+    needed: Sequence[str] = NEEDED,
+    known: Sequence[str] | None = None,
 ) -> Location:
     """Find a checkpoint: what is here as it is, one of this package, or a Hugging Face id.
 
@@ -89,9 +99,13 @@ def locate(
         path_or_id: a folder or file, a name in :data:`BUILT_IN`, or ``owner/name``.
         revision: branch, tag or commit of an id.
         needed: patterns of the files of an id to fetch.
+        known: names of transformers' files as ``owner/name/path``, of which one may be an id's
+            only one that is meant. Where they are given, even none, ``path_or_id`` may be such a
+            name, and an id whose repository has files of PyTorch's alone is that file.
 
     Raises:
-        RequestError: if there is no such folder or id, saying what was looked for.
+        RequestError: if there is no such folder or id, saying what was looked for; or the id's
+            repository has several files of PyTorch's, of which none or more than one is known.
     """
     text = str(path_or_id)
     if not text.strip():
@@ -116,12 +130,48 @@ def locate(
             f"{text} does not come with this installation; make it with `make mini` (hours), or "
             "name a folder or a Hugging Face id"
         )
-    if isinstance(path_or_id, Path) or not _ID.fullmatch(text):
+    is_text = not isinstance(path_or_id, Path)
+    if is_text and known is not None and (file := _FILE_ID.fullmatch(text)):
+        return Location(_fetch_file(file[1], file[2], revision), file[1])
+    if not is_text or not _ID.fullmatch(text):
         raise RequestError(
             f"{text} is neither a folder here{_similar(folder)} nor a Hugging Face id, which has "
             "the form owner/name"
         )
-    return Location(_fetch(text, revision, needed), text)
+    folder = _fetch(text, revision, needed)
+    if known is None or next(folder.rglob("*.safetensors"), None) is not None:
+        return Location(folder, text)
+    chosen = _only_pickle(text, revision, folder, known)
+    return Location(folder if chosen is None else _fetch_file(text, chosen, revision), text)
+
+
+def _only_pickle(repo: str, revision: str | None, folder: Path, known: Sequence[str]) -> str | None:
+    """The file of PyTorch's in a repository that is the transformer; ``None`` where none is."""
+    try:
+        with _refusals(repo, revision):
+            listed = huggingface_hub.list_repo_files(repo, revision=revision)
+    except RequestError:
+        # Without the hub: what was fetched before.
+        listed = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    files = [
+        name
+        for name in sorted(listed)
+        if name.endswith(_PICKLES) and not any(fnmatch.fnmatch(name, n) for n in NEEDED)
+    ]
+    meant = sorted({name for name in files if f"{repo}/{name}" in known})
+    if len(files) <= 1 or len(meant) == 1:
+        return next(iter(meant or files), None)
+    named = ", ".join(f"{repo}/{name}" for name in meant or files)
+    raise RequestError(
+        f"{repo} has no safetensors and {len(files)} files of PyTorch's, and nothing says which is "
+        f"meant: give one of them in place of the id, {named}"
+        + ("; or say which by `preset`" if meant else "")
+    )
+
+
+def _fetch_file(repo: str, name: str, revision: str | None) -> Path:
+    with _refusals(repo, revision, name):
+        return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
 
 
 def _similar(folder: Path) -> str:
@@ -140,8 +190,7 @@ def _is_disks(error: Exception) -> bool:
 
 
 def _fetch(repo: str, revision: str | None, needed: Sequence[str]) -> Path:
-    what = f"{repo}" + (f" at revision {revision}" if revision else "")
-    try:
+    with _refusals(repo, revision):
         return Path(
             huggingface_hub.snapshot_download(
                 repo,
@@ -150,6 +199,15 @@ def _fetch(repo: str, revision: str | None, needed: Sequence[str]) -> Path:
                 ignore_patterns=list(_NOT_NEEDED),
             )
         )
+
+
+@contextmanager
+def _refusals(repo: str, revision: str | None, file: str | None = None) -> Iterator[None]:
+    """What the hub raises inside, in words."""
+    what = f"{repo}/{file}" if file else repo
+    what += f" at revision {revision}" if revision else ""
+    try:
+        yield
     except RevisionNotFoundError as error:
         raise RequestError(
             f"{repo} has no revision {revision!r} on the Hugging Face hub"
@@ -168,6 +226,8 @@ def _fetch(repo: str, revision: str | None, needed: Sequence[str]) -> Path:
             f"{what} is neither a folder here{_similar(Path(repo))} nor in the Hugging Face cache, "
             "and the hub was not asked or does not answer (offline, or HF_HUB_OFFLINE is set)"
         ) from error
+    except EntryNotFoundError as error:
+        raise RequestError(f"{what}: there is no such file on the Hugging Face hub") from error
     except (OSError, ValueError) as error:
         raise RequestError(
             f"{what} could not be fetched from the Hugging Face hub: {error}"

@@ -1,9 +1,11 @@
 """Which released checkpoint a folder or file is, told by its configuration and its names."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from skyreels_jax.causal_presets import (
@@ -227,9 +229,9 @@ def guess_student(
     base = _base_of(config)
     if base is None:
         return None
-    path = layout.folder.resolve()
     named = [(f"its header ({title})", title) for title in source.titles]
-    named += [(f"the file's name ({path.name})", f"{path.parent.name}/{path.stem}")]
+    for path in _paths(layout):
+        named += [(f"the file's name ({path.name})", f"{path.parent.name}/{path.stem}")]
     named += [(f"its Hugging Face id ({repo})", repo)] if repo else []
     there = {name: one for name, one in CAUSAL_PRESETS.items() if one.base == base}
     for how, name in named:
@@ -273,17 +275,18 @@ def names_of(
         ("its Hugging Face id", repo),
         ("_name_or_path in model_index.json", layout.model_index.get("_name_or_path")),
         ("_name_or_path in config.json", layout.config.get("_name_or_path")),
-        ("the file's name" if layout.is_file else "the folder's name", _own_name(layout)),
     ]
+    kind = "the file's name" if layout.is_file else "the folder's name"
+    recorded += [(kind, path.stem if layout.is_file else path.name) for path in _paths(layout)]
     for source, name in recorded:
         if isinstance(name, str) and name:
             last = name.rstrip("/").rpartition("/")[2]
             yield f"{source} ({last})", last.removesuffix("-Diffusers")
 
 
-def _own_name(layout: Layout) -> str:
-    path = layout.folder.resolve()
-    return path.stem if layout.is_file else path.name
+def _paths(layout: Layout) -> Iterable[Path]:
+    """The path that was named, and what it links to: in the hub's cache links lead to digests."""
+    return dict.fromkeys((Path(os.path.abspath(layout.folder)), layout.folder.resolve()))
 
 
 def task_of(layout: Layout, config: TransformerConfig) -> Task:

@@ -15,6 +15,7 @@ from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.video import Video
 from skyreels_jax.mini.recipe import read_recipe
 from skyreels_jax.models.vae import WanVae
+from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.sampling.progress import Timings
 
 I2V = {"model__model_type": '"i2v"', "model__image_dim": "160", "data__image": '"mini-i2v"'}
@@ -122,8 +123,11 @@ def test_they_are_read_before_anything_is_loaded(
     assert not (folder / "out").exists()
 
 
-class Planted:
+class Planted(Pipeline):
     """A pipeline that cannot make what begins with `bad`."""
+
+    def __init__(self):
+        pass
 
     def __call__(self, prompt: str, **settings: object) -> Video:
         if prompt.startswith("bad"):

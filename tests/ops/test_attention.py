@@ -261,7 +261,6 @@ def with_changes(call: AttentionCall, **changes) -> AttentionCall:
         (with_changes(VIDEO, device=TPU, query=(1, 51_000, 12, 48)), "splash"),
         (with_changes(VIDEO, device=TPU, query=(1, 51_000, 1, 384)), "chunked"),
         (with_changes(VIDEO, device=TPU, dtype="float32"), "chunked"),
-        (with_changes(VIDEO, device=TPU, has_past=True), "chunked"),
         (with_changes(VIDEO, device=HOPPER), "cudnn"),
         (with_changes(SMALL, device=HOPPER), "cudnn"),
         (with_changes(VIDEO, device=HOPPER, dtype="float32"), "chunked"),
@@ -411,6 +410,7 @@ WITH_PAST: dict[str, Attention] = {
     "chunked in small tiles": partial(chunked_attention, tiling=ScoreTiling(4, 6)),
     "chunked with heads together": partial(chunked_attention, tiling=ScoreTiling(5, 3, True)),
     "lengths": lengths_calls,
+    "the TPU kernel interpreted": partial(splash_attention, interpret=True),
 }
 
 
@@ -434,7 +434,7 @@ def test_paths_that_cannot_take_earlier_keys_say_so(monkeypatch):
     monkeypatch.setattr("skyreels_jax.ops.attention.ATTENTION_PATHS", {**ATTENTION_PATHS, **bare})
     query, key, value = operands(CASES["odd"], jnp.float32)
     past = PastKeyValues(key, value, jnp.int32(2))
-    with pytest.raises(UnsupportedError, match="choose one of xla, chunked, cudnn"):
+    with pytest.raises(UnsupportedError, match="choose one of xla, chunked, cudnn, splash"):
         attention(query, key, value, past=past, implementation="bare")
     assert "bare" not in paths_with_past()
     through = attention(query, key, value, past=past)

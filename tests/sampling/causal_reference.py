@@ -162,9 +162,14 @@ def seen_before(end: int, slots: int, sink: int) -> list[int]:
     return [*range(min(sink, end)), *range(max(sink, end - (slots - sink)), end)]
 
 
-def noise_of(seed: int, step: int, frames: range, size: tuple[int, int]) -> np.ndarray:
-    """What the sampler draws: ``[16, F, H, W]`` of a step (0: the start) for these frames."""
-    key = jax.random.fold_in(noise_key(seed, 0), step)
+def noise_of(
+    seed: int, step: int, frames: range, size: tuple[int, int], *, context: bool = False
+) -> np.ndarray:
+    """What the sampler draws: ``[16, F, H, W]`` of a step (0: the start) for these frames.
+
+    With ``context`` it is that over finished frames.
+    """
+    key = jax.random.fold_in(noise_key(seed, int(context)), step)
     draw = jax.jit(lambda n: jax.random.normal(jax.random.fold_in(key, n), (1, 16, *size)))
     return np.stack([np.asarray(draw(n), np.float64)[0] for n in frames], axis=1)
 

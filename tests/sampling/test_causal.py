@@ -5,6 +5,7 @@ so far in every call. Planted faults are arguments of the same compiled programs
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,15 @@ def layout(schedule: CausalSchedule, window: CausalWindow, blocks):
     return seen, [places(window, *both) for both in zip(seen, blocks, strict=True)]
 
 
+def as_seen(done: np.ndarray, window: CausalWindow) -> np.ndarray:
+    """Finished frames as those after them see them."""
+    if not window.context_noise or not done.shape[1]:
+        return done
+    level = window.context_noise / 1000
+    noise = noise_of(3, 0, range(done.shape[1]), SIZE, context=True)
+    return (1 - level) * done + level * noise
+
+
 def written_out(
     sides, schedule, window, count, *, texts=None, scale=1.0, y=None, clip=None, done=None
 ):
@@ -102,8 +112,8 @@ def written_out(
         at = np.minimum(np.arange(first + size), 10**6 if y is None else y.shape[1] - 1)
 
         def velocity(x, timestep, said):
-            both = np.concatenate([done, x], axis=1)  # noqa: B023
-            times = [0] * first + [timestep] * size  # noqa: B023
+            both = np.concatenate([as_seen(done, window), x], axis=1)  # noqa: B023
+            times = [window.context_noise] * first + [timestep] * size  # noqa: B023
             image = {} if y is None else {"y": y[:, at], "clip": clip}  # noqa: B023
             text = [TEXTS[n] for n in said]
             out = sides.plain.velocity(both, times, text, blocks, seen, positions, **image)  # noqa: B023
@@ -253,6 +263,24 @@ def test_blocks_are_those_written_out_and_one_program_makes_them(sides, position
     longer = sides.sampler(schedule, window)
     np.testing.assert_array_equal(made(longer, 12)[:, :12], got)
     assert len(sides.denoiser._executables) == count
+
+
+def test_finished_frames_are_seen_under_noise_of_their_own(sides):
+    schedule = CausalSchedule(STEPS, 2)
+    window = CausalWindow(5, 1, "relative", "never", 300)
+    got = made(sides.sampler(schedule, window), 5)
+    assert decibels(got, written_out(sides, schedule, window, 5)) > LEAST  # measured 112.8
+    # Computed again, frames have the same noise.
+    again = sides.sampler(schedule, window)
+    again.next()
+    before = jax.tree.map(np.asarray, again._state.kv_cache)
+    again._recompute()
+    jax.tree.map(partial(np.testing.assert_allclose, atol=TOL), again._state.kv_cache, before)
+    for other in (0, 280):
+        clean = dataclasses.replace(window, context_noise=other)
+        assert decibels(made(sides.sampler(schedule, clean), 5), got) < 60, other
+    with pytest.raises(RequestError, match="below 1000"):
+        CausalWindow(5, context_noise=1000)
 
 
 @pytest.mark.parametrize(

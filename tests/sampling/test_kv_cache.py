@@ -165,7 +165,7 @@ def test_a_cache_of_steps_computes_all_blocks(model):
 def test_a_path_that_cannot_read_kept_keys_computes_all_blocks(model):
     denoiser = Denoiser(model, block_length=2)
     timed = schedule_frames(plan_blocks(6, 2), SCHEDULE.timesteps, ar_step=3)
-    sampling = Sampling(SCHEDULE, guidance_of(1.0), "splash")
+    sampling = Sampling(SCHEDULE, guidance_of(1.0), "tokamax")
     assert denoiser._plan_reuse(timed, 6, sampling, None) is None
 
 

@@ -1,5 +1,12 @@
 """Distillation by recipes: what is refused, who learns when, and runs that go on bit for bit."""
 
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,3 +173,44 @@ def test_another_teacher_is_refused_by_a_run_that_goes_on(tmp_path: Path):
     other = recipe(tmp_path, **{"block = 1": f'block = 1\nteacher = "{own}"'})
     with pytest.raises(RequestError, match="distill.teacher"):
         trained(other)
+
+
+def _at_step(folder: Path) -> int:
+    """The last step that a run has logged."""
+    log, step = folder / "log.jsonl", 0
+    if log.exists():
+        for line in log.read_text().splitlines():
+            try:
+                step = max(step, json.loads(line).get("step", 0))
+            except ValueError:  # being written
+                continue
+    return step
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path):
+    longer = {"steps = 3": "steps = 24", '"guidance"': '"consistency"'}
+    environment = os.environ | {"SKYREELS_JAX_CACHE": str(tmp_path / "cache")}
+    found = []
+    for name in ("whole", "killed"):
+        made, chance, kills = recipe(tmp_path, name, **longer), random.Random(5), 0
+        file = tmp_path / f"{name}.toml"
+        command = [sys.executable, "-m", "skyreels_jax.cli.main", "train", str(file)]
+        for moment in (3, 10, 11, 19) if name == "killed" else ():
+            process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+            deadline = time.monotonic() + 600
+            while _at_step(made.output) < moment and process.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            time.sleep(chance.random() * 0.2)
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait(60) == -signal.SIGKILL
+        assert kills == (4 if name == "killed" else 0)
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        found.append(made.output / "model/transformer/diffusion_pytorch_model.safetensors")
+    assert found[0].read_bytes() == found[1].read_bytes()
+    # Another seed is another student.
+    other = recipe(tmp_path, "other", **longer, log_every="seed = 1\nlog_every")
+    trained(other)
+    file = other.output / "model/transformer/diffusion_pytorch_model.safetensors"
+    assert file.read_bytes() != found[0].read_bytes()

@@ -346,9 +346,9 @@ def test_the_table_is_sound():
         assert one.sink + one.block <= one.window
         assert one.fps == 16 and one.model.config.model_type == "t2v"
         schedule, window = one.schedule(), one.attention_window()
-        assert window.slots(schedule.block) == one.window - one.block
+        assert window.slots(schedule.at_once) == one.window - schedule.at_once
         # What they agree on with the authors' samplers is all but this.
-        assert (one.caveat is not None) == (one.is_rolling or one.recompute == "block")
+        assert (one.caveat is not None) == (one.recompute == "block")
     warped = CAUSAL_PRESETS["self-forcing"].schedule().timesteps
     assert warped == pytest.approx((1000, 937.5, 833.3333, 625), abs=1e-3)
     rolling = CAUSAL_PRESETS["rolling-forcing"].schedule().timesteps
@@ -374,7 +374,8 @@ def table_rows() -> list[str]:
         cells = (
             *(f"`{one.name}`", f"`{one.weights}`{lora}", str(one.block)),
             *(steps(schedule.timesteps) + (first or ""), str(one.window), str(one.sink)),
-            *(one.positions, again[one.recompute], f"`{one.key}`" if one.key else "-"),
+            *(one.positions, again[one.recompute], "yes" if one.is_rolling else "-"),
+            f"`{one.key}`" if one.key else "-",
         )
         rows.append(f"| {' | '.join(cells)} |")
     return rows

@@ -14,14 +14,12 @@ from typing import Any, Final
 
 from skyreels_jax.built_in import BUILT_IN
 from skyreels_jax.files import LATENTS_SUFFIX
+from skyreels_jax.generation.request.declaration import GROUPS
 from skyreels_jax.generation.request.kinds import Prompts, SettingKind, Switch
 from skyreels_jax.generation.request.settings import (
     COMPUTE_DTYPES,
-    DIMENSIONS,
-    FORCING,
     OUTPUT,
     RUNNING,
-    SAMPLING,
     SHOWN,
     Setting,
     declared,
@@ -59,10 +57,7 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
 def add_video_flags(parser: argparse.ArgumentParser, *, prompted: bool) -> Mapping[str, Any]:
     """What decides a video: checkpoint, settings, how to compute; gives the groups of flags."""
     add_checkpoint_flags(parser.add_argument_group("checkpoint"))
-    groups = {
-        name: parser.add_argument_group(name)
-        for name in (SHOWN, DIMENSIONS, SAMPLING, FORCING, RUNNING, OUTPUT)
-    }
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
     if prompted:
         _add_prompts(groups[SHOWN].add_mutually_exclusive_group())
     for setting in declared().values():
@@ -100,7 +95,8 @@ def add_setting(group: Any, setting: Setting) -> None:
     """The flag of a declared setting; its values are converted as those of Python's callers."""
     options: dict[str, Any] = {"dest": setting.name, "help": _help(setting)}
     if isinstance(setting.kind, Switch):
-        options |= {"action": "store_true", "default": None}
+        both = argparse.BooleanOptionalAction
+        options |= {"action": both if setting.kind.has_off else "store_true", "default": None}
     else:
         options["metavar"] = setting.metavar or setting.kind.metavar
         options["type"] = _Converter(setting.kind)

@@ -57,6 +57,9 @@ def run(args: argparse.Namespace) -> int:
         overrides["steps"] = args.steps
     if args.mesh is not None:
         overrides["mesh"] = args.mesh
+    from skyreels_jax.training.freed_memory import keep_freed_memory
+
+    keep_freed_memory()
     from skyreels_jax.mini.recipe import read_recipe
 
     recipe = read_recipe(args.config, overrides)
@@ -67,8 +70,15 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("--device goes with --dry-run: training takes the devices there are")
 
     from skyreels_jax.cli.together import broken_off_in_words, join
-    from skyreels_jax.cli.training_samples import samples_of, write_samples_of
+    from skyreels_jax.cli.training_samples import (
+        made_at_once,
+        samples_of,
+        streamed,
+        write_samples_of,
+    )
     from skyreels_jax.hub import enable_compilation_cache
+    from skyreels_jax.training.distillation_recipe import learned_settings
+    from skyreels_jax.training.distillation_task import DistillTask
     from skyreels_jax.training.loop import train
     from skyreels_jax.training.transformer_task import VideoTask
 
@@ -81,7 +91,9 @@ def run(args: argparse.Namespace) -> int:
     with encoding_progress() as on_encoded:
         task = recipe.task(on_encoded)
     if isinstance(task, VideoTask):
-        task.sample_writer = write_samples_of(shown or samples_of(task.examples()))
+        is_student = isinstance(task, DistillTask) and learned_settings(task.training) is not None
+        make = streamed if is_student else made_at_once
+        task.sample_writer = write_samples_of(shown or samples_of(task.examples()), make)
     advice = "the same command in every process goes on from the last checkpoint"
     with _progress(recipe.run.steps) as on_log, broken_off_in_words(advice):
         result = train(

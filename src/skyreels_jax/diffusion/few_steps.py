@@ -15,11 +15,11 @@ from itertools import pairwise
 from typing import Final, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.errors import RequestError
-from skyreels_jax.shapes import ROPE_FRAMES
+from skyreels_jax.shapes import ROPE_FRAMES, Latents
 
 StepRule = Literal["renoise", "euler"]
 WindowPositions = Literal["absolute", "relative"]
@@ -118,6 +118,22 @@ def step_sigmas(timesteps: Sequence[float | int]) -> Float[np.ndarray, " points"
     return np.array([*timesteps, 0], np.float64).astype(np.float32) / NUM_TRAIN_TIMESTEPS
 
 
+def moved(
+    x: Latents,
+    velocity: Latents,
+    sigma: Float[Array, "..."],
+    following: Float[Array, "..."],
+    noise: Latents | None,
+) -> Latents:
+    """``x`` at the following sigma: new ``noise`` on the data that is meant, or an Euler step.
+
+    Sigmas are one for all, or broadcast against latents ``[B, C, F, H, W]``.
+    """
+    if noise is None:
+        return x + (following - sigma) * velocity
+    return (1 - following) * (x - sigma * velocity) + following * noise
+
+
 @dataclass(frozen=True)
 class CausalWindow:
     """What a block sees: itself and latent frames before it.
@@ -129,14 +145,23 @@ class CausalWindow:
             counts within the window, the sink first, and has no end.
         recompute: when the window's keys and values are computed again: ``never``, when the
             ``prompt`` changes, or before every ``block``.
+        context_noise: timestep to which finished frames are noised before their keys and values are
+            computed (Self-Forcing's ``context_noise``); what a model got wrong in them is then less
+            of what it goes on from.
     """
 
     frames: int
     sink: int = 0
     positions: WindowPositions = "absolute"
     recompute: Recomputation = "never"
+    context_noise: float | int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.context_noise < NUM_TRAIN_TIMESTEPS:
+            raise RequestError(
+                f"context_noise {self.context_noise:g}: a timestep of at least 0, below "
+                f"{NUM_TRAIN_TIMESTEPS}"
+            )
         if self.positions not in _POSITIONS:
             raise RequestError(
                 f"positions {self.positions!r}; there are {' and '.join(_POSITIONS)}"
@@ -152,7 +177,7 @@ class CausalWindow:
             )
 
     def slots(self, block: int) -> int:
-        """Frames before a block that are kept.
+        """Frames that are kept before ``block`` frames which are made at once.
 
         Raises:
             RequestError: not one is, or the sink does not fit.
@@ -160,8 +185,8 @@ class CausalWindow:
         slots = self.frames - block
         if slots < max(1, self.sink):
             raise RequestError(
-                f"a window of {self.frames} latent frames: with a block of {block} and a sink of "
-                f"{self.sink} it needs at least {block + max(1, self.sink)}"
+                f"a window of {self.frames} latent frames: with {block} made at once and a sink "
+                f"of {self.sink} it needs at least {block + max(1, self.sink)}"
             )
         return slots
 

@@ -109,7 +109,7 @@ class LiveStream:
         self.request, self._pace = request, Pacemaker(request.fps)
         self._components, self._load, self._known = components, load, known
         self.clock = clock or Clock()
-        self.make_sampler = sampler or _causal_sampler
+        self.make_sampler = sampler or causal_sampler
         self._prompt = request.video.prompt
         # By the second of the video from which on each holds.
         self._changes: list[tuple[float, str, Context | None]] = []
@@ -330,7 +330,8 @@ class LiveStream:
         return chunks
 
 
-def _causal_sampler(stream: LiveStream, denoiser: Denoiser, guidance: Guidance) -> BlockSampler:
+def causal_sampler(stream: LiveStream, denoiser: Denoiser, guidance: Guidance) -> BlockSampler:
+    """The sampler of a stream that was begun."""
     request = stream.request
     height, width = request.size
     return CausalSampler(

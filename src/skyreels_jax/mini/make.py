@@ -29,7 +29,7 @@ _WHOLE: Final = "mini"
 # In the order in which they need each other, by the names of their files and output folders.
 _RUNS: Final = (
     *("text", "image", "vae-frames", "vae", "df-first", "df", "df-last", "i2v"),
-    *("live-guidance", "live"),
+    *("live-causal", "live-guidance", "live"),
 )
 # Which run each part of the first folder comes from; the others lie beside it and take them there.
 _PARTS: Final[Mapping[ComponentName, str]] = {
@@ -53,7 +53,8 @@ _BEGUN_BY: Final[Mapping[str, str]] = {
     "df": "df-first",
     "df-last": "df",
     "i2v": "df-last",
-    "live-guidance": "df-last",
+    "live-causal": "df-last",
+    "live-guidance": "live-causal",
     "live": "live-guidance",
 }
 # Written by people, from an evaluation.

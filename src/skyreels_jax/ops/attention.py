@@ -69,7 +69,7 @@ ATTENTION_PATHS: Final[Mapping[str, AttentionPath]] = MappingProxyType(
         "xla": AttentionPath(reference_attention, _serves_all, takes_past=True),
         "chunked": AttentionPath(chunked_attention, _serves_all, takes_past=True),
         "cudnn": AttentionPath(cudnn_attention, cudnn_refusal, takes_past=True),
-        "splash": AttentionPath(splash_attention, splash_refusal),
+        "splash": AttentionPath(splash_attention, splash_refusal, takes_past=True),
         "tokamax": AttentionPath(tokamax_attention, tokamax_refusal),
     }
 )
@@ -104,7 +104,7 @@ def attention(
     key_len = key.shape[1] + (0 if past is None else past.key.shape[1])
     dtype = jnp.dtype(query.dtype).name
     shape = (batch, q_len, heads, width)
-    call = AttentionCall(target_device(), dtype, shape, key_len, has_past=past is not None)
+    call = AttentionCall(target_device(), dtype, shape, key_len)
     name = choose_path(call) if implementation is None else implementation
     if name not in ATTENTION_PATHS:
         raise UnsupportedError(
@@ -145,5 +145,5 @@ def choose_path(call: AttentionCall) -> str:
     scores = batch * heads * q_len * call.key_len
     if 4 * scores <= SMALL_SCORES:
         return "xla"
-    is_half = call.dtype in ("bfloat16", "float16") and not call.has_past
+    is_half = call.dtype in ("bfloat16", "float16")
     return "splash" if is_half and ATTENTION_PATHS["splash"].refusal(call) is None else "chunked"

@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from skyreels_jax.diffusion.few_steps import CausalSchedule, CausalWindow, step_sigmas
 from skyreels_jax.diffusion.guidance import Guidance, NoGuidance
 from skyreels_jax.diffusion.step_cache import NoCache
 from skyreels_jax.geometry import LATENT_CHANNELS
 from skyreels_jax.sampling.causal_step import BlockPlace, BlockSteps, CausalStep, KeptWindow
-from skyreels_jax.sampling.denoiser import Denoiser
+from skyreels_jax.sampling.denoiser import AbstractInputs, Denoiser
 from skyreels_jax.sampling.kv_cache import WindowSlots, allocate
 from skyreels_jax.sampling.noise import noise_key
 from skyreels_jax.sampling.progress import Clock, IterationReport, StepMonitor
@@ -100,7 +101,10 @@ class CausalSampler:
             attention=self.attention,
             parallelism=self.denoiser.parallelism,
         )
-        self._step = CausalStep(step, self.schedule.rule)
+        noise = self.window.context_noise
+        # A key of its own: steps of blocks draw from the other.
+        key = noise_key(self.seed, 1) if noise else None
+        self._step = CausalStep(step, self.schedule.rule, noise, key)
         self._programs = {}
         if self.window.recompute == "prompt":
             self._recompute()
@@ -150,6 +154,22 @@ class CausalSampler:
         self._state, latents, report = program(*arguments)
         self._submitted(size, report)
         return latents
+
+    def trace_block(self, inputs: AbstractInputs) -> jax.stages.Traced:
+        """The program that makes a block of usual size, which is the same however full the window.
+
+        From shapes alone, the model may be abstract; for a sampler of its own, and a schedule that
+        does not roll.
+        """
+        self.change(self.denoiser.abstract_conditioning(self.guidance, inputs))
+        assert self._step is not None
+        window = jax.eval_shape(lambda step: self._empty_window(step, jnp.zeros), self._step)
+        state = self.denoiser.parallelism.place(window)
+        timesteps = self.schedule.timesteps
+        steps = BlockSteps(np.array(timesteps, np.float32), step_sigmas(timesteps), self._key)
+        arguments = (self._step, state, self._next_block(0, self.schedule.block), steps)
+        jitted = self.denoiser.parallelism.jit(CausalStep.make_block, arguments, (1,))
+        return jitted.trace(*arguments)
 
     def _roll(self, steps: BlockSteps) -> Latents:
         """Step all blocks under way, with a new one each time, until the oldest is finished."""
@@ -201,17 +221,22 @@ class CausalSampler:
         if self._step is None:
             raise ValueError("a causal sampler needs a conditioning first: call `change`")
         if self._state is None:
-            slots = self._held.slots
-            make = self.denoiser.parallelism.zeros
-            frame = jax.ShapeDtypeStruct(
-                (self.batch, LATENT_CHANNELS, 1, *self.latent_size), jnp.float32
-            )
-            zero = np.zeros((), np.int32)
-            none = BlockPlace(zero, zero, np.zeros(1, np.int32), None)
-            shapes = jax.eval_shape(CausalStep.key_values, self._step, (), none, frame)
-            latents = make((self.batch, LATENT_CHANNELS, slots, *self.latent_size), jnp.float32)
-            self._state = KeptWindow(allocate(shapes, slots, make), latents)
+            self._state = self._empty_window(self._step, self.denoiser.parallelism.zeros)
         return self._step, self._state
+
+    def _empty_window(
+        self, step: CausalStep, make: Callable[[tuple[int, ...], DTypeLike], Array]
+    ) -> KeptWindow:
+        """Zeros by ``make``."""
+        slots = self._held.slots
+        frame = jax.ShapeDtypeStruct(
+            (self.batch, LATENT_CHANNELS, 1, *self.latent_size), jnp.float32
+        )
+        zero = np.zeros((), np.int32)
+        none = BlockPlace(zero, zero, np.zeros(1, np.int32), None)
+        shapes = jax.eval_shape(CausalStep.key_values, step, (), none, frame)
+        latents = make((self.batch, LATENT_CHANNELS, slots, *self.latent_size), jnp.float32)
+        return KeptWindow(allocate(shapes, slots, make), latents)
 
     def _next_block(self, first: int, size: int) -> BlockPlace:
         """The next block's place; its slots are taken."""

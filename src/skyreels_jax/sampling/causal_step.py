@@ -12,10 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from skyreels_jax.diffusion.few_steps import StepRule
+from skyreels_jax.diffusion.few_steps import StepRule, moved
 from skyreels_jax.diffusion.step_cache import StagedForward
+from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.models.transformer_attention import FrameKeyValues, PastFrames
 from skyreels_jax.sampling.kv_cache import KVCache, write_frames
 from skyreels_jax.sampling.progress import IterationReport
@@ -50,13 +51,23 @@ class BlockSteps(NamedTuple):
     key: Array
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("step",), meta_fields=("rule",))
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("step", "context_key"),
+    meta_fields=("rule", "context_noise"),
+)
 @dataclass(frozen=True, eq=False)
 class CausalStep:
-    """A block as a function of the window, with all that is constant between two prompts."""
+    """A block as a function of the window, with all that is constant between two prompts.
+
+    With ``context_noise``, a timestep, keys and values are of finished frames noised so far, each
+    frame by noise of its own from ``context_key``, the same whenever they are computed again.
+    """
 
     step: DenoisingStep
     rule: StepRule
+    context_noise: float | int = 0
+    context_key: PyTree = None
 
     def make_block(
         self, window: KeptWindow, block: BlockPlace, steps: BlockSteps
@@ -69,10 +80,10 @@ class CausalStep:
         ) -> tuple[tuple[Latents, Bool[Array, ""]], None]:
             x, finite = carry
             number, timestep, sigma, following = given
-            velocity = self.velocity(window, block, x, timestep)
+            velocity = self.velocity(window.kv_cache, block, x, timestep)
             finite &= jnp.all(jnp.isfinite(velocity))
             new = noise(number + 1) if self.rule == "renoise" else None
-            return (_moved(x, velocity, sigma, following, new), finite), None
+            return (moved(x, velocity, sigma, following, new), finite), None
 
         count = len(steps.timesteps)
         sigmas = jnp.asarray(steps.sigmas)
@@ -111,14 +122,14 @@ class CausalStep:
         # The newest takes the first step.
         done = np.arange(blocks)[::-1]
         at = np.repeat(done, size)
-        velocity = self.velocity(window, block, x, jnp.asarray(steps.timesteps)[at])
+        velocity = self.velocity(window.kv_cache, block, x, jnp.asarray(steps.timesteps)[at])
         new = None
         if self.rule == "renoise":
             drawn = [draw(starts[n], size, jnp.int32(done[n] + 1)) for n in range(blocks)]
             new = jnp.concatenate(drawn, axis=2)
         sigmas = jnp.asarray(steps.sigmas)
         sigma, following = (sigmas[n].reshape(1, 1, -1, 1, 1) for n in (at, at + 1))
-        x = _moved(x, velocity, sigma, following, new)
+        x = moved(x, velocity, sigma, following, new)
         finite = jnp.all(jnp.isfinite(velocity))
         report = IterationReport(finite, jnp.ones(len(self.step.conditioning.contexts), bool))
         if blocks < count:
@@ -128,20 +139,24 @@ class CausalStep:
 
     def keep_block(self, window: KeptWindow, block: BlockPlace, x: Latents) -> KeptWindow:
         """The window with the finished block ``x`` in it."""
-        new = KeptWindow(self.key_values(window.kv_cache, block, x), x)
-        slots = jnp.asarray(block.slots)
-        return jax.tree.map(lambda old, frames: write_frames(old, frames, slots, 2), window, new)
+        seen = x
+        if self.context_key is not None:
+            level = jnp.float32(self.context_noise / NUM_TRAIN_TIMESTEPS)
+            noise = _noise(self.context_key, window, block.first, x.shape[2], jnp.int32(0))
+            seen = (1 - level) * x + level * noise
+        new = KeptWindow(self.key_values(window.kv_cache, block, seen), x)
+        return write_frames(window, new, jnp.asarray(block.slots))
 
     def key_values(self, cache: KVCache, block: BlockPlace, x: Latents) -> KVCache:
-        """Keys and values of a finished block, for each model call."""
-        calls = self._calls(cache, block, x, jnp.float32(0))
+        """Keys and values of a finished block as it is seen later, for each model call."""
+        calls = self._calls(cache, block, x, jnp.float32(self.context_noise))
         return tuple(FrameKeyValues(*staged.key_values()) for staged in calls)
 
     def velocity(
-        self, window: KeptWindow, block: BlockPlace, x: Latents, timestep: Float[Array, "*F"]
+        self, cache: KVCache, block: BlockPlace, x: Latents, timestep: Float[Array, "*F"]
     ) -> Latents:
         """The prediction for a block at a timestep, or for frames each at its own; guided."""
-        calls = self._calls(window.kv_cache, block, x, timestep)
+        calls = self._calls(cache, block, x, timestep)
         predictions = tuple(staged.head(staged.blocks(staged.tokens)) for staged in calls)
         return self.step.guidance.combine(predictions)
 
@@ -172,12 +187,3 @@ def _noise(
     batch, channels, _, *size = window.latents.shape
     frames = jax.ShapeDtypeStruct((count, batch, channels, *size), jnp.float32)
     return jnp.moveaxis(frame_noise(jax.random.fold_in(key, step), first, frames), 0, 2)
-
-
-def _moved(
-    x: Latents, velocity: Latents, sigma: Array, following: Array, noise: Latents | None
-) -> Latents:
-    """``x`` at the following sigma: new noise on the data that is meant, or an Euler step."""
-    if noise is None:
-        return x + (following - sigma) * velocity
-    return (1 - following) * (x - sigma * velocity) + following * noise

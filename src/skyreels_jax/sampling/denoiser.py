@@ -243,13 +243,7 @@ class Denoiser:
 
         From shapes alone; the model may be abstract.
         """
-        graph, parameters = nnx.split(self.model)
-
-        def condition(parameters: nnx.State, text: Context, *others: Array | None) -> Conditioning:
-            prepare = partial(_prepare, graph, parameters)
-            return _conditioning(sampling.guidance, prepare, (text, text), *others)
-
-        conditioning = self.parallelism.place(jax.eval_shape(condition, parameters, *inputs))
+        conditioning = self.abstract_conditioning(sampling.guidance, inputs)
         frames = noise.shape[2]
         plan = self._plan(frames, conditioning, sampling, frame_schedule, conditioning_noise)
         state = self.parallelism.place(jax.eval_shape(plan.start, noise))
@@ -263,6 +257,16 @@ class Denoiser:
             jitted = self.parallelism.jit(key.function, arguments, (1,))
             programs.append((jitted.trace(*arguments), times[key]))
         return programs
+
+    def abstract_conditioning(self, guidance: Guidance, inputs: AbstractInputs) -> Conditioning:
+        """Shapes of what :meth:`condition` gives; the model may be abstract."""
+        graph, parameters = nnx.split(self.model)
+
+        def condition(parameters: nnx.State, text: Context, *others: Array | None) -> Conditioning:
+            prepare = partial(_prepare, graph, parameters)
+            return _conditioning(guidance, prepare, (text, text), *others)
+
+        return self.parallelism.place(jax.eval_shape(condition, parameters, *inputs))
 
     def _plan(
         self,

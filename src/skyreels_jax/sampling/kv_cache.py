@@ -6,6 +6,7 @@ docs/adr/0003-reuse-of-finished-blocks.md.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from skyreels_jax.models.transformer_attention import FrameKeyValues
 
 # One entry for each model call of an iteration; empty without reuse.
 KVCache = tuple[FrameKeyValues, ...]
+_Tree = TypeVar("_Tree")
 
 
 def allocate(
@@ -41,10 +43,17 @@ def append_block(cache: KVCache, block: KVCache, slot: Int[Array, ""]) -> KVCach
     )
 
 
-def write_frames(slots: Array, frames: Array, where: Int[Array, " b"], axis: int) -> Array:
-    """``slots`` with each of ``frames`` written where it is said; past the end is nowhere."""
-    index = (*[slice(None)] * axis, where)
-    return slots.at[index].set(frames.astype(slots.dtype), mode="drop", unique_indices=True)
+def write_frames(slots: _Tree, frames: _Tree, where: Int[Array | np.ndarray, " b"]) -> _Tree:
+    """``slots`` with each of ``frames`` written where it is said; past the end is nowhere.
+
+    Frames, and their slots, are axis 2 of every array.
+    """
+
+    def written(old: Array, new: Array) -> Array:
+        here = old.at[:, :, where]
+        return here.set(new.astype(old.dtype), mode="drop", unique_indices=True)
+
+    return jax.tree.map(written, slots, frames)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from skyreels_jax.training.videos.recipe import FolderData
 
 DistillStage = Literal["guidance", "teacher-forcing", "consistency", "continuous", "dmd"]
 # Of which stages a setting is; one that is not here is of all.
-_STAGES_OF: Final[Mapping[str, tuple[DistillStage, ...]]] = {
+STAGES_OF: Final[Mapping[str, tuple[DistillStage, ...]]] = {
     "teacher": ("guidance", "consistency", "continuous", "dmd"),
     "guidance": ("guidance", "consistency", "continuous", "dmd"),
     "sigmas": ("consistency",),
@@ -53,6 +53,9 @@ class Distillation:
         warmup: steps over which the derivative comes in.
         critic_steps: of the critic, for each of the student.
         critic_rate: the critic's learning rate as a share of the student's.
+        sink: of the student's streams: how many of the first latent frames never leave its window.
+        context_noise: of its streams: the timestep to which finished frames are noised where later
+            ones see them. Training sees them clean.
     """
 
     stage: DistillStage
@@ -66,10 +69,12 @@ class Distillation:
     warmup: int = 1000
     critic_steps: int = 5
     critic_rate: float = 0.2
+    sink: int = 0
+    context_noise: float = 0.0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            stages = _STAGES_OF.get(field.name, (self.stage,))
+            stages = STAGES_OF.get(field.name, (self.stage,))
             value = getattr(self, field.name)
             if self.stage not in stages and value != field.default:
                 raise ValueError(
@@ -80,6 +85,8 @@ class Distillation:
         check_at_least(self, 2, "sigmas", most=NUM_TRAIN_TIMESTEPS)
         if self.first_block is not None:
             check_at_least(self, 1, "first_block")
+        check_at_least(self, 0, "sink")
+        check_at_least(self, 0, "context_noise", most=NUM_TRAIN_TIMESTEPS - 1)
         for name in ("shift", "critic_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)} should be positive, such as 1.0")
@@ -126,6 +133,12 @@ class DistillTraining(VideoTraining):
                 "model.start must name what the student begins as, such as 'mini' or its teacher"
             )
         super().__post_init__()
+        distill, window = self.distill, latent_frames(largest_clips(self).frames)
+        if distill.block < window < distill.block + distill.sink:
+            raise ValueError(
+                f"distill.sink = {distill.sink} with block = {distill.block} is more than the "
+                f"{window} latent frames that the student sees; at most {window - distill.block}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +188,9 @@ def learned_settings(training: DistillTraining) -> CausalSettings | None:
         shift=distill.shift,
         rule="euler" if distill.stage in _FOLLOWED else "renoise",
         window=window,
+        sink=distill.sink,
         positions="relative",
+        context_noise=distill.context_noise,
         # Teacher forcing learns from data, which has none in it.
         guidance_scale=None if distill.stage == "teacher-forcing" else 1.0,
     )

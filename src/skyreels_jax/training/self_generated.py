@@ -4,21 +4,26 @@
 timestep 0 writes its keys and values. Source: Self-Forcing (arXiv 2506.08009), algorithm 1.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax.lax import stop_gradient
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
+from skyreels_jax.diffusion.few_steps import moved
+from skyreels_jax.diffusion.guidance import NoGuidance
+from skyreels_jax.diffusion.step_cache import NoCache
 from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.models.transformer import WanModel
-from skyreels_jax.models.transformer_attention import CrossContext, FrameKeyValues, PastFrames
+from skyreels_jax.models.transformer_attention import CrossContext
+from skyreels_jax.sampling.causal_step import BlockPlace, CausalStep
+from skyreels_jax.sampling.kv_cache import KVCache, allocate, write_frames
+from skyreels_jax.sampling.step import Conditioning, DenoisingStep
 from skyreels_jax.shapes import Latents
-from skyreels_jax.training.distillation import VelocityFunction, denoised
-from skyreels_jax.training.objective import add_noise
 from skyreels_jax.training.sigma_distributions import Sigmas
 
 
@@ -60,56 +65,48 @@ def generate_own(
         attention: name of an attention path.
     """
     levels = jnp.asarray(sigmas, jnp.float32)
-    batch, patches = noise.shape[1], model.config.patches(*noise.shape[4:])
-    shape = (model.config.num_layers, batch, sum(blocks), patches)
-    heads = (model.config.num_heads, model.config.head_dim)
-    past = FrameKeyValues(*(jnp.zeros((*shape, *heads), model.numerics.compute) for _ in range(2)))
+    graph, parameters = nnx.split(model)
+    conditioning = Conditioning((context,), None, fps)
+    step = DenoisingStep(
+        graph, parameters, conditioning, NoGuidance(), NoCache(), attention=attention
+    )
+    sampled = CausalStep(step, "renoise")
     videos, given, first = [], [], 0
-    at_last = jnp.broadcast_to(levels[last], (batch, 1))
+    cache: KVCache = ()
     for length in blocks:
-        of_block = noise[:, :, :, first : first + length]
-        before = PastFrames(*past, jnp.asarray(first, jnp.int32)) if first else None
-        options = {"fps": fps, "attention": attention, "past": before}
-        velocity = partial(_velocity, model, context, options)
-        x = _last_input(velocity, of_block, levels, last)
-        finished = denoised(velocity, x, at_last)
+        frames = np.arange(first, first + length, dtype=np.int32)
+        # Every frame has its slot: the window is the whole video.
+        here = np.array(first, np.int32)
+        place = BlockPlace(here, here, frames, None)
+        past = cache
+
+        def velocity(x: Latents, level: Array, past=past, place=place) -> Latents:
+            timestep = jnp.broadcast_to(NUM_TRAIN_TIMESTEPS * level, x.shape[2])
+            return sampled.velocity(past, place, x, timestep)
+
+        x = _last_input(velocity, noise[:, :, :, first : first + length], levels, last)
+        finished = x - levels[last] * velocity(x, levels[last])
         videos.append(finished)
         given.append(x)
-        staged = model.staged(finished, jnp.zeros((batch, length)), context, **options)
-        past = _written(past, FrameKeyValues(*staged.key_values()), first)
+        new = sampled.key_values(cache, place, finished)
+        cache = cache or allocate(new, sum(blocks))
+        cache = write_frames(cache, new, frames)
         first += length
+    at_last = jnp.broadcast_to(levels[last], (noise.shape[1], 1))
     made = OwnVideo(jnp.concatenate(videos, 2), jnp.concatenate(given, 2), at_last)
     return stop_gradient(made)
 
 
 def _last_input(
-    velocity: VelocityFunction,
+    velocity: Callable[[Latents, Array], Latents],
     noise: Float[Array, "steps B C F H W"],
     levels: Float[Array, " steps"],
     last: Int[Array, ""],
 ) -> Latents:
     """What the last pass of a block is given, after the steps before it."""
-    rows = (noise.shape[1], 1)
 
     def step(number: Int[Array, ""], x: Latents) -> Latents:
-        data = denoised(velocity, x, jnp.broadcast_to(levels[number], rows))
-        below = jnp.broadcast_to(levels[number + 1], rows)
-        return add_noise(data, noise[number + 1], below)
+        sigma, following = levels[number], levels[number + 1]
+        return moved(x, velocity(x, sigma), sigma, following, noise[number + 1])
 
-    start = add_noise(jnp.zeros_like(noise[0]), noise[0], jnp.broadcast_to(levels[0], rows))
-    return jax.lax.fori_loop(0, last, step, start)
-
-
-def _velocity(
-    model: WanModel, context: CrossContext, options: Mapping[str, PyTree], x: Latents, sigma: Sigmas
-) -> Latents:
-    t = jnp.broadcast_to(NUM_TRAIN_TIMESTEPS * sigma, (x.shape[0], x.shape[2]))
-    staged = model.staged(x, t, context, **options)
-    return staged.head(staged.blocks(staged.tokens))
-
-
-def _written(past: FrameKeyValues, block: FrameKeyValues, first: int) -> FrameKeyValues:
-    """``past`` with the states of a block from frame ``first`` on."""
-    here = slice(first, first + block.key.shape[2])
-    pairs = zip(past, block, strict=True)
-    return FrameKeyValues(*(old.at[:, :, here].set(new) for old, new in pairs))
+    return jax.lax.fori_loop(0, last, step, levels[0] * noise[0])

@@ -1,6 +1,7 @@
 """Settings of a stream: what is taken, from where, and what is refused in which words."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -16,6 +17,7 @@ from skyreels_jax.generation.request import live
 from skyreels_jax.generation.request.live import LiveRequest, live_declared
 from skyreels_jax.generation.request.resolve_live import ResolvedLive, resolve_live
 from skyreels_jax.generation.streaming import in_known_words
+from skyreels_jax.media import VideoWriter
 from skyreels_jax.recognition import CausalGuess
 from skyreels_jax.weights.lora.binding import Lora
 
@@ -63,8 +65,75 @@ def test_a_model_that_learned_it_is_sampled_as_it_learned():
 
 
 def test_what_a_student_learned_that_streams_do_not_do_is_said():
-    warnings = resolved(student="rolling-forcing").warnings
-    assert len([warning for warning in warnings if "a step behind" in warning]) == 1
+    said = {name: resolved(student=name).warnings for name in ("krea-realtime", "self-forcing")}
+    counts = {n: len([w for w in all_ if "from pixels" in w]) for n, all_ in said.items()}
+    assert counts == {"krea-realtime": 1, "self-forcing": 0}
+
+
+@pytest.mark.parametrize("name", ["rolling-forcing", "causal-forcing-long"])
+def test_students_that_learned_to_roll_do(name: str):
+    stream = resolved("t2v", student=name, seconds=5)
+    steps = len(stream.schedule.timesteps)
+    assert stream.schedule.rolling and stream.schedule.at_once == 3 * steps
+    assert stream.schedule == CAUSAL_PRESETS[name].schedule()
+    assert stream.sources["rolling"] == f"preset {name}"
+    assert stream.values()["rolling"] is True
+    assert not [warning for warning in stream.warnings if name in warning]
+    apart = resolved("t2v", student=name, rolling=False)
+    assert not apart.schedule.rolling and apart.sources["rolling"] == "given"
+    assert apart.work < stream.work  # Of 3 frames in a call, not of all under way.
+
+
+def test_any_other_rolls_if_asked_to():
+    assert not resolved("t2v", student="self-forcing").schedule.rolling
+    assert resolved("t2v", student="self-forcing", rolling=True).schedule.at_once == 12
+    # What it learned of its first block is not asked of one that is as the others.
+    plus = resolved("t2v", student="causal-forcing++-2step", rolling=True).schedule
+    assert plus.rolling and plus.first_timesteps is None
+
+
+def test_a_window_too_small_for_all_under_way_says_what_is_enough():
+    ask = {"student": "rolling-forcing", "window": 17}
+    with pytest.raises(RequestError, match=r"`window` 17: .* with 15 made at once .* least 18$"):
+        resolved(**ask)
+    assert resolved(**ask | {"window": 18}).window.frames == 18
+    assert resolved(**ask, rolling=False).window.frames == 17  # Twin: 3 at once have room.
+
+
+def test_a_video_that_is_continued_fits_beside_all_under_way(tmp_path: Path):
+    with VideoWriter(tmp_path / "given.mp4", fps=16, size=(32, 48)) as writer:
+        writer.append(np.zeros((33, 32, 48, 3), np.uint8))
+    ask = {"student": "rolling-forcing", "video": tmp_path / "given.mp4"}
+    with pytest.raises(RequestError, match="`overlap_history` 25 .* 15 made at once .* most 21"):
+        resolved(**ask, overlap_history=25)
+    assert resolved(**ask, overlap_history=21).video.forcing.overlap_history == 21
+    assert resolved(**ask, overlap_history=25, rolling=False)
+
+
+def test_of_a_window_nothing_is_said_that_is_true_of_whole_videos(tmp_path: Path):
+    """How many frames there are is no matter of a stream, in whatever words it is said."""
+    with VideoWriter(tmp_path / "follow, in all.mp4", fps=16, size=(32, 48)) as writer:
+        writer.append(np.zeros((33, 32, 48, 3), np.uint8))
+    stream = resolved(video=tmp_path / "follow, in all.mp4", window=20, overlap_history=9)
+    # Its rate is still said, though its file is called as the sentence that is not.
+    assert [w for w in stream.warnings if "16 frames a second and is written at 24" in w]
+    assert len(stream.video.length_warnings) == 2
+    assert not set(stream.video.length_warnings) & set(stream.warnings)
+    assert set(stream.video.length_warnings) < set(stream.video.warnings)
+    assert [
+        w for w in stream.warnings if w.startswith("`window` 20: the checkpoint was made for 3")
+    ]
+    assert not [w for w in resolved(window=4).warnings if "`window`" in w]
+    (said,) = [w for w in resolved(overlap_history=9).warnings if "overlap" in w]
+    assert said == "`overlap_history` does nothing: there is no `video` to go on from"
+
+
+def test_absolute_positions_hold_what_is_made_after_the_end():
+    """1020 latent frames at 24 a second; 4 blocks of 1 are under way at their end."""
+    ask = {"seconds": (4 * 1019 + 1) / 24, "window": 6}
+    assert resolved(**ask).window.positions == "absolute"
+    assert resolved(**ask, steps=5, rolling=True).window.positions == "absolute"
+    assert resolved(**ask | {"window": 8}, steps=6, rolling=True).window.positions == "relative"
 
 
 def test_settings_of_students():
@@ -105,6 +174,11 @@ REFUSED = {
     "beyond": ({"timesteps": (2000,)}, "at most 1000"),
     "a rule": ({"rule": "unipc"}, "`rule` unipc does not exist; there are renoise, euler"),
     "no room": ({"window": 3, "causal_block_size": 3}, "`window` 3: "),
+    "first of those that roll": (
+        {"rolling": True, "first_block": 1, "first_timesteps": "1000"},
+        "`first_block` and `first_timesteps` with `rolling`: blocks that roll are all alike",
+    ),
+    "rolling": ({"rolling": "yes"}, "`rolling` 'yes' must be True or False"),
     "sink": ({"window": 3, "sink": 3}, "`window` 3: "),
     "prompts": ({"prompt": ["a", "b"]}, "`prompt` of type list must be one text"),
     "misspelt": ({"windows": 3}, "did you mean `window`?"),

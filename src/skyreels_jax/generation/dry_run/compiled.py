@@ -99,6 +99,9 @@ class Compiled:
         peak: bytes of both at their most.
         module: what the program calls.
         seconds: that compiling took, and of them the processor's.
+        results: bytes of what it returns, buffers that it was given and fills again included.
+        counted: floating-point operations by the compiler, which takes each loop for one turn and
+            sees nothing of kernels (:mod:`.operations` is what plans are made with).
     """
 
     arguments: int
@@ -106,6 +109,8 @@ class Compiled:
     peak: int
     module: Module
     seconds: tuple[float, float]
+    results: int = 0
+    counted: float = 0.0
 
 
 def described_tpus(topology: str) -> Sequence[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
@@ -221,6 +226,8 @@ def compile_traced(traced: jax.stages.Traced, device: Device) -> Compiled:
         memory.peak_memory_in_bytes,
         read_module(program.as_text() or ""),
         seconds,
+        memory.output_size_in_bytes,
+        (program.cost_analysis() or {}).get("flops", 0.0),
     )
 
 

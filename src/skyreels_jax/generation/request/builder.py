@@ -40,6 +40,7 @@ class RequestBuilder:
         checkpoint: decides the task and the defaults.
         sources: where each resolved setting is from.
         warnings: for the user.
+        length_warnings: those of the number of frames.
         problems: a line each; with any, there will be no video.
     """
 
@@ -49,6 +50,7 @@ class RequestBuilder:
         self.checkpoint = checkpoint
         self.sources: dict[str, str] = {}
         self.warnings: list[str] = []
+        self.length_warnings: list[str] = []
         self.problems: list[str] = []
         if checkpoint.task != "df":
             self.problems.extend(

@@ -72,6 +72,11 @@ class Setting:
         return f"--{self.name.replace('_', '-')}"
 
     @property
+    def no_flag(self) -> str:
+        """The command line's name that turns a switch off."""
+        return f"--no-{self.name.replace('_', '-')}"
+
+    @property
     def aliases(self) -> tuple[str, ...]:
         """Its other names there; with underscores, as the original writes flags, all have one."""
         return (*((f"--{self.name}",) if "_" in self.name else ()), *self.flags)

@@ -81,10 +81,11 @@ def _row(setting: Setting) -> str:
         setting.flag if is_switch else f"{setting.flag} {setting.metavar or setting.kind.metavar}"
     )
     flag = flag.replace("|", "\\|")
-    others = ", ".join(f"`{name}`" for name in setting.aliases)
+    no = (setting.no_flag,) if isinstance(setting.kind, Switch) and setting.kind.has_off else ()
+    others = ", ".join(f"`{name}`" for name in (*setting.aliases, *no))
     takes = "" if is_switch else setting.kind.takes
     tasks = f" ({', '.join(map(str.upper, setting.tasks))} checkpoints)" if setting.tasks else ""
-    default = "off" if is_switch else setting.unset
+    default = setting.unset or ("off" if is_switch else "")
     return f"| `{flag}` | {others} | {takes} | {default} | {setting.help}{tasks} |"
 
 

@@ -175,6 +175,12 @@ class StreamSettings(TypedDict, total=False):
     recompute: Literal["never", "prompt", "block"] | None
     """For which changes keys and values are computed anew: another prompt, or every block."""
 
+    context_noise: float | None
+    """Timestep to which finished frames are noised where later ones see them."""
+
+    rolling: bool | None
+    """Each block runs a step behind the one before, as many at once as there are steps."""
+
     first_block: int | None
     """Latent frames in the first block."""
 

@@ -220,9 +220,11 @@ class Choice(SettingKind):
 
 @dataclass(frozen=True)
 class Switch(SettingKind):
-    """A ``bool``."""
+    """A ``bool``; with ``has_off`` a checkpoint may turn it on, and a flag turns it off."""
 
     annotation = "bool"
+
+    has_off: bool = False
 
     takes = "True or False"
 

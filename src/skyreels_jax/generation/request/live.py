@@ -20,7 +20,7 @@ from skyreels_jax.generation.request.declaration import (
     refuse_unknown,
     setting,
 )
-from skyreels_jax.generation.request.kinds import Choice, SettingKind, WholeNumber
+from skyreels_jax.generation.request.kinds import Choice, Real, SettingKind, Switch, WholeNumber
 from skyreels_jax.generation.request.settings import Request, declared
 
 # Of `diffusion.few_steps`: `StepRule`, `WindowPositions` and `Recomputation`, which a test holds
@@ -105,6 +105,18 @@ class LiveSettings:
         "for which changes keys and values are computed anew: another prompt, or every block",
         LIVE,
         unset=f"{_LEARNED}, or never",
+    )
+    context_noise: float | None = setting(
+        Real(0.0, 999.0),
+        "timestep to which finished frames are noised where later ones see them",
+        LIVE,
+        unset=f"{_LEARNED}, or 0",
+    )
+    rolling: bool | None = setting(
+        Switch(has_off=True),
+        "each block runs a step behind the one before, as many at once as there are steps",
+        LIVE,
+        unset=f"{_LEARNED}, or off",
     )
     first_block: int | None = setting(
         LATENT_COUNT, "latent frames in the first block", LIVE, unset="as in the others"

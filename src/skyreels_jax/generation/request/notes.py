@@ -20,7 +20,7 @@ _LEARNED_RATES: Final = (16, 24)
 _SAME_RATE: Final = 0.01
 # Parts of the checkpoint's area and times its frames that give no warning.
 _AREA: Final = (0.4, 2.1)
-_FRAMES: Final = 1.5
+FRAMES_LEARNED: Final = 1.5
 # Longer to shorter side.
 _SLENDER: Final = 2.4
 
@@ -44,7 +44,11 @@ def notes(request: Request, resolved: ResolvedRequest, checkpoint: Checkpoint) -
     yield from _of_last_image(request, checkpoint)
     yield from _of_cache(resolved)
     if resolved.forcing is not None:
-        yield from _of_windows(request, resolved)
+        if request.addnoise_condition and not any(window.prefix for window in resolved.windows):
+            yield (
+                "`addnoise_condition` does nothing: no frames are given, by `image`, `video` or an "
+                "earlier window"
+            )
         yield from _of_blocks(request, resolved, resolved.forcing)
         yield from _of_attention(request, resolved, checkpoint)
 
@@ -83,12 +87,6 @@ def _of_size(request: Request, resolved: ResolvedRequest, checkpoint: Checkpoint
             yield f"{made_for}; {size} has {area:.1%} of its area: expect blur or repetitions"
         elif sides[1] / sides[0] > _SLENDER:
             yield f"{made_for}; {size} is far from its shape: expect repetitions"
-    usual, at_once = checkpoint.defaults.num_frames.value, pixel_frames(resolved.window_shape[0])
-    if at_once > _FRAMES * usual:
-        yield (
-            f"{at_once} frames are made at once; the checkpoint was made for {usual}: expect "
-            "motion that repeats or stops"
-        )
 
 
 def _of_rate(request: Request, resolved: ResolvedRequest, checkpoint: Checkpoint) -> Iterator[str]:
@@ -134,21 +132,24 @@ def _of_cache(resolved: ResolvedRequest) -> Iterator[str]:
         )
 
 
-def _of_windows(request: Request, resolved: ResolvedRequest) -> Iterator[str]:
-    """What only windows that follow each other, or given frames, take."""
+def length_notes(
+    request: Request, resolved: ResolvedRequest, checkpoint: Checkpoint
+) -> Iterator[str]:
+    """As :func:`notes`, of how many frames there are, and in how many windows."""
+    usual, at_once = checkpoint.defaults.num_frames.value, pixel_frames(resolved.window_shape[0])
+    if at_once > FRAMES_LEARNED * usual:
+        yield (
+            f"{at_once} frames are made at once; the checkpoint was made for {usual}: expect "
+            "motion that repeats or stops"
+        )
     frames = resolved.num_frames
-    if not resolved.is_long:
+    if resolved.forcing is not None and not resolved.is_long:
         alone = f"the {frames} frames are made at once (`base_num_frames` makes windows)"
         for name in ("overlap_history", "continuation"):
             if getattr(request, name) is not None:
                 yield f"`{name}` does nothing: {alone}"
         if request.base_num_frames is not None and request.base_num_frames > frames:
             yield f"`base_num_frames` {request.base_num_frames} does nothing: there are {frames}"
-    if request.addnoise_condition and not any(window.prefix for window in resolved.windows):
-        yield (
-            "`addnoise_condition` does nothing: no frames are given, by `image`, `video` or an "
-            "earlier window"
-        )
 
 
 def _of_blocks(request: Request, resolved: ResolvedRequest, forcing: Forcing) -> Iterator[str]:

@@ -15,7 +15,7 @@ from skyreels_jax.checkpoints import Checkpoint, Default
 from skyreels_jax.diffusion.unipc import flow_sigmas
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.request.builder import GIVEN, LongVideo, RequestBuilder
-from skyreels_jax.generation.request.notes import notes
+from skyreels_jax.generation.request.notes import length_notes, notes
 from skyreels_jax.generation.request.reference import (
     original_guidance,
     reference_violations,
@@ -109,17 +109,14 @@ def resolve(
     if not problems:
         negative = values["negative_prompt"]
         prompts, values["negative_prompt"] = builder.in_known_words(negative, loras)
-        resolved = ResolvedRequest(
-            **values, sources=builder.sources, warnings=tuple(builder.warnings)
-        )
+        said = tuple(builder.warnings)
+        resolved = ResolvedRequest(**values, sources=builder.sources, warnings=said)
         resolved = replace(resolved, prompts=prompts_by_window(prompts, resolved.windows))
-        problems = [
-            *state_violations(resolved),
-            *_memory_violations(resolved, checkpoint, memory),
-        ]
+        problems = [*state_violations(resolved), *_memory_violations(resolved, checkpoint, memory)]
         if not problems:
-            said = (*resolved.warnings, *notes(request, resolved, checkpoint))
-            return replace(resolved, warnings=said)
+            of_length = (*builder.length_warnings, *length_notes(request, resolved, checkpoint))
+            said = (*resolved.warnings, *notes(request, resolved, checkpoint), *of_length)
+            return replace(resolved, warnings=said, length_warnings=of_length)
     raise RequestError("\n".join(problems))
 
 
@@ -245,7 +242,8 @@ def resolve_forcing(
     if len(builder.problems) == before:
         builder.problems.extend(forcing_violations(forcing, values))
     if len(builder.problems) == before:
-        builder.warnings.extend(_forcing_warnings(forcing, values, overlapping, request))
+        builder.length_warnings.extend(_length_warnings(forcing, values, overlapping, request))
+        builder.warnings.extend(_forcing_warnings(forcing, values, request))
     return forcing
 
 
@@ -288,7 +286,7 @@ def forcing_violations(forcing: Forcing, values: Mapping[str, Any]) -> Iterator[
         )
 
 
-def _forcing_warnings(
+def _length_warnings(
     forcing: Forcing, values: Mapping[str, Any], overlapping: bool, request: Request
 ) -> Iterator[str]:
     if overlapping and request.overlap_history is None and values["video"] is None:
@@ -303,11 +301,6 @@ def _forcing_warnings(
             "`addnoise_condition` 0: windows follow each other without noise over what they take "
             "over, so that faults grow from one to the next; 20 is usual for long videos"
         )
-    if (request.addnoise_condition or 0) > _MUCH_NOISE:
-        yield (
-            f"`addnoise_condition` {forcing.addnoise_condition} is much: above {_MUCH_NOISE} joins "
-            "become visible"
-        )
     given = values["video"]
     if given is not None:
         total = given.frames + values["num_frames"] - forcing.overlap_history
@@ -315,13 +308,24 @@ def _forcing_warnings(
             f"{given.path.name} gives {given.frames} frames; {values['num_frames']} less the "
             f"{forcing.overlap_history} taken over follow, {total} in all"
         )
-        if abs(given.fps - values["fps"]) > 0.01:
-            frames = (
-                "each frame once, as the original does"
-                if values["reference_exact"]
-                else "frames left out or repeated where that is nearest in time"
-            )
-            yield (
-                f"{given.path.name} has {given.fps:.6g} frames a second and is written at "
-                f"{float(values['fps']):.6g}, with {frames}; `fps` changes that"
-            )
+
+
+def _forcing_warnings(
+    forcing: Forcing, values: Mapping[str, Any], request: Request
+) -> Iterator[str]:
+    if (request.addnoise_condition or 0) > _MUCH_NOISE:
+        yield (
+            f"`addnoise_condition` {forcing.addnoise_condition} is much: above {_MUCH_NOISE} joins "
+            "become visible"
+        )
+    given = values["video"]
+    if given is not None and abs(given.fps - values["fps"]) > 0.01:
+        frames = (
+            "each frame once, as the original does"
+            if values["reference_exact"]
+            else "frames left out or repeated where that is nearest in time"
+        )
+        yield (
+            f"{given.path.name} has {given.fps:.6g} frames a second and is written at "
+            f"{float(values['fps']):.6g}, with {frames}; `fps` changes that"
+        )

@@ -152,7 +152,8 @@ class ResolvedRequest(PlainSettings):
 
     ``model`` names the checkpoint and ``task`` what it was made for; ``prompts`` has one for each
     window; ``forcing`` is ``None`` where the task is another; ``sources`` says of each setting
-    where it came from; ``warnings`` are for the user; ``loras`` names what was added to the
+    where it came from; ``warnings`` are for the user, and ``length_warnings`` those of them that
+    speak of the number of frames, which a stream has not; ``loras`` names what was added to the
     transformer, and how much of it. The rest is as in
     :class:`~skyreels_jax.generation.request.settings.Request`.
     """
@@ -177,6 +178,7 @@ class ResolvedRequest(PlainSettings):
     cache: CacheSettings
     sources: Mapping[str, str]
     warnings: tuple[str, ...]
+    length_warnings: tuple[str, ...] = ()
     loras: tuple[tuple[str, float], ...] = ()
 
     def value_of(self, name: str) -> Any:
@@ -260,7 +262,8 @@ class ResolvedRequest(PlainSettings):
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the video, as JSON values; images by their size."""
-        skipped = {"prompts", "sources", "warnings", *(() if self.loras else ("loras",))}
+        skipped = {"prompts", "sources", "warnings", "length_warnings"}
+        skipped |= {*(() if self.loras else ("loras",))}
         values = {
             entry.name: getattr(self, entry.name)
             for entry in dataclasses.fields(self)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -16,15 +15,13 @@ from skyreels_jax.ops.target import Device
 class AttentionCall:
     """Everything a choice may depend on: ``query`` is ``[B, L, N, K]``, the keys have ``key_len``.
 
-    ``dtype`` is the name of the operands' dtype; ``has_past`` says that keys of earlier tokens are
-    among the ``key_len``.
+    ``dtype`` is the name of the operands' dtype; keys of earlier tokens are among the ``key_len``.
     """
 
     device: Device
     dtype: str
     query: tuple[int, int, int, int]
     key_len: int
-    has_past: bool = False
 
 
 class PastKeyValues(NamedTuple):
@@ -66,8 +63,9 @@ def by_query_block(
 
     What a block sees is a prefix, or one and the block itself, so this is exact, and it computes no
     score that is masked away.
-    With ``past`` the call's own keys are written behind the filled slots, and ``unmasked`` is given
-    how many keys count as ``key_value_seq_lengths``, as in :func:`jax.nn.dot_product_attention`.
+    With ``past`` the call's own keys stand before its slots, of which the first are filled, and
+    ``unmasked`` is given how many keys count as ``key_value_seq_lengths``, as in
+    :func:`jax.nn.dot_product_attention`.
     """
     if isinstance(mask, CleanAndNoisy):
         assert past is None, "the clean frames are what comes before the noisy ones"
@@ -76,31 +74,21 @@ def by_query_block(
             for rows, seen in mask.tiles()
         ]
         return jnp.concatenate(parts, axis=1)
-    slots = 0
-    if past is not None:
-        slots = past.key.shape[1]
-        key, value = _append(past.key, key, past.length), _append(past.value, value, past.length)
-    own_len = key.shape[1] - slots
     size = query.shape[1] if mask is None else mask.tokens_per_block
     blocks = []
     for start in range(0, query.shape[1], size):
-        own = own_len if mask is None else mask.visible_keys(start, own_len)
-        seen = slice(0, slots + own)
+        own = key.shape[1] if mask is None else mask.visible_keys(start, key.shape[1])
+        rows, seen = query[:, start : start + size], [key[:, :own], value[:, :own]]
         lengths = {}
         if past is not None:
+            # Softmax asks for no order of keys, and this one needs no write at a place that is
+            # known only when the program runs.
+            pairs = zip(seen, (past.key, past.value), strict=True)
+            seen = [jnp.concatenate(pair, axis=1) for pair in pairs]
             lengths["key_value_seq_lengths"] = jnp.broadcast_to(past.length + own, query.shape[0])
-        rows = query[:, start : start + size]
-        blocks.append(unmasked(rows, key[:, seen], value[:, seen], **lengths))
+        blocks.append(unmasked(rows, *seen, **lengths))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
 def _joined(states: Float[Array, "B S N K"], seen: tuple[slice, ...]) -> Float[Array, "B s N K"]:
     return jnp.concatenate([states[:, part] for part in seen], axis=1)
-
-
-def _append(
-    filled: Float[Array, "B S N K"], own: Float[Array, "B L N K"], length: Int[Array, ""]
-) -> Float[Array, "B slots N K"]:
-    """``own`` written behind the first ``length`` of ``filled``, in ``S + L`` slots."""
-    both = jnp.concatenate([filled, own], axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(both, own, length, axis=1)

@@ -1,12 +1,13 @@
 """The TPU kernel that ships with JAX ("splash"), made to take any length."""
 
+from functools import partial
 from typing import Final
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from skyreels_jax.ops.kernels.contract import AttentionCall, by_query_block
+from skyreels_jax.ops.kernels.contract import AttentionCall, PastKeyValues, by_query_block
 from skyreels_jax.ops.masks import Mask
 
 _LANES: Final = 128
@@ -36,18 +37,27 @@ def splash_attention(
     *,
     mask: Mask | None,
     scale: float,
+    past: PastKeyValues | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B L N K"]:
-    """``interpret`` runs the kernel without a TPU, slowly, for tests."""
+    """``interpret`` runs the kernel without a TPU, slowly, for tests.
 
-    def fused(query: Array, key: Array, value: Array) -> Array:
-        return _unmasked(query, key, value, scale=scale, interpret=interpret)
+    Empty slots of ``past`` are hidden, and take as long as filled ones.
+    """
+    fused = partial(_unmasked, scale=scale, interpret=interpret)
+    return by_query_block(fused, query, key, value, mask=mask, past=past)
 
-    return by_query_block(fused, query, key, value, mask=mask)
 
-
-def _unmasked(query: Array, key: Array, value: Array, *, scale: float, interpret: bool) -> Array:
-    """Fill both lengths up to whole tiles; a segment of their own hides the added keys."""
+def _unmasked(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    scale: float,
+    interpret: bool,
+    key_value_seq_lengths: Int[Array, " B"] | None = None,
+) -> Array:
+    """Fill both lengths up to whole tiles; a segment of their own hides keys that do not count."""
     # Here, because importing the kernels takes longer than the rest of the package.
     from jax.experimental.pallas.ops.tpu import splash_attention as tpu
 
@@ -68,14 +78,16 @@ def _unmasked(query: Array, key: Array, value: Array, *, scale: float, interpret
         ),
         interpret=interpret,
     )
-    segments = tpu.SegmentIds(
-        q=jnp.zeros(rows, jnp.int32), kv=(jnp.arange(columns) >= key_len).astype(jnp.int32)
-    )
 
-    def one_video(query: Array, key: Array, value: Array) -> Array:
+    def one_video(query: Array, key: Array, value: Array, count: Array | int) -> Array:
+        hidden = (jnp.arange(columns) >= count).astype(jnp.int32)
+        segments = tpu.SegmentIds(q=jnp.zeros(rows, jnp.int32), kv=hidden)
         return jnp.asarray(kernel(query, key, value, segment_ids=segments))
 
-    out = jax.vmap(one_video)(query, key, value)  # [B, N, rows, K]
+    if key_value_seq_lengths is None:
+        out = jax.vmap(partial(one_video, count=key_len))(query, key, value)
+    else:
+        out = jax.vmap(one_video)(query, key, value, key_value_seq_lengths)  # [B, N, rows, K]
     return out[:, :, :q_len].swapaxes(1, 2)
 
 
