@@ -33,6 +33,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from skyreels_jax.built_in import BUILT_IN
 from skyreels_jax.errors import RequestError
 
 # Everything that either layout needs, and nothing else: the repositories also hold a tokenizer of
@@ -54,9 +55,8 @@ NEEDED_COMPONENTS: Final = (
 # Where the components are that a checkpoint lacks and nobody gave: a folder or an id.
 COMPONENTS_VARIABLE: Final = "SKYREELS_JAX_COMPONENTS"
 _NOT_NEEDED: Final = ("xlm-roberta-large/*",)
-# The checkpoints that the package makes for itself.
+# Where those of :data:`BUILT_IN` are.
 ASSETS: Final = Path(__file__).parent / "assets"
-BUILT_IN: Final = ("mini", "mini-i2v")
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # A file in a repository: a transformer's, in either format.
 _PICKLES: Final = (".pt", ".pth", ".ckpt")

@@ -13,6 +13,7 @@ from skyreels_jax.moving_shapes.captions import (
     _WITHOUT_BACKGROUND,
     _WITHOUT_SPEED,
     caption,
+    foreign_caption,
     known_things,
     plain_caption,
     unknown_words,
@@ -251,3 +252,21 @@ def test_the_generator_decides_the_wording():
     same = {caption(scene, np.random.default_rng(3)) for _ in range(5)}
     assert len(same) == 1
     assert len({caption(scene, np.random.default_rng(i)) for i in range(40)}) > 20
+
+
+@pytest.mark.parametrize("form", range(3))
+def test_foreign_sentences_say_the_same_in_known_words_and_are_no_captions(form: int):
+    rng = np.random.default_rng(5)
+    for _ in range(40):
+        scene = draw_scene(rng, 1.0)
+        text = foreign_caption(scene, form)
+        assert unknown_words(text) == ()
+        for thing in scene.things:
+            assert re.search(rf"\b{thing.colour}\b", text) and thing.kind in text
+        assert text != plain_caption(scene)
+        drawn = {caption(scene, np.random.default_rng(n)).lower().rstrip(".") for n in range(60)}
+        assert text not in drawn
+        # Every caption introduces a thing by "a" or "an", these by "the".
+        assert len(re.findall(r"\bthe (?!left|right|lower|upper|bottom|top)", text)) == len(
+            scene.things
+        )

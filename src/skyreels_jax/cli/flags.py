@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final
 
+from skyreels_jax.built_in import BUILT_IN
 from skyreels_jax.files import LATENTS_SUFFIX
 from skyreels_jax.generation.request.declaration import GROUPS
 from skyreels_jax.generation.request.kinds import Prompts, SettingKind, Switch
@@ -126,18 +127,16 @@ def _help(setting: Setting) -> str:
     return f"{setting.help}{tasks}{default}".replace("%", "%%")
 
 
-def add_checkpoint_flags(group: Any) -> None:
-    """Which checkpoint it is."""
+def add_checkpoint_flags(group: Any, default: str = "mini") -> None:
+    """Which checkpoint it is; ``default`` where none is named."""
     group.add_argument(
         "--model",
         "--model_id",
-        default="mini",
+        default=default,
         metavar="DIR_OR_ID",
         help="checkpoint folder (original or diffusers format), a transformer's file, Hugging Face "
-        "id, or one made by `make mini`: mini (the default), mini-i2v",
+        f"id, or one made by `make mini`: {', '.join(BUILT_IN)} (default: {default})",
     )
-    group.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
-    group.add_argument("--preset", help="which released checkpoint it is, if that is not plain")
     group.add_argument(
         "--lora",
         action="append",
@@ -147,18 +146,18 @@ def add_checkpoint_flags(group: Any) -> None:
         help="a LoRA that is added to the transformer, at scale 1 if none is given; repeated, "
         "several add up (docs/lora.md)",
     )
-    _add_component_flags(group)
+    _add_naming_flags(group)
 
 
 def add_opening_flags(parser: argparse.ArgumentParser) -> None:
     """How a checkpoint that a verb describes or translates is opened."""
-    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
-    parser.add_argument("--preset", help="name of the released checkpoint it is, if known")
-    _add_component_flags(parser)
+    _add_naming_flags(parser)
 
 
-def _add_component_flags(group: Any) -> None:
-    """Where the components come from that the model lacks, or that others are to replace."""
+def _add_naming_flags(group: Any) -> None:
+    """Which checkpoint it is, and where components come from that it lacks or others replace."""
+    group.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    group.add_argument("--preset", help="which released checkpoint it is, if that is not plain")
     group.add_argument(
         "--components",
         metavar="DIR_OR_ID",

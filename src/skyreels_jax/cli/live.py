@@ -13,6 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from skyreels_jax.built_in import LIVE_MODEL
 from skyreels_jax.cli.flags import (
     DEFAULT_OUTPUT,
     QUIET,
@@ -58,7 +59,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_checkpoint_flags(parser.add_argument_group("checkpoint"))
+    add_checkpoint_flags(parser.add_argument_group("checkpoint"), LIVE_MODEL)
     groups = {name: parser.add_argument_group(name) for name in (*GROUPS[:-1], LIVE, GROUPS[-1])}
     shown, output = groups[SHOWN], groups[GROUPS[-1]]
     shown.add_argument("--prompt", required=True, metavar="TEXT", help="what it shows first")
@@ -77,8 +78,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--output",
         default=str(DEFAULT_OUTPUT),
         metavar="FILE.mp4|-",
-        help=f"the file to write, which plays while it grows (default: {DEFAULT_OUTPUT}); - is "
-        "standard output",
+        help=f"file that plays while it grows (default: {DEFAULT_OUTPUT}); - is standard output",
     )
     output.add_argument(
         "--overwrite", action="store_true", help="replace the output file if there is one"
@@ -345,6 +345,6 @@ class _Ticker:
 def _in_words(times: "LiveTimes") -> str:
     parts = [f"first frame after {times.first_frame or 0:.2f} s"]
     if times.rate is not None:
-        behind = "behind" if times.lag > 0 else "ahead"
-        parts += [f"{times.rate:.1f} frames a second", f"{abs(times.lag):.1f} s {behind}"]
+        lag = f"{abs(times.lag):.1f} s {'behind' if times.lag > 0 else 'ahead'}"
+        parts += [f"{times.rate:.1f} frames a second", lag]
     return ", ".join(parts)

@@ -17,8 +17,10 @@ from typing import Final
 
 import numpy as np
 
+from skyreels_jax.built_in import LIVE_MODEL
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.errors import RequestError
+from skyreels_jax.evaluation.live_scores import live_rows
 from skyreels_jax.evaluation.scores import (
     FPS,
     FRAMES,
@@ -157,7 +159,10 @@ def _through_vae(checkpoint: Checkpoint, count: int) -> Score:
     return found
 
 
-EVALUATIONS: Final = ("vae", "t2v", "i2v", "long", "half-minute")
+EVALUATIONS: Final = ("vae", "t2v", "i2v", "long", "half-minute", "live")
+# Scenes of each where nothing else is asked for; of live, of a row of short streams.
+_COUNTS: Final = {"vae": 100, "t2v": 200, "i2v": 100, "long": 50, "half-minute": 3, "live": 200}
+_LIVE: Final = "live, "
 _I2V: Final = "image to video"
 _HEAD: Final = (
     "| | videos | colour | shape | motion | all three | seconds a video | |\n"
@@ -166,7 +171,11 @@ _HEAD: Final = (
 
 
 def evaluate(
-    names: Sequence[str], counts: Mapping[str, int], output: Path, models: Mapping[str, str]
+    names: Sequence[str],
+    counts: Mapping[str, int],
+    output: Path,
+    models: Mapping[str, str],
+    streams: tuple[int, int, int] = (5, 20, 1000),
 ) -> dict[str, Score]:
     """Score models, and write a table, JSON and sheets of videos.
 
@@ -174,7 +183,8 @@ def evaluate(
         names: of :data:`EVALUATIONS`.
         counts: of scenes, by name.
         output: folder to write to.
-        models: the ``df`` and the ``i2v`` checkpoint.
+        models: the ``df``, the ``i2v`` and the ``live`` checkpoint.
+        streams: how many long streams there are, how many that change, and frames of a long one.
     """
     output.mkdir(parents=True, exist_ok=True)
     log = partial(print, file=sys.stderr, flush=True)
@@ -191,6 +201,9 @@ def evaluate(
             found["text to video"] = _text_to_video(opened["df"], counts[name], log)
         elif name == "i2v":
             found[_I2V] = _image_to_video(opened["i2v"], counts[name], log)
+        elif name == "live":
+            rows = live_rows(opened["live"].stream, (counts[name], *streams), log)
+            found.update((_LIVE + row, one) for row, one in rows)
         elif name == "half-minute":
             for kind, motion in _HALF_MINUTES.items():
                 row = f"{HALF_MINUTE} s {kind}, by second"
@@ -214,7 +227,7 @@ def table(found: Mapping[str, Score]) -> str:
 
 
 def write_cards(found: Mapping[str, Score], folders: Mapping[str, Path]) -> None:
-    """Put scores into the cards of the ``df`` and the ``i2v`` model, in place of those there.
+    """Put scores into the cards of the models, in place of those there.
 
     Args:
         found: scores by name; rows of other names stay as they are.
@@ -225,7 +238,7 @@ def write_cards(found: Mapping[str, Score], folders: Mapping[str, Path]) -> None
         RequestError: a card has no place for scores.
     """
     for kind, folder in folders.items():
-        scores = {name: one for name, one in found.items() if (name == _I2V) == (kind == "i2v")}
+        scores = {name: one for name, one in found.items() if _kind_of(name) == kind}
         if not scores:
             continue
         card = folder / "README.md"
@@ -238,6 +251,11 @@ def write_cards(found: Mapping[str, Score], folders: Mapping[str, Path]) -> None
         rows |= {line.split(" | ")[0]: line for line in table(scores).splitlines()[2:]}
         new = _HEAD + "".join(f"{row}\n" for row in rows.values())
         write_text(card, text[: match.start()] + new + text[match.end() :])
+
+
+def _kind_of(row: str) -> str:
+    """Which model a row is of."""
+    return "i2v" if row == _I2V else "live" if row.startswith(_LIVE) else "df"
 
 
 def _write(output: Path, found: Mapping[str, Score]) -> None:
@@ -301,8 +319,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Score the small models on held-out prompts.")
     parser.add_argument("--model", default="mini", help="a diffusion-forcing checkpoint")
     parser.add_argument("--i2v-model", default="mini-i2v")
-    parser.add_argument("--parts", nargs="+", choices=EVALUATIONS, default=EVALUATIONS)
+    parser.add_argument("--live-model", default=LIVE_MODEL, help="a causal student")
+    usual = [name for name in EVALUATIONS if name != "live" or LIVE_MODEL != "mini"]
+    parser.add_argument("--parts", nargs="+", choices=EVALUATIONS, default=usual)
     parser.add_argument("--count", type=int, help="scenes of each part; 200 to 3 otherwise")
+    parser.add_argument("--runs", type=int, default=5, help="long streams")
+    parser.add_argument("--changes", type=int, default=20, help="streams whose prompt changes")
+    parser.add_argument("--frames", type=int, default=1000, help="of a long stream, 100 or more")
     parser.add_argument(
         "--write-cards", action="store_true", help="put the scores into the models' README.md"
     )
@@ -313,12 +336,11 @@ def main() -> None:
     if args.sweep:
         print(sweep(args.model, args.count or 48, args.output))
         return
-    usual = {"vae": 100, "t2v": 200, "i2v": 100, "long": 50, "half-minute": 3}
-    counts = {name: args.count or usual[name] for name in EVALUATIONS}
-    models = {"df": args.model}
-    if "i2v" in args.parts:
-        models["i2v"] = args.i2v_model
-    found = evaluate(args.parts, counts, args.output, models)
+    counts = {name: args.count or _COUNTS[name] for name in EVALUATIONS}
+    named = {"i2v": args.i2v_model, "live": args.live_model}
+    models = {"df": args.model} | {kind: m for kind, m in named.items() if kind in args.parts}
+    streams = args.runs, args.changes, args.frames
+    found = evaluate(args.parts, counts, args.output, models, streams)
     print(table(found))
     if args.write_cards:
         write_cards(found, {kind: locate(model).folder for kind, model in models.items()})

@@ -83,6 +83,7 @@ class LiveStream:
     Attributes:
         request: every setting, decided.
         clock: times loading and compiling.
+        make_sampler: makes what makes the blocks, when the stream begins.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class LiveStream:
         self.request, self._pace = request, Pacemaker(request.fps)
         self._components, self._load, self._known = components, load, known
         self.clock = clock or Clock()
-        self._sampler = sampler or causal_sampler
+        self.make_sampler = sampler or causal_sampler
         self._prompt = request.video.prompt
         # By the second of the video from which on each holds.
         self._changes: list[tuple[float, str, Context | None]] = []
@@ -226,7 +227,7 @@ class LiveStream:
         given = encode_known_frames(components, video, clock).prefix
         with clock.stage("load"):
             denoiser = self._load()
-        sampler = self._sampler(self, denoiser, guidance)
+        sampler = self.make_sampler(self, denoiser, guidance)
         waiting: list[HostLatents] = []
 
         def pieces() -> Iterator[HostLatents]:

@@ -27,7 +27,10 @@ from skyreels_jax.weights.writer import new_folder, write_config
 # The folder that lacks nothing.
 _WHOLE: Final = "mini"
 # In the order in which they need each other, by the names of their files and output folders.
-_RUNS: Final = ("text", "image", "vae-frames", "vae", "df-first", "df", "df-last", "i2v")
+_RUNS: Final = (
+    *("text", "image", "vae-frames", "vae", "df-first", "df", "df-last", "i2v"),
+    *("live-causal", "live-guidance", "live"),
+)
 # Which run each part of the first folder comes from; the others lie beside it and take them there.
 _PARTS: Final[Mapping[ComponentName, str]] = {
     "tokenizer": "text",
@@ -42,6 +45,7 @@ _IMAGE_PARTS: Final[Mapping[ComponentName, str]] = {
 _FOLDERS: Final[Mapping[str, tuple[str, Mapping[ComponentName, str]]]] = {
     _WHOLE: ("df-last", _PARTS),
     "mini-i2v": ("i2v", _IMAGE_PARTS),
+    "mini-live": ("live", {}),
 }
 # Runs that begin with another's parameters.
 _BEGUN_BY: Final[Mapping[str, str]] = {
@@ -49,6 +53,9 @@ _BEGUN_BY: Final[Mapping[str, str]] = {
     "df": "df-first",
     "df-last": "df",
     "i2v": "df-last",
+    "live-causal": "df-last",
+    "live-guidance": "live-causal",
+    "live": "live-guidance",
 }
 # Written by people, from an evaluation.
 _CARD_FILES: Final = ("README.md", "wrong.png")
@@ -87,7 +94,8 @@ def assemble(outputs: Path, assets: Path, name: str) -> Path:
     cards = [assets / name / file for file in _CARD_FILES if (assets / name / file).is_file()]
     kept = {card.name: card.read_bytes() for card in cards}
     run, parts = _FOLDERS[name]
-    preset = PRESETS[name]
+    # A student is one of the whole model's; the rest it says itself (streaming.json).
+    preset = PRESETS.get(name, PRESETS[_WHOLE])
     with new_folder(assets / name, overwrite=True) as folder:
         shutil.copytree(outputs / run / "model" / "transformer", folder / "transformer")
         for part, source in parts.items():

@@ -105,6 +105,31 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return text + "." if rng.random() < 0.3 else text
 
 
+def foreign_caption(scene: Scene, number: int) -> str:
+    """A sentence of the same words that neither :func:`caption` nor :func:`plain_caption` builds.
+
+    Args:
+        scene: of one thing or two.
+        number: decides which; there are three.
+    """
+    ground = _BACKGROUND[scene.background][0]
+    said = " and ".join(_foreign(thing, number % 3) for thing in scene.things)
+    return f"{ground}; {said}" if number % 3 == 1 else f"{said}, on {ground}"
+
+
+def _foreign(thing: Thing, form: int) -> str:
+    colour, kind = thing.colour, _KIND[thing.kind][0]
+    how = ""
+    if thing.direction is not None and thing.speed is not None:
+        first = f"{_FIRST[0]} " if thing.motion == "bounce" else ""
+        how = f" {first}{_DIRECTION[thing.direction][0]}, {_SPEED[thing.speed][0]}"
+    if form == 0:
+        return f"the {kind} is {colour} and {_VERB[thing.motion][0]}{how}"
+    if form == 1:
+        return f"the {colour} {kind}, {_VERB[thing.motion][-1]}{how}"
+    return f"{_VERB[thing.motion][-1]}{how}: the {kind}, {colour}"
+
+
 @cache
 def words() -> tuple[str, ...]:
     """Every word that a caption can hold, in lower case, sorted."""
