@@ -83,6 +83,8 @@ def from_json(record: Mapping[str, Any], images: Mapping[str, Any]) -> ResolvedR
             for name, source in _typed(values.pop("sources"), dict).items()
         },
         "warnings": tuple(_listed(values.pop("warnings"), str)),
+        # Records of before have none.
+        "length_warnings": tuple(_listed(values.pop("length_warnings", []), str)),
         "loras": tuple(map(_lora, _listed(values.pop("loras", [])))),
         **{name: images.get(name) for name in IMAGES},
     }
