@@ -12,7 +12,6 @@ from typing import Final
 from skyreels_jax.causal_settings import CausalSettings
 from skyreels_jax.presets import PRESETS, Preset
 
-_FOUR: Final = (1000.0, 750.0, 500.0, 250.0)
 _WAN_1_3B: Final = "Wan2.1-T2V-1.3B"
 
 
@@ -90,7 +89,7 @@ _ALL: Final = (
         weights=f"{_CAUSAL_FORCING}/causal-forcing++/framewise-2step.pt",
         block=1,
         timesteps=(1000.0, 500.0),
-        first_timesteps=_FOUR,
+        first_timesteps=CausalSettings.timesteps,
         source="github.com/thu-ml/Causal-Forcing, configs/causal_forcing_dmd_framewise_2step.yaml",
     ),
     CausalPreset(
@@ -99,7 +98,7 @@ _ALL: Final = (
         weights=f"{_CAUSAL_FORCING}/causal-forcing++/framewise-1step.pt",
         block=1,
         timesteps=(1000.0,),
-        first_timesteps=_FOUR,
+        first_timesteps=CausalSettings.timesteps,
         source="github.com/thu-ml/Causal-Forcing, configs/causal_forcing_dmd_framewise_1step.yaml",
     ),
     CausalPreset(

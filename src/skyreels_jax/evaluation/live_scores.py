@@ -6,8 +6,8 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Final, Protocol, runtime_checkable
 
 import jax
@@ -49,23 +49,10 @@ _UNSEEN: Final = 0.5
 
 
 @runtime_checkable
-class JudgedStream(Protocol):
+class JudgedStream(AbstractContextManager["JudgedStream"], Protocol):
     """What is used of a :class:`.LiveStream`."""
 
     make_sampler: Callable[..., BlockSampler]
-
-    def __enter__(self) -> "JudgedStream":
-        """Use it in a block, whose end ends it."""
-        ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """End it."""
-        ...
 
     def __iter__(self) -> Iterator[Frames]:
         """Frames by block."""

@@ -164,7 +164,6 @@ DISTILLATION_OF_SOURCE: Final[Mapping[str, type[DistillTraining]]] = {
 
 # Velocities that were learned at all noise are followed; what ends a flow is noised anew.
 _FOLLOWED: Final[tuple[DistillStage, ...]] = ("guidance", "teacher-forcing")
-_EVEN: Final = (1000.0, 750.0, 500.0, 250.0)
 
 
 def learned_settings(training: DistillTraining) -> CausalSettings | None:
@@ -177,7 +176,7 @@ def learned_settings(training: DistillTraining) -> CausalSettings | None:
     window = latent_frames(largest_clips(training).frames)
     if distill.block >= window:
         return None
-    timesteps = _EVEN
+    timesteps = CausalSettings.timesteps
     if distill.timesteps:
         # Unwarped, so that another number of steps is warped too; 6 digits are below float32's.
         timesteps = tuple(round(t, 6) for t in warp(distill.timesteps, 1 / distill.shift))
