@@ -1,13 +1,11 @@
 """Distillation by recipes: what is refused, who learns when, and runs that go on bit for bit."""
 
-import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tests.killing import kill_after, logged_step
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.mini.recipe import Recipe, read_recipe
@@ -175,16 +174,8 @@ def test_another_teacher_is_refused_by_a_run_that_goes_on(tmp_path: Path):
         trained(other)
 
 
-def _at_step(folder: Path) -> int:
-    """The last step that a run has logged."""
-    log, step = folder / "log.jsonl", 0
-    if log.exists():
-        for line in log.read_text().splitlines():
-            try:
-                step = max(step, json.loads(line).get("step", 0))
-            except ValueError:  # being written
-                continue
-    return step
+def _is_at(folder: Path, step: int) -> bool:
+    return logged_step(folder) >= step
 
 
 @pytest.mark.slow
@@ -198,13 +189,8 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path):
         command = [sys.executable, "-m", "skyreels_jax.cli.main", "train", str(file)]
         for moment in (3, 10, 11, 19) if name == "killed" else ():
             process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-            deadline = time.monotonic() + 600
-            while _at_step(made.output) < moment and process.poll() is None:
-                assert time.monotonic() < deadline
-                time.sleep(0.001)
-            time.sleep(chance.random() * 0.2)
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait(60) == -signal.SIGKILL
+            reached = partial(_is_at, made.output, moment)
+            kills += kill_after(process, reached, chance, within=0.2, seconds=600)
         assert kills == (4 if name == "killed" else 0)
         subprocess.run(command, env=environment, check=True, capture_output=True)
         found.append(made.output / "model/transformer/diffusion_pytorch_model.safetensors")

@@ -1,15 +1,15 @@
 """Twenty films and captions, one recipe, one command; killed fifteen times, the same to the bit."""
 
-import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.killing import kill_after, logged_step
 from tests.training.videos.made_films import FILMS, make_films, write_lora_recipe
 
 KILLS = 15
@@ -27,20 +27,16 @@ def started(recipe: Path, cache: Path) -> subprocess.Popen[bytes]:
 def progress(folder: Path) -> int:
     """Files that are encoded, steps that are logged, and folders that are written."""
     encoded = len(list((folder / "encoded").glob("*/[!.]*.safetensors")))
-    log = folder / "out" / "log.jsonl"
-    steps = 0
-    if log.exists():
-        for line in log.read_text().splitlines():
-            try:
-                steps = max(steps, json.loads(line)["step"])
-            except ValueError:  # being written
-                continue
     return (
         encoded
-        + steps
+        + logged_step(folder / "out")
         + len(list(folder.glob("out/samples/[!.]*")))
         + len(list(folder.glob("out/model")))
     )
+
+
+def _has_come_to(folder: Path, moment: int) -> bool:
+    return progress(folder) >= moment
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -72,13 +68,8 @@ def test_killed_at_fifteen_moments_it_ends_the_same(tmp_path: Path):
     happened = []
     for moment in moments:
         process = started(killed, cache)
-        deadline = time.monotonic() + 1200
-        while progress(killed.parent) < moment and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(chance.random() * 0.5)
-        process.send_signal(signal.SIGKILL)
-        happened.append(process.wait(60) == -signal.SIGKILL)
+        reached = partial(_has_come_to, killed.parent, moment)
+        happened.append(kill_after(process, reached, chance, within=0.5))
     # None was over before.
     assert all(happened)
     assert started(killed, cache).wait(3600) == 0, (killed.parent / "stderr.txt").read_text()[
