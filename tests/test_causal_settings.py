@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,8 +120,13 @@ def test_a_student_is_known_by_what_it_says(
 
 
 def test_it_is_streamed_as_it_learned(tmp_path: Path):
-    stream = resolved(student(tmp_path / "student"))
+    folder = student(tmp_path / "student")
+    stream = resolved(folder)
     assert stream.schedule == LEARNED.schedule()
+    # Not that of videos which are made at once.
+    assert (
+        stream.settings()["shift"] == LEARNED.shift != Checkpoint.open(folder).defaults.shift.value
+    )
     assert stream.window == LEARNED.attention_window()
     assert stream.video.guidance_scale == 1
     names = ("causal_block_size", "timesteps", "rule", "window", "sink", "positions", "recompute")
@@ -212,10 +218,17 @@ def test_a_recipe_says_what_holds_its_streams():
     found = learned_settings(training(sink=1, context_noise=400.0))
     assert found is not None and (found.sink, found.context_noise) == (1, 400)
     assert found.attention_window().context_noise == 400
+    assert found.recompute == "never"
     with pytest.raises(ValueError, match="at most 4"):
         training(sink=5)
     with pytest.raises(ValueError, match="context_noise = 1000"):
         training(context_noise=1000.0)
+
+
+def test_a_student_that_saw_other_scenes_before_computes_them_again_for_a_new_prompt():
+    made = training()
+    found = learned_settings(replace(made, data=replace(made.data, changes=0.5)))
+    assert found is not None and found.recompute == "prompt"
 
 
 @pytest.mark.parametrize("block", [5, 8])

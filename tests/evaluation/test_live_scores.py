@@ -83,7 +83,7 @@ def drawn(scene: Scene, frames: int) -> Frames:
 
 
 def test_streams_of_a_clips_length_are_judged():
-    scenes = held_out_scenes(4, seed=5)
+    scenes = held_out_scenes(4)
     learn(*scenes)
     asked: list[Drawn] = []
 

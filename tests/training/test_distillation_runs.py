@@ -23,6 +23,8 @@ from skyreels_jax.training.distillation_task import DistillTask
 from skyreels_jax.training.loop import train
 from skyreels_jax.training.optimizer import OptimizerConfig
 
+# A longer clip may begin with another scene.
+CHANGES = {"frames = 5": "frames = 9\nchanges = 1.0"}
 RECIPE = """
 train = "distill"
 output = "OUTPUT"
@@ -105,6 +107,13 @@ def test_what_is_wrong_is_said(tmp_path: Path, before: str, after: str, message:
         recipe(tmp_path, **{before: after})
 
 
+def test_clips_that_change_are_not_of_a_student_of_its_own_videos(tmp_path: Path):
+    assert recipe(tmp_path, **CHANGES).tables.data.changes == 1
+    steps = {'"guidance"': f'"dmd"\n{STEPS}'}
+    with pytest.raises(RequestError, match="changes = 1.0 is not of distill.stage = 'dmd'"):
+        recipe(tmp_path, **CHANGES, **steps)
+
+
 def test_critic_and_student_take_turns_each_with_its_own_moments():
     first = {"head.kernel": jnp.ones((2, 2)), "critic.head.kernel": jnp.ones((2, 2))}
     distill = Distillation(stage="dmd", timesteps=(1000.0,), critic_steps=2, critic_rate=0.5)
@@ -124,6 +133,43 @@ def test_critic_and_student_take_turns_each_with_its_own_moments():
     # Adam's steps are the rate's, the critic's half of it.
     assert critics == pytest.approx([0.05, 0.05, 0, 0.05, 0.05, 0], abs=1e-4)
     assert students == pytest.approx([0, 0, 0.1, 0, 0, 0.1], abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["teacher-forcing", "guidance", "consistency"])
+def test_given_frames_are_not_learned_and_fades_are_not_guided(tmp_path: Path, stage: str):
+    noised = {"block = 1": "block = 1\ncontext_noise = 400.0", '"guidance"': f'"{stage}"'}
+    with jax.numpy_rank_promotion("allow"):
+        task = recipe(tmp_path, **CHANGES, **noised).task()
+        assert isinstance(task, DistillTask)
+        batch = task.batch(0)
+        assert batch.clips.given is not None
+        # Only where nothing is before does the text tell of all.
+        first = np.asarray(batch.clips.given).sum(axis=1)
+        assert set(first) <= {1, 2}
+        drawn = task.draw(batch, jax.random.key(3))
+        assert drawn.context is not None
+        params = {**task.init(), **task.frozen()}
+        if stage == "consistency":
+            params |= {f"average.{n}": v for n, v in task.init().items()}
+        loss = jax.jit(task.loss)
+
+        def changed(frame: int, by: float) -> float:
+            noise = drawn.noise.at[:, :, frame].add(by)
+            return float(loss(params, batch, drawn._replace(noise=noise))[0])
+
+        right = changed(0, 0.0)
+        # The first frame's noise is of its own target alone; the last one's counts.
+        assert changed(0, 1.0) == right
+        assert changed(2, 1.0) != right
+        # What is before is seen: under its noise.
+        other = drawn._replace(context=drawn.context + 1)
+        assert float(loss(params, batch, other)[0]) != right
+        if stage == "guidance":
+            scale = task.scale_of(batch.clips)
+            rows = np.arange(len(first))
+            expected = np.full((len(first), 3), 4.0)
+            expected[rows, first] = 1
+            np.testing.assert_array_equal(np.asarray(scale), expected)
 
 
 def trained(made: Recipe, steps: int | None = None) -> DistillTask:

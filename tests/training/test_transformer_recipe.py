@@ -7,7 +7,7 @@ import pytest
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.training.batches import draw_probabilities
-from skyreels_jax.training.dataset import ClipSource
+from skyreels_jax.training.clip_source import ClipSource
 from skyreels_jax.training.objective import cosmap
 from skyreels_jax.training.sigma_distributions import KNOWN_FRAME_SIGMA, LogitNormal, draw_sigmas
 from skyreels_jax.training.transformer_recipe import Objective

@@ -250,19 +250,16 @@ class LiveStream:
         return denoiser.condition(begun.guidance, positive, begun.negative, fps=fps, clock=clock)
 
     def _next(self, begun: _Begun) -> Frames:
-        """Wait for a block's frames; hand the next block to the device meanwhile.
+        """Wait for a block's frames; hand an accelerator the next block behind them.
 
-        On CPUs blocks and frames are computed side by side. An accelerator takes one after the
-        other: there the next block stands behind these frames, not before them.
+        So it computes while frames are looked at. A CPU, which somebody who looks shares with it,
+        begins no block before it is asked for: another prompt then shows in the very next one.
         """
         is_first = not self.times.frames
         latents = begun.pending if begun.pending is not None else self._submit(begun)
         begun.pending = None
-        side_by_side = jax.default_backend() == "cpu"
-        if side_by_side and not is_first:
-            begun.pending = self._ahead(begun)
         chunks = self._decoded(begun, latents)
-        if not side_by_side and not is_first:
+        if not is_first and jax.default_backend() != "cpu":
             begun.pending = self._ahead(begun)
         frames = np.concatenate([to_frames(chunk) for chunk in chunks])
         total = self.request.frames

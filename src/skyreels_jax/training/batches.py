@@ -16,10 +16,10 @@ from jaxtyping import Float, UInt8
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.moving_shapes.captions import plain_caption
+from skyreels_jax.training.clip_source import ClipSource
 from skyreels_jax.training.dataset import (
     WORDINGS,
     CaptionEncoder,
-    ClipSource,
     EncodedClips,
     FirstFrameEncoder,
     OnEncoded,
@@ -116,7 +116,7 @@ class MovingShapes:
         """
         self._data, self._seed, self._text_dropout = data, seed, text_dropout
         self.text_length = data.text_length
-        source = ClipSource(seed, data.frames, data.size)
+        source = ClipSource(seed, data.frames, data.size, changes=data.changes)
         # What is refused is refused before clips are encoded.
         self._probabilities = (
             None if data.pairs is None else draw_probabilities(source, data.clips, data.pairs)
@@ -151,6 +151,8 @@ class MovingShapes:
         rows = rng.choice(len(self._clips), size=self._data.batch, p=self._probabilities)
         texts = [self._clips.captions[row][int(rng.integers(WORDINGS))] for row in rows]
         empty = rng.random(len(rows)) < self._text_dropout
+        # Nothing would say that it changes.
+        empty &= self._clips.learned_from[rows] == 0
         said = [("" if none else str(text)) for none, text in zip(empty, texts, strict=True)]
         return self._batch(self._clips, rows, said)
 
@@ -161,12 +163,14 @@ class MovingShapes:
 
     def _batch(self, clips: EncodedClips, rows: np.ndarray, texts: list[str]) -> Batch:
         images = None if self._first_frames is None else self._first_frames(clips.first[rows])
+        given = np.arange(clips.latents.shape[2]) < clips.learned_from[rows, None]
         return Batch(
             latents=jnp.asarray(clips.latents[rows]),
             context=jnp.asarray(self._captions(texts)),
             clip_fea=None if images is None else jnp.asarray(images),
             y=None if clips.known is None else jnp.asarray(clips.known[rows]),
             fps=jnp.asarray(clips.fps[rows] != 16, jnp.int32),
+            given=None if not self._data.changes else jnp.asarray(given),
         )
 
     def examples(self) -> Sequence[Example]:

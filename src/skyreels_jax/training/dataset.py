@@ -25,10 +25,9 @@ from skyreels_jax.models.umt5 import Umt5Encoder
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_layers import FRAME_STRIDE
 from skyreels_jax.moving_shapes.captions import caption
-from skyreels_jax.moving_shapes.clips import FRAME_RATES
-from skyreels_jax.moving_shapes.render import render
-from skyreels_jax.moving_shapes.scene import HELD_OUT, Scene, draw_held_out, draw_scene
+from skyreels_jax.moving_shapes.scene import Scene
 from skyreels_jax.ops.resize import bicubic_resize
+from skyreels_jax.training.clip_source import ClipSource
 from skyreels_jax.training.vae_objective import moments
 from skyreels_jax.weights.components.clip import stored_image_encoder
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
@@ -58,6 +57,7 @@ class EncodedClips:
         first: that frame, uint8.
         fps: frames a second.
         captions: some wordings of each.
+        learned_from: the first latent frame that they tell of.
     """
 
     latents: Float[np.ndarray, "N C F H W"]
@@ -65,33 +65,10 @@ class EncodedClips:
     first: UInt8[np.ndarray, "N height width 3"]
     fps: np.ndarray
     captions: Sequence[Sequence[str]]
+    learned_from: np.ndarray
 
     def __len__(self) -> int:
         return len(self.latents)
-
-
-@dataclass(frozen=True)
-class ClipSource:
-    """Which clips: the training distribution or, ``held``, the combinations held out from it."""
-
-    seed: int
-    frames: int
-    size: int
-    held: bool = False
-
-    def scene(self, index: int) -> tuple[Scene, int, np.random.Generator]:
-        """A clip's scene, frames a second, and what draws its wordings."""
-        rng = np.random.default_rng([self.seed, int(self.held), index])
-        fps = FRAME_RATES[rng.integers(len(FRAME_RATES))]
-        seconds = self.frames / fps
-        if not self.held:
-            return draw_scene(rng, seconds), fps, rng
-        combinations = sorted(HELD_OUT, key=str)
-        return draw_held_out(rng, combinations[index % len(combinations)], seconds), fps, rng
-
-    def render(self, scene: Scene, frames: int, fps: int) -> UInt8[np.ndarray, "T size size 3"]:
-        """The frames of a scene in this source's size."""
-        return render(scene, frames=frames, fps=float(fps), size=(self.size, self.size))
 
 
 def encode_clips(
@@ -134,6 +111,7 @@ def encode_clips(
         joined["first"],
         joined["fps"],
         [json.loads(line) for line in joined["captions"]],
+        joined.get("learned_from", np.zeros(count, int)),
     )
 
 
@@ -142,6 +120,8 @@ def clips_fingerprint(vae: WanVae, source: ClipSource) -> str:
     digest = _digest_of(nnx.state(vae))
     statistics = (vae.config.latents_mean, vae.config.latents_std)
     clips = (source.seed, source.frames, source.size, _DRAWING_VERSION)
+    if source.changes:
+        clips = (*clips, source.changes)
     digest.update(repr((statistics, *clips)).encode())
     return digest.hexdigest()[:12]
 
@@ -193,7 +173,7 @@ def _encoder(vae: WanVae) -> _Encode:
         found = moments(nnx.merge(graph, state), pixels).mean
         return jnp.moveaxis((found - mean) / std, -1, 1)
 
-    return lambda pixels: np.asarray(means(state, pixels))
+    return lambda pixels: np.array(means(state, pixels))
 
 
 def _scenes(source: ClipSource, rows: range) -> Iterator[tuple[Scene, int, np.random.Generator]]:
@@ -201,18 +181,29 @@ def _scenes(source: ClipSource, rows: range) -> Iterator[tuple[Scene, int, np.ra
 
 
 def _encode_chunk(encode: _Encode, source: ClipSource, rows: range) -> _Columns:
-    frames, rates, captions = [], [], []
-    for scene, fps, rng in _scenes(source, rows):
-        frames.append(source.render(scene, source.frames, fps))
+    frames, rates, captions, learned_from = [], [], [], []
+    old: dict[int, np.ndarray] = {}
+    for row, index in enumerate(rows):
+        scene, fps, rng = source.scene(index)
+        change = source.change(index, scene, fps)
+        frames.append(source.video(scene, fps, change))
+        if change is not None and change.at is None:
+            old[row] = source.render(change.before, 1, fps)
         rates.append(fps)
         captions.append(json.dumps([caption(scene, rng) for _ in range(WORDINGS)]))
+        learned_from.append(0 if change is None else change.first_learned)
     videos = np.stack(frames)
-    return {
-        "latents": encode(pixels_of(videos)),
+    latents = encode(pixels_of(videos))
+    for row, frame in old.items():
+        # The encoder is causal: a first latent frame is of the first frame alone.
+        latents[row, :, :1] = encode(pixels_of(frame[None]))[0]
+    columns = {
+        "latents": latents,
         "first": videos[:, 0],
         "fps": np.array(rates),
         "captions": np.array(captions),
     }
+    return columns | ({"learned_from": np.array(learned_from)} if source.changes else {})
 
 
 def _encode_known_chunk(encode: _Encode, source: ClipSource, rows: range) -> _Columns:

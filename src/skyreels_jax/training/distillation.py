@@ -12,13 +12,14 @@ from typing import Final
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from skyreels_jax.shapes import Latents
-from skyreels_jax.training.objective import add_noise, beside_latents
+from skyreels_jax.training.objective import add_noise, beside_latents, mean_error
 from skyreels_jax.training.sigma_distributions import Sigmas, shifted
 
 VelocityFunction = Callable[[Latents, Sigmas], Latents]
+GivenFrames = Bool[Array, "B F"] | None
 # What keeps a small tangent from being blown up: c of Lu and Song, arXiv 2410.11081, section 4.1.
 TANGENT_FLOOR: Final = 0.1
 _EACH_FRAME: Final = (1, 3, 4)
@@ -26,15 +27,19 @@ _EACH_VIDEO: Final = (1, 2, 3, 4)
 
 
 def guided(
-    positive: VelocityFunction, negative: VelocityFunction, scale: float
+    positive: VelocityFunction, negative: VelocityFunction, scale: float | Sigmas
 ) -> VelocityFunction:
-    """``negative + scale * (positive - negative)``; at exactly 1 the positive one alone."""
-    if scale == 1:
+    """``negative + scale * (positive - negative)``; at exactly 1 the positive one alone.
+
+    A ``scale`` may be of each frame, ``[B, F]``.
+    """
+    if not isinstance(scale, Array) and scale == 1:
         return positive
+    share = beside_latents(scale) if isinstance(scale, Array) else scale
 
     def velocity(x: Latents, sigma: Sigmas) -> Latents:
         away = negative(x, sigma)
-        return away + scale * (positive(x, sigma) - away)
+        return away + share * (positive(x, sigma) - away)
 
     return velocity
 
@@ -45,15 +50,19 @@ def denoised(velocity: VelocityFunction, x: Latents, sigma: Sigmas) -> Latents:
 
 
 def regression_loss(
-    student: VelocityFunction, teacher: VelocityFunction, x: Latents, sigma: Sigmas
+    student: VelocityFunction,
+    teacher: VelocityFunction,
+    x: Latents,
+    sigma: Sigmas,
+    given: GivenFrames = None,
 ) -> Float[Array, ""]:
-    """Mean squared difference of two velocities of ``x``.
+    """Mean squared difference of two velocities of ``x``, of frames that are not given.
 
     With a guided teacher this is guidance distillation, the first stage of Meng et al., "On
     Distillation of Guided Diffusion Models" (arXiv 2210.03142): the student, asked once, says what
     the teacher says of both prompts.
     """
-    return jnp.mean(jnp.square(student(x, sigma) - stop_gradient(teacher(x, sigma))))
+    return mean_error(jnp.square(student(x, sigma) - stop_gradient(teacher(x, sigma))), given)
 
 
 def consistency_sigmas(count: int, shift: float) -> Float[Array, " N"]:
@@ -68,6 +77,7 @@ def consistency_loss(
     x: Latents,
     sigma: Sigmas,
     below: Sigmas,
+    given: GivenFrames = None,
 ) -> Float[Array, ""]:
     """Discrete consistency distillation: ``|f(x, sigma) - sg f_average(x', sigma')|^2``.
 
@@ -82,11 +92,12 @@ def consistency_loss(
         x: noised at ``sigma``.
         sigma: shares of noise.
         below: those of one step less noise.
+        given: frames that are not learned.
     """
     step = beside_latents(below - sigma)
     nearer = stop_gradient(x + step * teacher(x, sigma))
     target = stop_gradient(denoised(average, nearer, below))
-    return jnp.mean(jnp.square(denoised(student, x, sigma) - target))
+    return mean_error(jnp.square(denoised(student, x, sigma) - target), given)
 
 
 def continuous_consistency_loss(
@@ -95,6 +106,7 @@ def continuous_consistency_loss(
     x: Latents,
     sigma: Sigmas,
     warmth: Float[Array, ""],
+    given: GivenFrames = None,
 ) -> Float[Array, ""]:
     """Continuous-time consistency distillation: a step of no length, by a forward derivative.
 
@@ -111,13 +123,14 @@ def continuous_consistency_loss(
         x: noised at ``sigma``.
         sigma: shares of noise.
         warmth: of the derivative, rising from 0 to 1 in the first steps.
+        given: frames that are not learned.
     """
     flow = stop_gradient(teacher(x, sigma))
     said, change = jax.jvp(student, (x, sigma), (flow, jnp.ones_like(sigma)))
     before = stop_gradient(said)
     tangent = before - flow + warmth * beside_latents(sigma) * stop_gradient(change)
     size = jnp.sqrt(jnp.mean(jnp.square(tangent), axis=_EACH_FRAME, keepdims=True))
-    return jnp.mean(jnp.square(said - before + tangent / (size + TANGENT_FLOOR)))
+    return mean_error(jnp.square(said - before + tangent / (size + TANGENT_FLOOR)), given)
 
 
 def distribution_matching_loss(

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 from skyreels_jax.causal_settings import CausalSettings
 from skyreels_jax.diffusion.few_steps import are_timesteps, warp
@@ -54,8 +54,8 @@ class Distillation:
         critic_steps: of the critic, for each of the student.
         critic_rate: the critic's learning rate as a share of the student's.
         sink: of the student's streams: how many of the first latent frames never leave its window.
-        context_noise: of its streams: the timestep to which finished frames are noised where later
-            ones see them. Training sees them clean.
+        context_noise: the timestep to which finished frames are noised where later ones see them:
+            in the student's streams and, but for ``dmd``, in training.
     """
 
     stage: DistillStage
@@ -147,6 +147,16 @@ class DistillShapes(DistillTraining, ShapesTraining):
 
     data: ClipsData
 
+    takes_changes: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data.changes and self.distill.stage == "dmd":
+            raise ValueError(
+                f"data.changes = {self.data.changes} is not of distill.stage = 'dmd', which learns "
+                "from its own videos; leave it out"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillFolder(DistillTraining, FolderTraining):
@@ -176,6 +186,7 @@ def learned_settings(training: DistillTraining) -> CausalSettings | None:
     window = latent_frames(largest_clips(training).frames)
     if distill.block >= window:
         return None
+    changes = isinstance(training.data, ClipsData) and training.data.changes > 0
     timesteps = CausalSettings.timesteps
     if distill.timesteps:
         # Unwarped, so that another number of steps is warped too; 6 digits are below float32's.
@@ -189,6 +200,8 @@ def learned_settings(training: DistillTraining) -> CausalSettings | None:
         window=window,
         sink=distill.sink,
         positions="relative",
+        # What is before a change was seen with the text after it.
+        recompute="prompt" if changes else "never",
         context_noise=distill.context_noise,
         # Teacher forcing learns from data, which has none in it.
         guidance_scale=None if distill.stage == "teacher-forcing" else 1.0,

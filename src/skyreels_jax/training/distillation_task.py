@@ -32,7 +32,7 @@ from skyreels_jax.training.distillation import (
     regression_loss,
 )
 from skyreels_jax.training.distillation_recipe import DistillTraining, learned_settings
-from skyreels_jax.training.objective import Batch, add_noise
+from skyreels_jax.training.objective import Batch, add_noise, mean_error
 from skyreels_jax.training.optimizer import OptimizerConfig, make_optimizer
 from skyreels_jax.training.self_generated import generate_own
 from skyreels_jax.training.sigma_distributions import Sigmas, shifted
@@ -69,6 +69,7 @@ class DistillNoise(NamedTuple):
         below: those of one step less, for consistency.
         asked: noise at which critic and teacher are asked, for DMD.
         last: the step in which blocks end, for DMD.
+        context: of the frames before, where those are seen under noise.
     """
 
     noise: Float[Array, "B *steps C F H W"]
@@ -76,6 +77,7 @@ class DistillNoise(NamedTuple):
     below: Sigmas | None = None
     asked: Latents | None = None
     last: Int[Array, " B"] | None = None
+    context: Latents | None = None
 
 
 class DistillTask(VideoTask):
@@ -170,6 +172,14 @@ class DistillTask(VideoTask):
 
     def draw(self, batch: DistillBatch, key: Array) -> DistillNoise:
         """Noise and sigmas of a batch: of each block its own."""
+        drawn = self._draw(batch, key)
+        if not self.distill.context_noise or self.distill.stage == "dmd":
+            return drawn
+        # A key of its own: the rest is drawn as without.
+        context_key = jax.random.fold_in(key, 1)
+        return drawn._replace(context=jax.random.normal(context_key, batch.clips.latents.shape))
+
+    def _draw(self, batch: DistillBatch, key: Array) -> DistillNoise:
         noise_key, sigma_key, asked_key, last_key = jax.random.split(key, 4)
         distill, shape = self.distill, batch.clips.latents.shape
         rows, blocks = shape[0], self.blocks(shape[2])
@@ -204,19 +214,27 @@ class DistillTask(VideoTask):
         if stage == "dmd":
             return self._dmd(params, batch, noise)
         x, sigma = add_noise(clips.latents, noise.noise, noise.sigma), noise.sigma
+        given, right = clips.given, noise.noise - clips.latents
+        clips = clips._replace(latents=self._as_seen(clips.latents, noise.context))
         student = self._velocity(params, clips)
         if stage == "teacher-forcing":
-            right = noise.noise - clips.latents
-            return jnp.mean(jnp.square(student(x, sigma) - right)), {}
+            return mean_error(jnp.square(student(x, sigma) - right), given), {}
         teacher = self._guided(params, clips)
         if stage == "guidance":
-            return regression_loss(student, teacher, x, sigma), {}
+            return regression_loss(student, teacher, x, sigma, given), {}
         if stage == "consistency":
             assert noise.below is not None
             average = self._velocity(_under(AVERAGE, params), clips)
-            return consistency_loss(student, average, teacher, x, sigma, noise.below), {}
+            return consistency_loss(student, average, teacher, x, sigma, noise.below, given), {}
         warmth = jnp.minimum((batch.index[0] + 1) / self.distill.warmup, 1)
-        return continuous_consistency_loss(student, teacher, x, sigma, warmth), {}
+        return continuous_consistency_loss(student, teacher, x, sigma, warmth, given), {}
+
+    def _as_seen(self, latents: Latents, noise: Latents | None) -> Latents:
+        """Clean frames as later ones see them."""
+        if noise is None:
+            return latents
+        level = jnp.full((len(latents), 1), self.distill.context_noise / NUM_TRAIN_TIMESTEPS)
+        return add_noise(latents, noise, level)
 
     def _prepared(self, model: WanModel, text: Array) -> CrossContext:
         return model.prepare_context(text, padding=self._padding)
@@ -237,7 +255,9 @@ class DistillTask(VideoTask):
 
         def velocity(x: Latents, sigma: Sigmas) -> Latents:
             return teacher_forced_velocity(
-                model, clips.latents, x, sigma, context, blocks, fps=clips.fps
+                *(model, clips.latents, x, sigma, context, blocks),
+                fps=clips.fps,
+                context_timestep=self.distill.context_noise if causal else 0.0,
             )
 
         return velocity
@@ -248,8 +268,17 @@ class DistillTask(VideoTask):
         return guided(
             self._velocity(teacher, clips, causal=causal),
             self._velocity(teacher, clips, self._empty, causal=causal),
-            self.distill.guidance,
+            self.scale_of(clips),
         )
+
+    def scale_of(self, clips: Batch) -> float | Float[Array, "B F"]:
+        """The teacher's scale, of each frame where clips begin with what is given."""
+        if clips.given is None:
+            return self.distill.guidance
+        # Away from no text a fade would be over at once: there it is what the text says alone.
+        first = jnp.sum(clips.given, axis=1, keepdims=True)
+        fades = (first > 0) & (jnp.arange(clips.given.shape[1])[None] == first)
+        return jnp.where(fades, jnp.float32(1), jnp.float32(self.distill.guidance))
 
     def _dmd(self, params: Params, batch: DistillBatch, noise: DistillNoise) -> LossAndMetrics:
         """The student's loss in its turn, the critic's in the others."""
@@ -303,7 +332,9 @@ class DistillTask(VideoTask):
         noise = jax.random.normal(jax.random.key(0), batch.latents.shape)
         sigmas = jnp.broadcast_to(sigma, (batch.latents.shape[0], batch.latents.shape[2]))
         x = add_noise(batch.latents, noise, sigmas)
-        said = self._velocity(params, batch)(x, sigmas)
+        context = jax.random.normal(jax.random.key(1), batch.latents.shape)
+        seen = self._as_seen(batch.latents, context if self.distill.context_noise else None)
+        said = self._velocity(params, batch._replace(latents=seen))(x, sigmas)
         return jnp.mean(jnp.square(said - (noise - batch.latents)))
 
     def export(self, params: Params, folder: Path) -> None:

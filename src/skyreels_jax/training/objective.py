@@ -30,6 +30,7 @@ class Batch(NamedTuple):
         clip_fea: image states (i2v).
         y: mask and image latents (i2v).
         fps: 0 for 16 frames a second, else 1 (models with ``inject_sample_info``).
+        given: frames that the text does not tell of, which are given and not learned.
     """
 
     latents: Latents
@@ -37,6 +38,7 @@ class Batch(NamedTuple):
     clip_fea: Float[Array, "B I image_dim"] | None = None
     y: Float[Array, "B Y F H W"] | None = None
     fps: Int[Array, " B"] | None = None
+    given: Bool[Array, "B F"] | None = None
 
 
 def add_noise(latents: Latents, noise: Latents, sigma: Sigmas) -> Latents:
@@ -83,6 +85,11 @@ def velocity_loss(
     error = jnp.square(prediction - (noise - batch.latents))
     if weight is not None:
         error = error * beside_latents(weight(sigma))
+    return mean_error(error, known)
+
+
+def mean_error(error: Latents, known: Bool[Array, "B F"] | None) -> Float[Array, ""]:
+    """The mean of errors; a video's is that over the frames that are not known."""
     if known is None:
         return jnp.mean(error)
     # By video, so that the parts of a batch have the mean of the whole.

@@ -49,24 +49,27 @@ def teacher_forced_velocity(
     *,
     fps: Int[Array, " B"] | None = None,
     detached: bool = False,
+    context_timestep: float = 0.0,
 ) -> Latents:
     """Velocity of ``noisy``, each of its blocks after the clean ones before it; float32.
 
     Args:
         model: predicts; of text to video.
-        clean: latents ``[B, C, F, H, W]`` of the whole video.
+        clean: latents ``[B, C, F, H, W]`` of the whole video as later blocks see them.
         noisy: as many, noised.
         sigma: shares of noise in ``noisy``, ``[B, 1]`` or ``[B, F]``.
         context: prepared text states.
         blocks: frames of each block.
         fps: 0 for 16 frames a second, else 1.
         detached: whether keys and values of clean frames pass no gradient, as where they were kept.
+        context_timestep: of ``clean``, where it is not quite clean, of 1000.
     """
     frames = clean.shape[2]
     t = jnp.broadcast_to(NUM_TRAIN_TIMESTEPS * sigma, (sigma.shape[0], frames))
     if len(blocks) == 1:  # Nothing comes before it.
         return model(noisy, t, context, fps=fps)
-    e, e0 = model.embed_time(jnp.concatenate([jnp.zeros_like(t), t], axis=1), fps)
+    before = jnp.full_like(t, context_timestep)
+    e, e0 = model.embed_time(jnp.concatenate([before, t], axis=1), fps)
     tokens, grid = model.embed_patches(jnp.concatenate([clean, noisy], axis=2), None)
     rope = model.positions((frames, *grid[1:]))
     rope = RopeTable(*(jnp.concatenate([table, table]) for table in rope))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 import jax.numpy as jnp
 
@@ -147,6 +147,8 @@ class ClipsData(VideoData):
         size: height and width, a multiple of 16.
         text_length: tokens that hold the longest caption.
         pairs: share of clips of two things; as many as there are in ``clips`` unless given.
+        changes: share of clips that begin with another scene, of which their caption does not tell
+            (``train = "distill"``): what a stream shows when its prompt is changed.
     """
 
     source: Literal["shapes"] = "shapes"
@@ -156,6 +158,7 @@ class ClipsData(VideoData):
     size: int = 64
     text_length: int = 48
     pairs: float | None = None
+    changes: float = 0.0
 
     def __post_init__(self):
         check_at_least(self, 1, "batch", "clips", most=10**7)
@@ -166,6 +169,13 @@ class ClipsData(VideoData):
         check_at_least(self, MAX_CAPTION_TOKENS, "text_length", most=_TEXT_TOKENS)
         if self.pairs is not None and not 0 <= self.pairs <= 1:
             raise ValueError(f"pairs = {self.pairs} should be a share of 1, from 0 to 1")
+        if not 0 <= self.changes <= 1:
+            raise ValueError(f"changes = {self.changes} should be a share of 1, from 0 to 1")
+        if self.changes and self.frames < _FRAMES[2]:
+            raise ValueError(
+                f"changes = {self.changes} needs clips of three latent frames, but frames = "
+                f"{self.frames}; nearest: {_FRAMES[2]}"
+            )
 
 
 @dataclass(frozen=True)
@@ -194,12 +204,20 @@ class ShapesTraining(VideoTraining):
 
     data: ClipsData
 
+    # Whether a clip may begin with a scene that its caption does not tell of.
+    takes_changes: ClassVar[bool] = False
+
     def __post_init__(self):
         super().__post_init__()
         if self.data.frames == 1 and self.objective.continued:
             raise ValueError(
                 f"objective.continued = {self.objective.continued} needs clips of several latent "
                 f"frames, but data.frames = 1; nearest: {_FRAMES[1]}"
+            )
+        if self.data.changes and not self.takes_changes:
+            raise ValueError(
+                f"data.changes = {self.data.changes} is of train = 'distill', whose model sees "
+                "what was before; leave it out"
             )
 
 

@@ -31,6 +31,8 @@ class LiveChoices:
         self.origin = causal.origin if causal else ""
         self.sources: dict[str, str] = {}
         self.problems: list[str] = []
+        # By which timesteps are warped, if they are.
+        self.shift: float | None = None
 
     def choose(self, name: str, default: Default[_T]) -> _T:
         """What was given under ``name``, else the default; notes its source, checks its range."""
@@ -163,7 +165,7 @@ class LiveChoices:
         usual = self.checkpoint.defaults.shift
         if learned is not None:
             usual = Default(learned.shift or 1.0, self.origin)
-        shift = self.choose("shift", usual)
+        self.shift = shift = self.choose("shift", usual)
         return () if self.problems else warp(timesteps, shift)
 
 

@@ -141,10 +141,12 @@ def resolve_live(
         )
     if problems:
         raise RequestError("\n".join(problems))
-    skipped = ("num_frames", "base_num_frames", "steps", "cache", "noise", *_KNOWN_FRAMES)
+    skipped = ("num_frames", "base_num_frames", "steps", "shift", "cache", "noise", *_KNOWN_FRAMES)
     sources = {name: source for name, source in video.sources.items() if name not in skipped}
     shared = (warning for warning in video.warnings if warning not in video.length_warnings)
     warnings = (*chosen.warnings(video, window), *shared)
+    # Said as what it is: the checkpoint's own is of videos that are made at once.
+    video = video if chosen.shift is None else replace(video, shift=chosen.shift)
     return ResolvedLive(
         video=video,
         schedule=schedule,
