@@ -28,7 +28,7 @@ from skyreels_jax.training.distillation_recipe import (
 from skyreels_jax.training.distillation_task import DistillTask
 from skyreels_jax.training.transformer_recipe import ClipsData, TransformerShape
 from skyreels_jax.weights.layout import STREAMING
-from skyreels_jax.weights.model_file import read_model
+from skyreels_jax.weights.model_file import read_file
 from skyreels_jax.weights.plan import Format
 
 LEARNED = CausalSettings(
@@ -175,7 +175,7 @@ def test_a_converted_student_is_one(format: Format, checkpoints: Checkpoints, tm
     where = tmp_path / "copy" / ("transformer" if format == "diffusers" else "")
     (where / "config.json").unlink()
     (file,) = where.glob("*.safetensors")
-    assert read_model(file).streaming_file is None
+    assert read_file(file).streaming_file is None
 
 
 def training(frames: int = 17, **distill: Any) -> DistillShapes:

@@ -27,7 +27,7 @@ from skyreels_jax.generation.request.settings import COMPUTE_DTYPES, WEIGHTS
 from skyreels_jax.memory import component_sizes, kernel_dtype
 from skyreels_jax.models.parallelism import SINGLE_DEVICE, Parallelism
 from skyreels_jax.models.transformer_config import TransformerConfig
-from skyreels_jax.models.vae_tiling import ON_ONE_DEVICE
+from skyreels_jax.models.vae_runs import ON_ONE_DEVICE
 from skyreels_jax.parallel.encoders import MeshEncoder, in_a_line
 from skyreels_jax.parallel.loading import PlacementInParts
 from skyreels_jax.parallel.plan import AUTO, MeshPlan
@@ -316,4 +316,5 @@ def verify_checkpoint(checkpoint: Checkpoint, loras: tuple[Lora, ...]) -> None:
     """
     open_tokenizer(checkpoint.tokenizer)
     checkpoint.verify()
-    with_loras(stored_transformer(checkpoint.layout), loras)
+    if loras:
+        with_loras(stored_transformer(checkpoint.layout), loras)

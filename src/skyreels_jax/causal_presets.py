@@ -196,9 +196,3 @@ NAMES_OF_STUDENTS: Final[Mapping[str, str]] = {
     r"caus-?vid|autoregressive-checkpoint": "causvid",
     r"self-?forcing": "self-forcing",
 }
-
-
-def published_weights(preset: str | None) -> tuple[str, ...]:
-    """Where weights of students are: of all, or of the one that a preset names, if it is one."""
-    names = CAUSAL_PRESETS if preset is None else (preset,)
-    return tuple(CAUSAL_PRESETS[name].weights for name in names if name in CAUSAL_PRESETS)

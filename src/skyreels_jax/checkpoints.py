@@ -10,24 +10,31 @@ from typing import Final, Generic, TypedDict, TypeVar
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from skyreels_jax.causal_presets import CAUSAL_PRESETS, published_weights
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.hub import COMPONENTS_VARIABLE, NEEDED_COMPONENTS, locate
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.presets import PIPELINE_OF_TASK, PRESETS, WAN_PIPELINE_OF_TASK, Family, Task
-from skyreels_jax.recognition import Guess, guess_preset, guess_student, names_of, task_of
+from skyreels_jax.recognition import (
+    Guess,
+    guess_preset,
+    guess_student,
+    names_of,
+    published_weights,
+    task_of,
+    with_heads,
+)
 from skyreels_jax.weights.components.clip import stored_image_encoder
 from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
 from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.engine import Placement, on_default_device
 from skyreels_jax.weights.folder_files import read_object
-from skyreels_jax.weights.layout import ComponentName, Layout
+from skyreels_jax.weights.layout import ComponentName, Layout, read_layout
 from skyreels_jax.weights.lora.beside import put_beside
 from skyreels_jax.weights.lora.binding import Lora
 from skyreels_jax.weights.lora.source import with_loras
-from skyreels_jax.weights.model_file import components_in, read_model, with_components
+from skyreels_jax.weights.model_file import components_in, read_file, with_components
 from skyreels_jax.weights.pipeline_folder import About, needed_components
 from skyreels_jax.weights.relatives import refuse_names, refuse_shapes
 
@@ -134,7 +141,7 @@ class Checkpoint:
                 something else.
         """
         location = locate(path_or_id, revision, known=published_weights(preset))
-        layout = _with_heads(read_model(location.folder, key=weights_key), preset)
+        layout = with_heads(_read(location.folder, weights_key), preset)
         source = layout.tensors()
         if not layout.config:
             shapes = {name: info.shape for name, info in source.tensors().items()}
@@ -151,14 +158,8 @@ class Checkpoint:
         config = stored_transformer(layout, source).config
         layout = _completed(layout, components, given, config)
         student = guess_student(layout, config, source, location.repo)
-        guess = guess_preset(
-            layout,
-            config,
-            repo=location.repo,
-            preset=preset,
-            marker=source.marker,
-            causal=student,
-        )
+        named = {"repo": location.repo, "preset": preset, "marker": source.marker}
+        guess = guess_preset(layout, config, **named, causal=student)
         notes = source.notes if guess.causal is None else (*source.notes, guess.causal.words())
         for note in notes:
             logger.info("%s: %s", layout.folder, note)
@@ -252,17 +253,12 @@ class Checkpoint:
         return value if value > 1 else None
 
 
-def _with_heads(layout: Layout, preset: str | None) -> Layout:
-    """A layout without ``config.json`` has as many heads as the preset that was given."""
-    student = CAUSAL_PRESETS.get(preset or "")
-    known = student.model if student else PRESETS.get(preset or "")
-    if layout.config or known is None:
-        return layout
-    patch = layout.tensors().tensors().get("patch_embedding.weight")
-    if patch is None or patch.shape[:1] != (known.config.dim,):
-        return layout
-    key = "num_heads" if layout.format == "original" else "num_attention_heads"
-    return replace(layout, config={key: known.config.num_heads})
+def _read(path: Path, key: str | None) -> Layout:
+    if not path.is_dir():
+        return read_file(path, key=key)
+    if key is not None:
+        raise WeightsError(f"{path} is a folder: `weights_key` goes with a single file")
+    return read_layout(path)
 
 
 def _completed(
@@ -278,10 +274,10 @@ def _completed(
     if components is not None:
         found = components_in(locate(components, needed=NEEDED_COMPONENTS).folder)
         layout = with_components(layout, found)
-    layout = with_components(layout, paths)
+    if paths or "tokenizer" not in layout.components:  # The text encoder's file may hold one.
+        layout = with_components(layout, paths)
     default = os.environ.get(COMPONENTS_VARIABLE)
-    missing = [name for name in needed_components(config) if name not in layout.components]
-    if default and missing:
+    if default and any(name not in layout.components for name in needed_components(config)):
         found = components_in(locate(default, needed=NEEDED_COMPONENTS).folder)
         lacking = {name: path for name, path in found.items() if name not in layout.components}
         layout = replace(layout, components={**lacking, **layout.components})
@@ -311,8 +307,9 @@ def load_transformer(
         WeightsError: if the folder and the model do not cover each other, a LoRA does not fit, or a
             value is not finite.
     """
-    plain = stored_transformer(checkpoint.layout)
-    stored = with_loras(plain, loras, kernel_dtype=kernel_dtype)
+    stored = stored_transformer(checkpoint.layout)
+    if loras:
+        stored = with_loras(stored, loras, kernel_dtype=kernel_dtype)
     model = stored.load(dtype, placement, param_dtype=param_dtype, kernel_dtype=kernel_dtype)
     if loras:
         put_beside(model, stored, dtype, placement, kernel_dtype)

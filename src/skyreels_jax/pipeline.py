@@ -16,12 +16,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from skyreels_jax.backends import (
-    OPTIONS,
-    PipelineOptions,
-    check_options,
-    verify_checkpoint,
-)
+from skyreels_jax.backends import OPTIONS, PipelineOptions, check_options, verify_checkpoint
 from skyreels_jax.checkpoints import OPENING, Checkpoint, Opening, load_transformer
 from skyreels_jax.components.lazy import (
     Lazy,
@@ -40,7 +35,7 @@ from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import Request
 from skyreels_jax.generation.store import MemoryStore, WindowStore
 from skyreels_jax.generation.streaming import WithStreams
-from skyreels_jax.generation.together import agreed_request, shared_by_processes
+from skyreels_jax.generation.together import share_request, shared_by_processes
 from skyreels_jax.generation.video import (
     Video,
     decode_latents,
@@ -49,6 +44,7 @@ from skyreels_jax.generation.video import (
     write_mp4,
 )
 from skyreels_jax.generation.window_generator import WindowGenerator
+from skyreels_jax.parallel.processes import current_processes
 from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.sampling.progress import Clock, NoProgress, Progress
 from skyreels_jax.shapes import Frames, HostLatents
@@ -107,7 +103,7 @@ class Pipeline(WithStreams):
         self.weights, self.offload = chosen.weights, chosen.offload
         self.parallelism = chosen.parallelism(checkpoint.config)
         loaders = chosen.loaders(checkpoint, self.parallelism)
-        self.loras = as_loras(chosen.loras)
+        self.loras = as_loras(chosen.loras) if chosen.loras else ()
         # What has been proved need not be proved for every video; a refusal is not remembered.
         self._verify = cache(partial(verify_checkpoint, checkpoint))
         stored = None
@@ -172,7 +168,11 @@ class Pipeline(WithStreams):
             WeightsError: a part is missing, unsound or incomplete.
             NumericsError: something was not finite; says what and where.
         """
-        resolved = agreed_request(lambda: self.resolve(prompt, **settings))
+        if (processes := current_processes()) is None:
+            resolved = self.resolve(prompt, **settings)
+        else:  # What the first resolves, a drawn seed among it, is for all.
+            decide = partial(self.resolve, prompt, **settings)
+            resolved, _ = share_request(processes, lambda: (decide(), {}))
         store, clock = MemoryStore(), Clock(progress or NoProgress())
         frames = list(stream_frames(self._generator(resolved, store, clock)))
         about = settings_of(resolved)
@@ -202,7 +202,7 @@ class Pipeline(WithStreams):
         if memory is None:
             memory = self._residency.free_memory()
         resolved = resolve(request, self.checkpoint, memory=memory, loras=self.loras)
-        return replace(resolved, loras=named(self.loras))
+        return replace(resolved, loras=named(self.loras)) if self.loras else resolved
 
     def frames(
         self,
@@ -277,7 +277,8 @@ class Pipeline(WithStreams):
     ) -> WindowGenerator:
         self.verify()
         self.parallelism.check_rows(request.rows)
-        store, clock = shared_by_processes(store, clock)
+        if (processes := current_processes()) is not None:
+            store, clock = shared_by_processes(processes, store, clock)
         work = needed_memory(request, self.checkpoint)
         self._residency.decide(work.total - work.weights)
         return WindowGenerator(
@@ -288,7 +289,8 @@ class Pipeline(WithStreams):
         """A hash of all that decides a video; without ``times``, the same on every machine."""
         layout = self.checkpoint.layout
         key = [] if layout.weights_key is None else [f"weights_key {layout.weights_key}"]
-        decided = self.dtype, *key, *self._chosen.quantized, *identities(self.loras)
+        loras = identities(self.loras) if self.loras else ()
+        decided = self.dtype, *key, *self._chosen.quantized, *loras
         return fingerprint(layout.deciding_files, *decided, times=times)
 
     def verify(self) -> None:

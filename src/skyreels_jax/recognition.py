@@ -1,10 +1,9 @@
 """Which released checkpoint a folder or file is, told by its configuration and its names."""
 
-import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -117,11 +116,11 @@ def guess_preset(
     if preset is not None:
         given = _given_preset(preset, config)
         own = causal if causal is not None and causal.own is not None else None
-        return dataclasses.replace(given, causal=given.causal or own)
+        return replace(given, causal=given.causal or own)
     if causal is not None and causal.own is not None:
         # It says how it is sampled, not which model it was made of.
         found = guess_preset(layout, config, repo=repo, marker=marker)
-        return dataclasses.replace(found, causal=causal)
+        return replace(found, causal=causal)
     if causal is not None:
         base = causal.preset.base if causal.preset else _base_of(config)
         if base is not None:
@@ -206,6 +205,19 @@ def _given_preset(name: str, config: TransformerConfig) -> Guess:
     return Guess(found, "given", found.family, causal)
 
 
+def with_heads(layout: Layout, preset: str | None) -> Layout:
+    """A layout without ``config.json`` has as many heads as the preset that was given."""
+    student = CAUSAL_PRESETS.get(preset or "")
+    known = student.model if student else PRESETS.get(preset or "")
+    if layout.config or known is None:
+        return layout
+    patch = layout.tensors().tensors().get("patch_embedding.weight")
+    if patch is None or patch.shape[:1] != (known.config.dim,):
+        return layout
+    key = "num_heads" if layout.format == "original" else "num_attention_heads"
+    return replace(layout, config={key: known.config.num_heads})
+
+
 def guess_student(
     layout: Layout, config: TransformerConfig, source: UnpackedSource, repo: str | None = None
 ) -> CausalGuess | None:
@@ -257,13 +269,13 @@ def guess_student(
 
 def _base_of(config: TransformerConfig) -> str | None:
     """The preset of Wan 2.1 that causal students with a configuration are tuned from, or None."""
-    bases = {one.base: one.model for one in CAUSAL_PRESETS.values()}
-    return next((name for name, one in bases.items() if _same_shape(one.config, config)), None)
+    bases = dict.fromkeys(one.base for one in CAUSAL_PRESETS.values())
+    return next((name for name in bases if _same_shape(PRESETS[name].config, config)), None)
 
 
 def _same_shape(a: TransformerConfig, b: TransformerConfig) -> bool:
     """Equal but for ``text_len``, which the original stores and never uses."""
-    return dataclasses.replace(a, text_len=b.text_len) == b
+    return replace(a, text_len=b.text_len) == b
 
 
 def names_of(
@@ -296,3 +308,9 @@ def task_of(layout: Layout, config: TransformerConfig) -> Task:
     pipeline = layout.model_index.get("_class_name")
     forcing = isinstance(pipeline, str) and TASK_OF_PIPELINE.get(pipeline) == "df"
     return "df" if forcing or config.inject_sample_info else "t2v"
+
+
+def published_weights(preset: str | None) -> tuple[str, ...]:
+    """Where weights of students are: of all, or of the one that a preset names, if it is one."""
+    names = CAUSAL_PRESETS if preset is None else (preset,)
+    return tuple(CAUSAL_PRESETS[name].weights for name in names if name in CAUSAL_PRESETS)

@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
+from skyreels_jax.cli.generate import check_prompt, unused_flags
 from skyreels_jax.cli.main import build_parser
-from skyreels_jax.cli.unused import check_prompt, unused_flags
 from skyreels_jax.errors import RequestError
 
 

@@ -13,7 +13,8 @@ from skyreels_jax.components import encoders
 from skyreels_jax.components.encoders import RESERVE, WanAutoencoder, tiling_for
 from skyreels_jax.memory import vae_work
 from skyreels_jax.models import vae
-from skyreels_jax.models.vae_tiling import WHOLE, Tiles
+from skyreels_jax.models.vae_runs import WHOLE
+from skyreels_jax.models.vae_tiling import Tiles
 from skyreels_jax.weights.components.vae import stored_vae
 
 # Two tiles of 256 pixels, side by side.

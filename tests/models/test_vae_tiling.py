@@ -8,7 +8,8 @@ from vae_oracle import TINY, latents, oracle, ours, pixels, psnr
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.models.vae import decode_to_pixels, encode_pixels
-from skyreels_jax.models.vae_tiling import WHOLE, Tiles
+from skyreels_jax.models.vae_runs import WHOLE
+from skyreels_jax.models.vae_tiling import Tiles
 
 TOL = 1e-6  # measured 1.2e-7
 WRONG = 1e-2  # the least that a mistake changes; measured 0.1 and more

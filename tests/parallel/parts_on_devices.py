@@ -23,8 +23,7 @@ from skyreels_jax.models.vae_layers import (
     Upsample,
     VaeConfig,
 )
-from skyreels_jax.models.vae_runs import run_layers
-from skyreels_jax.models.vae_tiling import ON_ONE_DEVICE
+from skyreels_jax.models.vae_runs import ON_ONE_DEVICE, run_layers
 from skyreels_jax.parallel import vae as mesh_vae
 from skyreels_jax.parallel.encoders import LINE, MeshEncoder
 from skyreels_jax.parallel.vae import MeshFrames

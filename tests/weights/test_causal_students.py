@@ -28,7 +28,7 @@ from skyreels_jax.weights.engine import parameters
 from skyreels_jax.weights.layout import Layout
 from skyreels_jax.weights.lora.binding import Lora
 from skyreels_jax.weights.lora.source import touched, with_loras
-from skyreels_jax.weights.model_file import read_model
+from skyreels_jax.weights.model_file import read_file
 from skyreels_jax.weights.open_file import open_tensors
 from skyreels_jax.weights.repackaged import UnpackedSource
 
@@ -143,7 +143,7 @@ def written(folder: Path, name: str, values: Tensors) -> Path:
 
 def read(path: Path, key: str | None = None) -> Tensors:
     """All tensors of a transformer."""
-    source = read_model(path, key=key).tensors()
+    source = read_file(path, key=key).tensors()
     return {name: np.asarray(source.read(name)) for name in source.tensors()}
 
 

@@ -6,9 +6,8 @@ Flags of the original's scripts are accepted as they are, beside ours.
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Final
 
 from skyreels_jax.checkpoints import Checkpoint
@@ -17,26 +16,36 @@ from skyreels_jax.cli.job import begin, decode_file, go_on, open_pipeline
 from skyreels_jax.cli.products import JOB_SUFFIX, Products
 from skyreels_jax.cli.report import describe
 from skyreels_jax.cli.together import check_together, follow, join, lead
-from skyreels_jax.cli.unused import check_prompt, unused_flags
 from skyreels_jax.errors import RequestError, UnsupportedError
 from skyreels_jax.files import read_text
 from skyreels_jax.generation.request.declaration import in_flags
-from skyreels_jax.generation.request.resolve import resolve
 from skyreels_jax.generation.request.resolved import ResolvedRequest
-from skyreels_jax.generation.request.settings import Request, keywords
+from skyreels_jax.generation.request.settings import Request, declared, keywords
 from skyreels_jax.generation.store import SavedLatents
-from skyreels_jax.memory import available_memory
 from skyreels_jax.ops.attention import ATTENTION_PATHS
 from skyreels_jax.ops.kernels.contract import AttentionCall
 from skyreels_jax.ops.target import target_device
 from skyreels_jax.outputs import locked
+from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.weights.components.transformer import stored_transformer
 from skyreels_jax.weights.components.vae import stored_vae
 from skyreels_jax.weights.lora.source import bound_to
-from skyreels_jax.weights.lora.stack import as_loras, named
 
 # A dry run tells what does not fit by itself, stage by stage.
 UNLIMITED: Final = sys.maxsize
+# What decides how a video is made; with finished latents nothing is.
+_MAKING: Final = (
+    "prompt_file",
+    "job",
+    "keep_job",
+    "keep_latents",
+    "preview",
+    "no_prompt_cache",
+    "lora",
+    "mesh",
+)
+# Flags that say which processes make the video together.
+_JOINING: Final = ("distributed", "coordinator", "num_processes", "process_id", "stall_limit")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,19 +55,21 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("--dry-run plans a whole generation: leave --resume-latents out")
     if args.dry_run and args.mesh:
         raise RequestError("--dry-run counts the memory of one device: leave --mesh out")
-    check_together(args, vars(args))
-    processes = join(args)
-    if processes is not None and not processes.first:
-        return follow(processes)
+    given = (getattr(args, name) for name in _JOINING)
+    is_alone = all(value is None or value is False for value in given)
+    if not is_alone:
+        check_together(args, vars(args))
+        processes = join(args)
+        if processes is not None and not processes.first:
+            return follow(processes)
     products = _products(args)
     products.check(overwrite=args.overwrite)
     if args.dry_run:
         pipeline = open_pipeline(vars(args))
-        checkpoint = pipeline.checkpoint
-        request = resolve_and_print(args, checkpoint, memory=UNLIMITED)
+        request = resolve_and_print(args, pipeline, memory=UNLIMITED)
         pipeline.verify()
         vae = (args.vae_tiling, args.vae_dtype)
-        return dry_run.report(checkpoint, request, args.backend, *vae)
+        return dry_run.report(pipeline.checkpoint, request, args.backend, *vae)
     with ExitStack() as held:
         held.enter_context(locked(args.output, "output"))
         if products.job is not None:
@@ -66,20 +77,30 @@ def run(args: argparse.Namespace) -> int:
         # Again: who held the lock may have written since.
         products.check(overwrite=args.overwrite)
         pipeline = open_pipeline(vars(args))
-        checkpoint = pipeline.checkpoint
         if args.resume_latents:
             _say(unused_flags(args))
             saved = SavedLatents.open(args.resume_latents)
-            stored_vae(checkpoint.layout).verify()
+            stored_vae(pipeline.checkpoint.layout).verify()
             return decode_file(args, pipeline, saved)
-        memory = None
         if args.mesh:
             print(f"mesh: {pipeline.parallelism}", flush=True)
-            memory = pipeline.parallelism.free(available_memory())
-        request = resolve_and_print(args, checkpoint, memory=memory)
+        request = resolve_and_print(args, pipeline)
         job = begin(args, pipeline, request, products)
-        lead(job)
+        if not is_alone:
+            lead(job)
         return go_on(pipeline, job)
+
+
+def check_prompt(args: argparse.Namespace) -> None:
+    """Refuse a run without a prompt, unless finished latents are decoded.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if not (args.prompt or args.prompt_file or args.resume_latents):
+        raise RequestError(
+            "`prompt` is missing: say what the video should show, or give `prompt_file`"
+        )
 
 
 def _products(args: argparse.Namespace) -> Products:
@@ -94,25 +115,41 @@ def _products(args: argparse.Namespace) -> Products:
 
 
 def resolve_and_print(
-    args: argparse.Namespace, checkpoint: Checkpoint, *, memory: int | None = None
+    args: argparse.Namespace, pipeline: Pipeline, *, memory: int | None = None
 ) -> ResolvedRequest:
     """Decide every setting and say what it is.
 
     ``memory`` is what the transformer may take, in bytes; ``None`` for what is free.
     """
-    loras = as_loras(args.lora)
-    request = resolve(request_of(args), checkpoint, memory=memory, loras=loras)
-    request = replace(request, loras=named(loras))
+    checkpoint = pipeline.checkpoint
+    request = pipeline.resolve_request(request_of(args), memory)
     for line in describe(checkpoint, request):
         print(line, flush=True)
-    if loras:
+    if pipeline.loras:
         transformer = stored_transformer(checkpoint.layout)
-        for lora in loras:
+        for lora in pipeline.loras:
             summary = bound_to(transformer, lora.path).summary()
             print(f"LoRA {lora.path}, scale {lora.scale:g}: {summary}", flush=True)
     _say(unused_flags(args, len(request.windows)))
     check_attention(checkpoint, request)
     return request
+
+
+def unused_flags(args: argparse.Namespace, windows: int = 1) -> Iterator[str]:
+    """A note for the flags that do nothing; ``windows`` is the number of the video's windows."""
+    if args.resume_latents:
+        names = [*(name for name in declared() if name not in ("dtype", "output")), *_MAKING]
+        given = [f"`{name}`" for name in names if getattr(args, name) not in (None, False, [])]
+        if given:
+            verb = "does" if len(given) == 1 else "do"
+            yield f"`resume_latents` decodes what is finished: {', '.join(given)} {verb} nothing"
+    elif windows == 1 and args.preview:
+        yield "`preview`: the video has one window, whose strip is written at the end"
+    elif windows > 1 and args.keep_latents:
+        yield (
+            f"`keep_latents` does nothing: the video has {windows} windows; `keep_job` keeps their "
+            "latents"
+        )
 
 
 def _say(notes: Iterable[str]) -> None:

@@ -31,7 +31,8 @@ from skyreels_jax.models import vae
 from skyreels_jax.models.clip_vision import ClipVision
 from skyreels_jax.models.umt5 import Umt5Encoder
 from skyreels_jax.models.vae import WanVae
-from skyreels_jax.models.vae_tiling import ON_ONE_DEVICE, WHOLE, FrameDevices, Tiles, Tiling
+from skyreels_jax.models.vae_runs import ON_ONE_DEVICE, WHOLE, FrameDevices, Tiling
+from skyreels_jax.models.vae_tiling import Tiles
 from skyreels_jax.prompts import TEXT_LEN, Tokenizer
 from skyreels_jax.shapes import Frames, HostLatents, Pixels
 

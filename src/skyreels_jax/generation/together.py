@@ -15,7 +15,7 @@ from skyreels_jax.generation.job_record import IMAGES, from_json, to_json
 from skyreels_jax.generation.request.resolved import ResolvedRequest, Window
 from skyreels_jax.generation.store import NoStore, WindowStore
 from skyreels_jax.interrupt import StopRequest
-from skyreels_jax.parallel.processes import Processes, current_processes
+from skyreels_jax.parallel.processes import Processes
 from skyreels_jax.sampling.progress import Clock, Progress, Stage
 from skyreels_jax.shapes import HostLatents
 
@@ -85,26 +85,17 @@ class _AgreedStop(StopRequest):
 
 
 def shared_by_processes(
-    store: WindowStore | None, clock: Clock | None
-) -> tuple[WindowStore | None, Clock | None]:
-    """A store and a clock for the processes that this one has joined; as given if it has none.
+    processes: Processes, store: WindowStore | None, clock: Clock | None
+) -> tuple[WindowStore, Clock]:
+    """A store and a clock for the processes that this one has joined.
 
     The store is process 0's; the clock tells the watch, and all processes stop by it together.
     """
-    processes = current_processes()
-    if processes is None:
-        return store, clock
     clock = clock or Clock()
     clock.progress = _WatchedProgress(processes, clock.progress)
     clock.stop = _AgreedStop(processes, clock.stop)
     clock.on_submit = lambda: processes.beat("denoise")
     return SharedStore(processes, store or NoStore()), clock
-
-
-def agreed_request(make: Callable[[], ResolvedRequest]) -> ResolvedRequest:
-    """What process 0 resolves, for all processes that this one has joined, if it has any."""
-    processes = current_processes()
-    return make() if processes is None else share_request(processes, lambda: (make(), {}))[0]
 
 
 def share_request(

@@ -3,12 +3,11 @@
 A video that the transformer sees at once is one window; all tasks take this path.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Final
 
@@ -159,7 +158,8 @@ class WindowGenerator:
         self._loaded: _Loaded | None = None
         # What the original's TeaCache takes over from one window into the next; only here.
         self._caches: tuple[CacheState, ...] | None = None
-        self._takes_state = any(takes_state(request, window) for window in request.windows)
+        counted = request.cache.original_counter
+        self._takes_state = counted and any(takes_state(request, one) for one in request.windows)
 
     @property
     def known(self) -> KnownFrames:
@@ -189,8 +189,7 @@ class WindowGenerator:
                 with _stage(self.clock, "load"):
                     denoiser = self._load()
                 if request.forcing is not None:
-                    block_length = request.forcing.causal_attention
-                    denoiser = dataclasses.replace(denoiser, block_length=block_length)
+                    denoiser = replace(denoiser, block_length=request.forcing.causal_attention)
                 self._loaded = _Loaded(denoiser, inputs, guidance)
             loaded, caches, self._caches = self._loaded, self._caches, None
             denoised = loaded.denoiser.run(
@@ -228,11 +227,12 @@ class WindowGenerator:
 
     def _sampling(self, guidance: Guidance, window: Window) -> Sampling:
         request = self.request
+        counter = call_counter(request, window) if request.cache.original_counter else None
         return Sampling(
             self._schedule,
             guidance,
             request.attention,
-            step_cache(request.cache, request.steps, call_counter(request, window)),
+            step_cache(request.cache, request.steps, counter),
             latents=request.latent_dtype,
             exact=request.exact_forcing,
         )
@@ -240,7 +240,7 @@ class WindowGenerator:
     def _note(self, denoised: Denoised, window: Window) -> None:
         """Count a window's calls, and keep what the next one's step cache takes over."""
         following = self.request.windows[window.number + 1 :][:1]
-        if any(takes_state(self.request, after) for after in following):
+        if self._takes_state and any(takes_state(self.request, after) for after in following):
             self._caches = denoised.caches
         self.clock.ran(
             denoised.step_seconds, denoised.computed, denoised.calls, denoised.block_counts

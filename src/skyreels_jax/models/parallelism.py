@@ -5,6 +5,7 @@ Models call the hooks and know of no device; :mod:`skyreels_jax.parallel` has th
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -164,13 +165,7 @@ class SingleDevice:
         self, layer: LayerFunction, tokens: FrameTokens, layers: LayerInputs, shared: SharedInputs
     ) -> tuple[FrameTokens, FrameKeyValues | None]:
         """One after the other."""
-
-        def step(
-            tokens: FrameTokens, of_layer: LayerInputs, shared: SharedInputs
-        ) -> tuple[FrameTokens, FrameKeyValues | None]:
-            return layer(None, tokens, of_layer, shared)
-
-        return scan_layers(step, tokens, layers, shared)
+        return scan_layers(partial(layer, None), tokens, layers, shared)
 
     def map_layers(
         self,

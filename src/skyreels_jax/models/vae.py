@@ -34,14 +34,15 @@ from skyreels_jax.models.vae_layers import (
     VaeConfig,
     VaeHead,
 )
-from skyreels_jax.models.vae_runs import run_by_frame, run_layers
-from skyreels_jax.models.vae_tiling import (
+from skyreels_jax.models.vae_runs import (
     ON_ONE_DEVICE,
     WHOLE,
     Chunk,
     ChunkStep,
     FrameDevices,
     Tiling,
+    run_by_frame,
+    run_layers,
 )
 
 _Pixels = Float[np.ndarray | Array, "B 3 T height width"]

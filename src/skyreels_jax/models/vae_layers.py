@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PyTree
 from skyreels_jax.models.transformer_config import Numerics
 from skyreels_jax.ops.attention import attention
 from skyreels_jax.ops.linear import causal_conv, conv2d, linear
-from skyreels_jax.ops.rows import whole_height
+from skyreels_jax.ops.target import whole_height
 
 # Of the released VAE, by channel; a file without config.json does not say.
 LATENTS_MEAN: Final = (

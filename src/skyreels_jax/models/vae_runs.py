@@ -1,21 +1,122 @@
-"""Layers of the VAE one after another, frame by frame, and equal ones as a loop."""
+"""How the VAE's work on a chunk is laid out: over frames of any size and devices, and over layers.
+
+A frame is whole and on one device, unless :mod:`.vae_tiling` cuts it into tiles or
+:mod:`skyreels_jax.parallel.vae` spreads its rows. Layers run one after another, frame by frame, and
+equal ones as a loop.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from skyreels_jax.models.vae_layers import Cache, ChunkFrames, LayerFrames, ResidualBlock
-from skyreels_jax.ops.rows import height_around
-from skyreels_jax.ops.target import target_device
+from skyreels_jax.ops.target import height_around, target_device
+
+if TYPE_CHECKING:
+    from skyreels_jax.models.vae import WanVae
 
 _Run = Callable[[ChunkFrames, Cache], tuple[LayerFrames, Cache]]
 # Of the two halves of each block.
 _RunCache = Float[Array, "halves B past height width C"]
+Chunk = np.ndarray | Array
+# Of a tile it waits in the host's memory while others have their turn.
+KeptFrames = PyTree[np.ndarray | Array]
+_Grid = Sequence[Sequence[Chunk]]
+# A chunk and what was kept of those before it to a result and what is kept.
+ChunkStep = Callable[["nnx.GraphDef[WanVae]", nnx.State, Chunk, Cache], tuple[Array, Cache]]
+
+
+@runtime_checkable
+class Tiling(Protocol):
+    """How a chunk ``[B, C, T, height, width]`` is cut into rows of tiles, and put together."""
+
+    def cut(self, chunk: Chunk, unit: int) -> _Grid:
+        """Rows of tiles; ``unit`` is how many pixels one element of the chunk is wide."""
+        ...
+
+    def join(self, rows: Sequence[Sequence[np.ndarray]], unit: int) -> np.ndarray:
+        """The chunk again, from one result a tile; ``unit`` is that of the results."""
+        ...
+
+    def park(self, cache: PyTree) -> PyTree:
+        """Where a tile's cache waits while the others are computed."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeFrame:
+    """No tiles."""
+
+    def cut(self, chunk: Chunk, unit: int) -> _Grid:
+        """The chunk itself."""
+        del unit
+        return [[chunk]]
+
+    def join(self, rows: Sequence[Sequence[np.ndarray]], unit: int) -> np.ndarray:
+        """The only result."""
+        del unit
+        return rows[0][0]
+
+    def park(self, cache: PyTree) -> PyTree:
+        """Where it is."""
+        return cache
+
+
+WHOLE: Final = WholeFrame()
+
+
+@runtime_checkable
+class FrameDevices(Protocol):
+    """On what devices the rows of a frame are."""
+
+    def run(
+        self,
+        step: ChunkStep,
+        graph: "nnx.GraphDef[WanVae]",
+        parameters: nnx.State,
+        chunk: Chunk,
+        cache: KeptFrames,
+        unit: int,
+    ) -> tuple[Chunk, Cache]:
+        """What ``step`` gives; ``unit`` is how many pixels one element of the chunk is high."""
+        ...
+
+    def free(self, of_one: int | None) -> int | None:
+        """Bytes that are free in all, where so many are on one device; ``None`` is unknown."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeFrameDevice:
+    """All rows are on the default device."""
+
+    def run(
+        self,
+        step: ChunkStep,
+        graph: "nnx.GraphDef[WanVae]",
+        parameters: nnx.State,
+        chunk: Chunk,
+        cache: KeptFrames,
+        unit: int,
+    ) -> tuple[Chunk, Cache]:
+        """The step itself."""
+        del unit
+        return step(graph, parameters, chunk, cache)
+
+    def free(self, of_one: int | None) -> int | None:
+        """The same."""
+        return of_one
+
+
+ON_ONE_DEVICE: Final = WholeFrameDevice()
 
 
 def run_layers(

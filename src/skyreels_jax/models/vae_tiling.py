@@ -4,117 +4,23 @@ Each tile passes through the VAE as if it were the whole frame, with a cache of 
 results overlap, the later fades in linearly. As in diffusers, so that results are equal.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from skyreels_jax.errors import RequestError
-from skyreels_jax.models.vae_layers import PIXEL_STRIDE, Cache
-
-if TYPE_CHECKING:
-    from skyreels_jax.models.vae import WanVae
-
-Chunk = np.ndarray | Array
-# Of a tile it waits in the host's memory while others have their turn.
-KeptFrames = PyTree[np.ndarray | Array]
-_Grid = Sequence[Sequence[Chunk]]
-# A chunk and what was kept of those before it to a result and what is kept.
-ChunkStep = Callable[["nnx.GraphDef[WanVae]", nnx.State, Chunk, Cache], tuple[Array, Cache]]
-
-
-@runtime_checkable
-class Tiling(Protocol):
-    """How a chunk ``[B, C, T, height, width]`` is cut into rows of tiles, and put together."""
-
-    def cut(self, chunk: Chunk, unit: int) -> _Grid:
-        """Rows of tiles; ``unit`` is how many pixels one element of the chunk is wide."""
-        ...
-
-    def join(self, rows: Sequence[Sequence[np.ndarray]], unit: int) -> np.ndarray:
-        """The chunk again, from one result a tile; ``unit`` is that of the results."""
-        ...
-
-    def park(self, cache: PyTree) -> PyTree:
-        """Where a tile's cache waits while the others are computed."""
-        ...
-
-
-@dataclass(frozen=True)
-class WholeFrame:
-    """No tiles."""
-
-    def cut(self, chunk: Chunk, unit: int) -> _Grid:
-        """The chunk itself."""
-        del unit
-        return [[chunk]]
-
-    def join(self, rows: Sequence[Sequence[np.ndarray]], unit: int) -> np.ndarray:
-        """The only result."""
-        del unit
-        return rows[0][0]
-
-    def park(self, cache: PyTree) -> PyTree:
-        """Where it is."""
-        return cache
-
-
-WHOLE: Final = WholeFrame()
-
-
-@runtime_checkable
-class FrameDevices(Protocol):
-    """On what devices the rows of a frame are."""
-
-    def run(
-        self,
-        step: ChunkStep,
-        graph: "nnx.GraphDef[WanVae]",
-        parameters: nnx.State,
-        chunk: Chunk,
-        cache: KeptFrames,
-        unit: int,
-    ) -> tuple[Chunk, Cache]:
-        """What ``step`` gives; ``unit`` is how many pixels one element of the chunk is high."""
-        ...
-
-    def free(self, of_one: int | None) -> int | None:
-        """Bytes that are free in all, where so many are on one device; ``None`` is unknown."""
-        ...
-
-
-@dataclass(frozen=True)
-class WholeFrameDevice:
-    """All rows are on the default device."""
-
-    def run(
-        self,
-        step: ChunkStep,
-        graph: "nnx.GraphDef[WanVae]",
-        parameters: nnx.State,
-        chunk: Chunk,
-        cache: KeptFrames,
-        unit: int,
-    ) -> tuple[Chunk, Cache]:
-        """The step itself."""
-        del unit
-        return step(graph, parameters, chunk, cache)
-
-    def free(self, of_one: int | None) -> int | None:
-        """The same."""
-        return of_one
-
-
-ON_ONE_DEVICE: Final = WholeFrameDevice()
+from skyreels_jax.models.vae_layers import PIXEL_STRIDE
+from skyreels_jax.models.vae_runs import Chunk
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Square tiles; the device holds one of them, and the caches of the others wait on the host.
+    """Square tiles: a :class:`~skyreels_jax.models.vae_runs.Tiling`.
+
+    The device holds one of them, and the caches of the others wait on the host.
 
     Attributes:
         size: pixels of a tile's side.
@@ -130,7 +36,7 @@ class Tiles:
         if not self.size // 2 <= self.stride <= self.size:
             raise RequestError(f"{self} must have a stride of half its size to all of it")
 
-    def cut(self, chunk: Chunk, unit: int) -> _Grid:
+    def cut(self, chunk: Chunk, unit: int) -> list[list[Chunk]]:
         """Tiles from the upper left; those at the right and lower border may be smaller."""
         size, stride = self.size // unit, self.stride // unit
         height, width = chunk.shape[-2:]

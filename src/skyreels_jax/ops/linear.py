@@ -6,8 +6,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt32
 
-from skyreels_jax.ops.rows import with_rows_around
-from skyreels_jax.ops.target import target_device
+from skyreels_jax.ops.target import target_device, with_rows_around
 
 _Video = Float[Array, "B T height width I"]
 _Kernel = Float[Array, "taps kernel_height kernel_width I O"]
@@ -108,7 +107,7 @@ def causal_conv(
 
     Returns:
         The result, and the history of the next chunk, in ``dtype``. Where frames are cut in rows
-        over devices (:mod:`.ops.rows`), the history has the rows around this device's.
+        over devices (:mod:`.ops.target`), the history has the rows around this device's.
     """
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     x, around = with_rows_around(x, kernel.shape[1] // 2, kernel.shape[1] // 2)

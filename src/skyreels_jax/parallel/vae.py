@@ -19,9 +19,8 @@ from jaxtyping import Array, Float, PyTree
 
 from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_layers import PIXEL_STRIDE, Cache
-from skyreels_jax.models.vae_tiling import Chunk, ChunkStep, KeptFrames
-from skyreels_jax.ops.rows import cut_in_rows
-from skyreels_jax.ops.target import compiled_for, device_of
+from skyreels_jax.models.vae_runs import Chunk, ChunkStep, KeptFrames
+from skyreels_jax.ops.target import compiled_for, cut_in_rows, device_of
 from skyreels_jax.parallel.encoders import LINE
 from skyreels_jax.parallel.placing import gather_parts, send_parts
 from skyreels_jax.parallel.processes import current_processes
@@ -31,7 +30,7 @@ _Rows = Float[Array, "*frames height width C"]
 
 @dataclass(frozen=True)
 class _Slabs:
-    """How devices exchange rows: a :class:`~skyreels_jax.ops.rows.RowExchange`.
+    """How devices exchange rows: a :class:`~skyreels_jax.ops.target.RowExchange`.
 
     Attributes:
         devices: in the line.
@@ -79,7 +78,7 @@ class _Slabs:
 
 @dataclass(frozen=True)
 class MeshFrames:
-    """Where rows of frames are: a :class:`~skyreels_jax.models.vae_tiling.FrameDevices`.
+    """Where rows of frames are: a :class:`~skyreels_jax.models.vae_runs.FrameDevices`.
 
     Attributes:
         mesh: along one axis; :func:`.encoders.in_a_line`.

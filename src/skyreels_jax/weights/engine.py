@@ -31,7 +31,7 @@ from skyreels_jax.weights.plan import (
     make_plan,
     source_shape,
 )
-from skyreels_jax.weights.quantize import quantize_all, scales_of
+from skyreels_jax.weights.quantize import LARGEST_VALUES, quantize_all
 from skyreels_jax.weights.safetensors_file import TensorSource, TensorSpec
 
 # Puts one finished parameter, given its dotted path, where it will live.
@@ -86,6 +86,15 @@ def parameters(model: nnx.Module | nnx.State) -> dict[str, nnx.Variable]:
     """All variables of a model (or its state), concrete or abstract, by dotted path."""
     state = model if isinstance(model, nnx.State) else nnx.state(model)
     return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+def scales_of(variables: Mapping[str, nnx.Variable]) -> dict[str, str]:
+    """The paths of quantised kernels among a model's parameters, and those of their scales."""
+    return {
+        path: f"{path}_scale"
+        for path, variable in variables.items()
+        if np.dtype(variable.dtype) in LARGEST_VALUES
+    }
 
 
 def verify(

@@ -20,7 +20,6 @@ from skyreels_jax.weights.layout import (
     Layout,
     known_components,
     packed_files,
-    read_layout,
 )
 from skyreels_jax.weights.open_file import WEIGHT_SUFFIXES, open_tensors
 from skyreels_jax.weights.plan import Format
@@ -39,20 +38,16 @@ _NEEDED: Final[tuple[ComponentName, ...]] = (
 )
 
 
-def read_model(path: Path, *, key: str | None = None) -> Layout:
-    """Find out what a folder or file is.
+def read_file(path: Path, *, key: str | None = None) -> Layout:
+    """Find out what a file is.
 
     Args:
-        path: a checkpoint's folder, or a file with a transformer in it.
+        path: a file with a transformer in it.
         key: which mapping of a file with several is the transformer.
 
     Raises:
         WeightsError: it is no checkpoint, or another model's, saying what was found.
     """
-    if path.is_dir():
-        if key is not None:
-            raise WeightsError(f"{path} is a folder: `weights_key` goes with a single file")
-        return read_layout(path)
     source = open_tensors(path, key=key)
     packed = packed_in(source.tensors())
     models = [one for one in packed if one.component == "transformer"]

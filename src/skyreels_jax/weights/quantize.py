@@ -6,7 +6,7 @@ of the format (127 for int8, 448 for float8_e4m3fn), so that no value is cut off
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import Final
 
 import ml_dtypes
 import numpy as np
@@ -65,15 +65,6 @@ def quantize_with(kernel: np.ndarray, scale: np.ndarray, dtype: DTypeLike) -> np
     if np.dtype(dtype).kind == "i":
         np.rint(values, out=values)
     return values.astype(dtype)
-
-
-def scales_of(variables: Mapping[str, Any]) -> dict[str, str]:
-    """The paths of quantised kernels among a model's parameters, and those of their scales."""
-    return {
-        path: f"{path}_scale"
-        for path, variable in variables.items()
-        if np.dtype(variable.dtype) in LARGEST_VALUES
-    }
 
 
 def quantize_all(

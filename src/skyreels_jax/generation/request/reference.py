@@ -23,8 +23,7 @@ from skyreels_jax.geometry import latent_frames
 
 def original_guidance(builder: RequestBuilder, scale: float) -> float:
     """The scale of guidance that the original goes by: diffusion forcing has none up to 1."""
-    exact = builder.request.reference_exact and builder.checkpoint.task == "df"
-    if not (exact and scale < 1):
+    if builder.checkpoint.task != "df" or scale >= 1:
         return scale
     builder.warnings.append(
         f"`guidance_scale` {scale:g} is no guidance: the original guides above 1 alone"

@@ -95,8 +95,9 @@ def resolve(
     }
     long = builder.long_video(values["num_frames"])
     guidance = defaults.guidance_scale if long is None else long.guidance_scale
-    values["guidance_scale"] = original_guidance(
-        builder, builder.choose("guidance_scale", guidance)
+    scale = builder.choose("guidance_scale", guidance)
+    values["guidance_scale"] = (
+        original_guidance(builder, scale) if request.reference_exact else scale
     )
     for entry in dataclasses.fields(PlainSettings):
         values[entry.name] = getattr(request, entry.name)
@@ -112,7 +113,8 @@ def resolve(
         said = tuple(builder.warnings)
         resolved = ResolvedRequest(**values, sources=builder.sources, warnings=said)
         resolved = replace(resolved, prompts=prompts_by_window(prompts, resolved.windows))
-        problems = [*state_violations(resolved), *_memory_violations(resolved, checkpoint, memory)]
+        problems = state_violations(resolved) if resolved.cache.original_counter else []
+        problems = [*problems, *_memory_violations(resolved, checkpoint, memory)]
         if not problems:
             of_length = (*builder.length_warnings, *length_notes(request, resolved, checkpoint))
             said = (*resolved.warnings, *notes(request, resolved, checkpoint), *of_length)

@@ -9,7 +9,7 @@ from typing import Final
 import jax.numpy as jnp
 import numpy as np
 
-from skyreels_jax.models.vae_tiling import WHOLE
+from skyreels_jax.models.vae_runs import WHOLE
 from skyreels_jax.training.batches import HELD_CLIPS, TRAINING_STREAM, Example, Tags
 from skyreels_jax.training.dataset import OnEncoded
 from skyreels_jax.training.objective import Batch

@@ -29,7 +29,8 @@ from skyreels_jax.media import RgbImage, fit_image
 from skyreels_jax.memory import total_memory, vae_work
 from skyreels_jax.models.vae import WanVae, encode_pixels
 from skyreels_jax.models.vae_layers import FRAME_STRIDE
-from skyreels_jax.models.vae_tiling import WHOLE, Tiles, Tiling
+from skyreels_jax.models.vae_runs import WHOLE, Tiling
+from skyreels_jax.models.vae_tiling import Tiles
 from skyreels_jax.prompts import TEXT_LEN, clean
 from skyreels_jax.shapes import Frames
 from skyreels_jax.training.dataset import (

@@ -13,13 +13,12 @@ from jax.typing import DTypeLike
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.weights.components.stored import StoredComponent
-from skyreels_jax.weights.engine import parameters
+from skyreels_jax.weights.engine import parameters, scales_of
 from skyreels_jax.weights.lora.adapters import Adapter
 from skyreels_jax.weights.lora.binding import BoundLora, Lora, bind
 from skyreels_jax.weights.lora.file import open_lora
 from skyreels_jax.weights.lora.names import ModelNames
 from skyreels_jax.weights.plan import Slot, Source
-from skyreels_jax.weights.quantize import scales_of
 from skyreels_jax.weights.safetensors_file import TensorInfo, TensorSource
 
 StoredTransformer = StoredComponent[TransformerConfig, WanModel]
