@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# Byte code is made as it is imported: most of what is installed never is.
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 STAMPS := $(VENV)/.installed
 
 .PHONY: demo test test-all mini eval validate lint format types bench clean

@@ -23,6 +23,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest
+import tests.checked  # noqa: F401 (the hook names it)
 from jaxtyping import install_import_hook
 
 # A shell's background jobs inherit that Ctrl-C is ignored; tests that send it would wait for ever.
@@ -31,7 +32,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 _C = ctypes.CDLL(None)
 
 # Before anything of the package is imported: annotations become run-time checks.
-install_import_hook("skyreels_jax", "beartype.beartype")
+install_import_hook("skyreels_jax", "tests.checked.on_call")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

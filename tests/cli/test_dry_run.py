@@ -1,6 +1,7 @@
 """``generate --dry-run``: a table from headers alone, and a verdict."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from tests.fabricate import Checkpoints
 
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.cli import dry_run
-from skyreels_jax.generation.dry_run.plan import Memory, plan
+from skyreels_jax.generation.dry_run.plan import StagePlan, plan
 from skyreels_jax.generation.request.resolve import resolve
+from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import Request
 
 SMALL = ("--height", "32", "--width", "48", "--num-frames", "5", "--steps", "2", "--seed", "7")
@@ -45,7 +47,7 @@ def has(monkeypatch: pytest.MonkeyPatch, free: int | None) -> None:
 
 
 def test_a_table_is_printed_and_no_weight_read(
-    command: Command, checkpoints: Checkpoints, out: Path, tmp_path: Path
+    command: Command, checkpoints: Checkpoints, out: Path, tmp_path: Path, monkeypatch
 ):
     """All bytes of all tensors are NaN: whatever looked at one would refuse it."""
     folder = linked(checkpoints("i2v", "diffusers"), tmp_path / "model")
@@ -55,14 +57,24 @@ def test_a_table_is_printed_and_no_weight_read(
         spoiled(file)
     photo = tmp_path / "photo.png"
     Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(photo)
+    stages: list[StagePlan] = []
+
+    def planned(checkpoint: Checkpoint, request: ResolvedRequest, **options):
+        """What the table is made of: compiled once, and that of the same request from Python."""
+        words = {"prompt": "a fox", "image": photo, "height": 32, "width": 48, "num_frames": 5}
+        same = resolve(Request(**words, steps=2, seed=7), Checkpoint.open(folder))
+        assert replace(request, sources={}, warnings=()) == replace(same, sources={}, warnings=())
+        assert options["hybrid"] is False
+        stages.extend(plan(checkpoint, request, **options))
+        return iter(stages)
+
+    monkeypatch.setattr(dry_run, "plan", planned)
     outcome = run(command, folder, out, "--image", photo)
     assert outcome.code == 0, outcome.err
     rows = table(outcome)
     assert list(rows) == ["text", "image", "condition", "denoise", "decode"]
-    checkpoint = Checkpoint.open(folder)
-    words = {"prompt": "a fox", "image": photo, "height": 32, "width": 48, "num_frames": 5}
-    request = resolve(Request(**words, steps=2), checkpoint)
-    for stage in plan(checkpoint, request, hybrid=False, memory=Memory(None)):
+    assert list(rows) == [stage.stage for stage in stages]
+    for stage in stages:
         assert stage.work is not None and stage.work.temporary is not None
         sizes = (stage.weights, stage.work.state, stage.work.temporary, stage.total)
         assert rows[stage.stage][:4] == [f"{size / 2**30:.3f}" for size in sizes]

@@ -229,24 +229,25 @@ def _locations(
 
 
 def _location(file: Path, name: str, entry: object, start: int) -> _Location:
-    def bad(why: str) -> WeightsError:
-        return WeightsError(f"{file} is corrupt: the header's entry of {name} {why}")
-
+    where = f"{file} is corrupt: the header's entry of {name}"
     if not isinstance(entry, dict):
-        raise bad("is no JSON object")
+        raise WeightsError(f"{where} is no JSON object")
     shape, offsets = _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
     code = entry.get("dtype")
     if shape is None or offsets is None or len(offsets) != 2:
-        raise bad(
-            f"has shape {entry.get('shape')!r:.80} and offsets {entry.get('data_offsets')!r:.80}"
+        raise WeightsError(
+            f"{where} has shape {entry.get('shape')!r:.80} and offsets "
+            f"{entry.get('data_offsets')!r:.80}"
         )
     if not isinstance(code, str) or code not in DTYPES:
-        raise bad(f"has dtype {code!r:.80}; known are {', '.join(DTYPES)}")
+        raise WeightsError(f"{where} has dtype {code!r:.80}; known are {', '.join(DTYPES)}")
     begin, end = offsets
     # Python integers: a hostile shape cannot overflow.
     nbytes = math.prod(shape) * DTYPES[code].itemsize
     if end - begin != nbytes:
-        raise bad(f"gives {end - begin} bytes to {code} {list(shape)}, which takes {nbytes}")
+        raise WeightsError(
+            f"{where} gives {end - begin} bytes to {code} {list(shape)}, which takes {nbytes}"
+        )
     return _Location(TensorInfo(shape, DTYPES[code], str(file)), start + begin)
 
 

@@ -155,27 +155,28 @@ class PthSource:
 
     def _view(self, name: str, tensor: PickledTensor, top: str, file_size: int) -> _View:
         """Where a tensor is, after checking it against its storage and that against the archive."""
-
-        def corrupt(why: str) -> WeightsError:
-            return WeightsError(f"{self._file} is corrupt: {name[:200]} {why}")
-
+        where = f"{self._file} is corrupt: {name[:200]}"
         storage, itemsize = tensor.storage, tensor.dtype.itemsize
         member = self._members.get(f"{top}/data/{storage.key}")
         if member is None:
-            raise corrupt(f"lies in storage {storage.key[:80]!r}, which the archive lacks")
+            raise WeightsError(
+                f"{where} lies in storage {storage.key[:80]!r}, which the archive lacks"
+            )
         size = member.size
         if size != _nbytes(storage):
-            raise corrupt(f"lies in a storage of {_nbytes(storage)} bytes that has {size}")
+            raise WeightsError(
+                f"{where} lies in a storage of {_nbytes(storage)} bytes that has {size}"
+            )
         info = TensorInfo(tensor.shape, tensor.dtype, str(self._file))
         view = _View(info, member, tensor.offset, tensor.strides)
         if 0 in tensor.shape:
             if math.prod(length for length in tensor.shape if length) > _MAX_EMPTY:
-                raise corrupt(f"has shape {list(tensor.shape)}")
+                raise WeightsError(f"{where} has shape {list(tensor.shape)}")
         elif (view.offset + view.extent) * itemsize > size:
-            raise corrupt(f"reaches beyond its storage of {size} bytes")
+            raise WeightsError(f"{where} reaches beyond its storage of {size} bytes")
         elif math.prod(tensor.shape) * itemsize > file_size:
             # Strides of zero repeat elements: reading would take more memory than the file.
-            raise corrupt(f"repeats its elements to shape {list(tensor.shape)}")
+            raise WeightsError(f"{where} repeats its elements to shape {list(tensor.shape)}")
         return view
 
 
