@@ -18,6 +18,7 @@ from tests.killing import kill_after, logged_step
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.mini.recipe import Recipe, read_recipe
+from skyreels_jax.training.distillation import guidance_scales
 from skyreels_jax.training.distillation_recipe import Distillation
 from skyreels_jax.training.distillation_task import DistillTask
 from skyreels_jax.training.loop import train
@@ -165,7 +166,7 @@ def test_given_frames_are_not_learned_and_fades_are_not_guided(tmp_path: Path, s
         other = drawn._replace(context=drawn.context + 1)
         assert float(loss(params, batch, other)[0]) != right
         if stage == "guidance":
-            scale = task.scale_of(batch.clips)
+            scale = guidance_scales(batch.clips.given, 4.0)
             rows = np.arange(len(first))
             expected = np.full((len(first), 3), 4.0)
             expected[rows, first] = 1

@@ -30,7 +30,11 @@ from skyreels_jax.training.distillation import (
 )
 from skyreels_jax.training.self_generated import generate_own
 from skyreels_jax.training.task import Template
-from skyreels_jax.training.teacher_forcing import block_lengths, teacher_forced_velocity
+from skyreels_jax.training.teacher_forcing import (
+    SeenFrames,
+    block_lengths,
+    teacher_forced_velocity,
+)
 from skyreels_jax.weights.components.transformer import transformer_rules
 from skyreels_jax.weights.engine import export
 
@@ -226,7 +230,7 @@ def ours(stage: str, sides: Sides) -> tuple[float, dict[str, np.ndarray]]:
         model = template.model(params)
         context = model.prepare_context(text)
         return lambda x, sigma: teacher_forced_velocity(
-            model, clean, x, sigma, context, blocks, fps=fps, **how
+            *(model, SeenFrames(clean), x, sigma, context, blocks), fps=fps, **how
         )
 
     def teacher(clean: jax.Array, blocks=BLOCKS) -> VelocityFunction:
@@ -317,7 +321,7 @@ def test_blocks_may_be_uneven_and_memory_grows_with_tokens_alone(sides: Sides):
     context, fps = model.prepare_context(given.text), jnp.zeros(1, jnp.int32)
     blocks = (1, 3)
     forced = teacher_forced_velocity(
-        model, given.clean, given.noise, given.sigma, context, blocks, fps=fps
+        *(model, SeenFrames(given.clean), given.noise, given.sigma, context, blocks), fps=fps
     )
     first = 0
     for length in blocks:

@@ -44,6 +44,19 @@ def guided(
     return velocity
 
 
+def guidance_scales(given: GivenFrames, scale: float) -> float | Float[Array, "B F"]:
+    """The teacher's scale; of each frame where videos begin with ``given`` ones.
+
+    In the frame after those one scene fades into another. Guided away from no text, with which
+    nothing would change, the fade would be over at once: there it is what the text says alone.
+    """
+    if given is None:
+        return scale
+    first = jnp.sum(given, axis=1, keepdims=True)
+    fades = (first > 0) & (jnp.arange(given.shape[1])[None] == first)
+    return jnp.where(fades, jnp.float32(1), jnp.float32(scale))
+
+
 def denoised(velocity: VelocityFunction, x: Latents, sigma: Sigmas) -> Latents:
     """The data that a velocity says: ``x - sigma v``."""
     return x - beside_latents(sigma) * velocity(x, sigma)

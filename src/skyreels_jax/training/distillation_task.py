@@ -28,6 +28,7 @@ from skyreels_jax.training.distillation import (
     continuous_consistency_loss,
     denoised,
     distribution_matching_loss,
+    guidance_scales,
     guided,
     regression_loss,
 )
@@ -37,7 +38,11 @@ from skyreels_jax.training.optimizer import OptimizerConfig, make_optimizer
 from skyreels_jax.training.self_generated import generate_own
 from skyreels_jax.training.sigma_distributions import Sigmas, shifted
 from skyreels_jax.training.task import AVERAGE, LossAndMetrics, Params, Template
-from skyreels_jax.training.teacher_forcing import block_lengths, teacher_forced_velocity
+from skyreels_jax.training.teacher_forcing import (
+    SeenFrames,
+    block_lengths,
+    teacher_forced_velocity,
+)
 from skyreels_jax.training.transformer_task import VideoTask
 from skyreels_jax.training.turns import take_turns
 from skyreels_jax.weights.components.transformer import stored_transformer
@@ -172,12 +177,11 @@ class DistillTask(VideoTask):
 
     def draw(self, batch: DistillBatch, key: Array) -> DistillNoise:
         """Noise and sigmas of a batch: of each block its own."""
-        drawn = self._draw(batch, key)
+        drawn, shape = self._draw(batch, key), batch.clips.latents.shape
         if not self.distill.context_noise or self.distill.stage == "dmd":
             return drawn
         # A key of its own: the rest is drawn as without.
-        context_key = jax.random.fold_in(key, 1)
-        return drawn._replace(context=jax.random.normal(context_key, batch.clips.latents.shape))
+        return drawn._replace(context=jax.random.normal(jax.random.fold_in(key, 1), shape))
 
     def _draw(self, batch: DistillBatch, key: Array) -> DistillNoise:
         noise_key, sigma_key, asked_key, last_key = jax.random.split(key, 4)
@@ -252,13 +256,10 @@ class DistillTask(VideoTask):
             )
         frames = clips.latents.shape[2]
         blocks = self.blocks(frames) if causal else (frames,)
+        seen = SeenFrames(clips.latents, self.distill.context_noise)
 
         def velocity(x: Latents, sigma: Sigmas) -> Latents:
-            return teacher_forced_velocity(
-                *(model, clips.latents, x, sigma, context, blocks),
-                fps=clips.fps,
-                context_timestep=self.distill.context_noise if causal else 0.0,
-            )
+            return teacher_forced_velocity(model, seen, x, sigma, context, blocks, fps=clips.fps)
 
         return velocity
 
@@ -268,17 +269,8 @@ class DistillTask(VideoTask):
         return guided(
             self._velocity(teacher, clips, causal=causal),
             self._velocity(teacher, clips, self._empty, causal=causal),
-            self.scale_of(clips),
+            guidance_scales(clips.given, self.distill.guidance),
         )
-
-    def scale_of(self, clips: Batch) -> float | Float[Array, "B F"]:
-        """The teacher's scale, of each frame where clips begin with what is given."""
-        if clips.given is None:
-            return self.distill.guidance
-        # Away from no text a fade would be over at once: there it is what the text says alone.
-        first = jnp.sum(clips.given, axis=1, keepdims=True)
-        fades = (first > 0) & (jnp.arange(clips.given.shape[1])[None] == first)
-        return jnp.where(fades, jnp.float32(1), jnp.float32(self.distill.guidance))
 
     def _dmd(self, params: Params, batch: DistillBatch, noise: DistillNoise) -> LossAndMetrics:
         """The student's loss in its turn, the critic's in the others."""
@@ -299,7 +291,7 @@ class DistillTask(VideoTask):
             context = self._prepared(model, text)
 
             def velocity(x: Latents, sigma: Sigmas) -> Latents:
-                given = (made.video, x, sigma, context, blocks)
+                given = (SeenFrames(made.video), x, sigma, context, blocks)
                 return teacher_forced_velocity(model, *given, fps=clips.fps, detached=True)
 
             critic = {n: stop_gradient(v) for n, v in _under(_CRITIC, params).items()}

@@ -9,6 +9,7 @@ teacher forcing of Self-Forcing (arXiv 2506.08009) and Causal-Forcing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,16 @@ def block_lengths(frames: int, block: int, first_block: int | None = None) -> tu
     return (*[first][: first > 0], *plan_blocks(frames - first, block).lengths)
 
 
+class SeenFrames(NamedTuple):
+    """A whole video's frames as later blocks see them: clean, or noised to a timestep of 1000."""
+
+    latents: Latents
+    timestep: float = 0.0
+
+
 def teacher_forced_velocity(
     model: WanModel,
-    clean: Latents,
+    seen: SeenFrames,
     noisy: Latents,
     sigma: Sigmas,
     context: CrossContext,
@@ -49,28 +57,26 @@ def teacher_forced_velocity(
     *,
     fps: Int[Array, " B"] | None = None,
     detached: bool = False,
-    context_timestep: float = 0.0,
 ) -> Latents:
     """Velocity of ``noisy``, each of its blocks after the clean ones before it; float32.
 
     Args:
         model: predicts; of text to video.
-        clean: latents ``[B, C, F, H, W]`` of the whole video as later blocks see them.
+        seen: what blocks see of those before them; latents ``[B, C, F, H, W]``.
         noisy: as many, noised.
         sigma: shares of noise in ``noisy``, ``[B, 1]`` or ``[B, F]``.
         context: prepared text states.
         blocks: frames of each block.
         fps: 0 for 16 frames a second, else 1.
         detached: whether keys and values of clean frames pass no gradient, as where they were kept.
-        context_timestep: of ``clean``, where it is not quite clean, of 1000.
     """
-    frames = clean.shape[2]
+    frames = noisy.shape[2]
     t = jnp.broadcast_to(NUM_TRAIN_TIMESTEPS * sigma, (sigma.shape[0], frames))
     if len(blocks) == 1:  # Nothing comes before it.
         return model(noisy, t, context, fps=fps)
-    before = jnp.full_like(t, context_timestep)
+    before = jnp.full_like(t, seen.timestep)
     e, e0 = model.embed_time(jnp.concatenate([before, t], axis=1), fps)
-    tokens, grid = model.embed_patches(jnp.concatenate([clean, noisy], axis=2), None)
+    tokens, grid = model.embed_patches(jnp.concatenate([seen.latents, noisy], axis=2), None)
     rope = model.positions((frames, *grid[1:]))
     rope = RopeTable(*(jnp.concatenate([table, table]) for table in rope))
     mask = CleanAndNoisy(tokens.shape[2], tuple(blocks))
