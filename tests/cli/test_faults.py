@@ -43,7 +43,7 @@ class Numbers(Pipeline):
     """A pipeline without a model; ``made`` counts the windows that were denoised."""
 
     def __init__(self, real: Pipeline):
-        self.checkpoint = real.checkpoint
+        vars(self).update(vars(real))
         self.verify = lambda: None
         self.made: list[int] = []
 
