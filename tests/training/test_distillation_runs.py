@@ -89,6 +89,8 @@ def of_stage(tmp_path: Path, name: str, stage: str) -> Recipe:
         ('"guidance"', '"dmd"', "timesteps must be given for stage 'dmd'"),
         ('"guidance"', '"continuous"\ntimesteps = [1000]', "which learns all of them"),
         ('"guidance"', '"teacher-forcing"\nguidance = 3.0', "not of 'teacher-forcing'"),
+        ("block = 1", "learn_context_noise = true", "needs a context_noise, such as"),
+        ('"guidance"', '"dmd"\nlearn_context_noise = true', "not of 'dmd'; leave it out"),
         ('start = "mini"', "", "model.start must name what the student begins as"),
         ("[distill]", "[lora]\n[distill]", "lora: a distilled student's own parameters"),
         ('"t2v"', '"i2v"\nimage_dim = 160', "students of text to video alone"),
@@ -136,9 +138,19 @@ def test_critic_and_student_take_turns_each_with_its_own_moments():
     assert students == pytest.approx([0, 0, 0.1, 0, 0, 0.1], abs=1e-4)
 
 
-@pytest.mark.parametrize("stage", ["teacher-forcing", "guidance", "consistency"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "guidance",
+        *(
+            pytest.param(stage, marks=pytest.mark.slow)
+            for stage in ("teacher-forcing", "consistency")
+        ),
+    ],
+)
 def test_given_frames_are_not_learned_and_fades_are_not_guided(tmp_path: Path, stage: str):
-    noised = {"block = 1": "block = 1\ncontext_noise = 400.0", '"guidance"': f'"{stage}"'}
+    learned = "context_noise = 400.0\nlearn_context_noise = true"
+    noised = {"block = 1": f"block = 1\n{learned}", '"guidance"': f'"{stage}"'}
     with jax.numpy_rank_promotion("allow"):
         task = recipe(tmp_path, **CHANGES, **noised).task()
         assert isinstance(task, DistillTask)

@@ -28,6 +28,7 @@ STAGES_OF: Final[Mapping[str, tuple[DistillStage, ...]]] = {
     "warmup": ("continuous",),
     "critic_steps": ("dmd",),
     "critic_rate": ("dmd",),
+    "learn_context_noise": ("guidance", "teacher-forcing", "consistency", "continuous"),
 }
 
 
@@ -54,8 +55,9 @@ class Distillation:
         critic_steps: of the critic, for each of the student.
         critic_rate: the critic's learning rate as a share of the student's.
         sink: of the student's streams: how many of the first latent frames never leave its window.
-        context_noise: the timestep to which finished frames are noised where later ones see them:
-            in the student's streams and, but for ``dmd``, in training.
+        context_noise: of its streams: the timestep to which finished frames are noised where later
+            ones see them.
+        learn_context_noise: whether training sees them so too, and not clean.
     """
 
     stage: DistillStage
@@ -71,6 +73,7 @@ class Distillation:
     critic_rate: float = 0.2
     sink: int = 0
     context_noise: float = 0.0
+    learn_context_noise: bool = False
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -87,6 +90,10 @@ class Distillation:
             check_at_least(self, 1, "first_block")
         check_at_least(self, 0, "sink")
         check_at_least(self, 0, "context_noise", most=NUM_TRAIN_TIMESTEPS - 1)
+        if self.learn_context_noise and not self.context_noise:
+            raise ValueError(
+                "learn_context_noise = true needs a context_noise, such as context_noise = 400.0"
+            )
         for name in ("shift", "critic_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)} should be positive, such as 1.0")

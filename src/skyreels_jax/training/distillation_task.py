@@ -178,7 +178,7 @@ class DistillTask(VideoTask):
     def draw(self, batch: DistillBatch, key: Array) -> DistillNoise:
         """Noise and sigmas of a batch: of each block its own."""
         drawn, shape = self._draw(batch, key), batch.clips.latents.shape
-        if not self.distill.context_noise or self.distill.stage == "dmd":
+        if not self.distill.learn_context_noise:
             return drawn
         # A key of its own: the rest is drawn as without.
         return drawn._replace(context=jax.random.normal(jax.random.fold_in(key, 1), shape))
@@ -256,7 +256,8 @@ class DistillTask(VideoTask):
             )
         frames = clips.latents.shape[2]
         blocks = self.blocks(frames) if causal else (frames,)
-        seen = SeenFrames(clips.latents, self.distill.context_noise)
+        noise = self.distill.context_noise if self.distill.learn_context_noise else 0.0
+        seen = SeenFrames(clips.latents, noise)
 
         def velocity(x: Latents, sigma: Sigmas) -> Latents:
             return teacher_forced_velocity(model, seen, x, sigma, context, blocks, fps=clips.fps)
@@ -325,7 +326,7 @@ class DistillTask(VideoTask):
         sigmas = jnp.broadcast_to(sigma, (batch.latents.shape[0], batch.latents.shape[2]))
         x = add_noise(batch.latents, noise, sigmas)
         context = jax.random.normal(jax.random.key(1), batch.latents.shape)
-        seen = self._as_seen(batch.latents, context if self.distill.context_noise else None)
+        seen = self._as_seen(batch.latents, context if self.distill.learn_context_noise else None)
         said = self._velocity(params, batch._replace(latents=seen))(x, sigmas)
         return jnp.mean(jnp.square(said - (noise - batch.latents)))
 
