@@ -23,6 +23,9 @@ LOSS_TOL = 1e-5  # relative; measured 9.8e-7
 # 6e-6, for i2v 9e-5; but 2.9e-4 for one bias there: its gradient is what 507 equal tokens of text
 # padding leave of each other, and PyTorch's own float32 is 6.1e-4 away.
 GRAD_TOL = 1e-4
+# Where PyTorch's own float32 is further away than that, sums in another order are too: on the
+# processors seen 3.7 times as far at most (that bias, 2.4e-3 and 6.5e-4).
+OF_OWN = 6
 
 
 def case(kind: str, per_frame: bool):
@@ -112,7 +115,7 @@ def test_the_loss_and_every_gradient_are_pytorchs(name: str, remat: bool):
     gaps = furthest(gradients, expected)
     single = by_torch(*given[1:])[1]
     own = furthest({name: single[name] for name in gaps}, expected)
-    bad = {name: gap for name, gap in gaps.items() if gap > max(GRAD_TOL, own[name])}
+    bad = {name: gap for name, gap in gaps.items() if gap > max(GRAD_TOL, OF_OWN * own[name])}
     assert not bad
 
 
