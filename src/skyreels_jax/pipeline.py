@@ -103,7 +103,7 @@ class Pipeline(WithStreams):
         self.weights, self.offload = chosen.weights, chosen.offload
         self.parallelism = chosen.parallelism(checkpoint.config)
         loaders = chosen.loaders(checkpoint, self.parallelism)
-        self.loras = as_loras(chosen.loras) if chosen.loras else ()
+        self.loras = as_loras(chosen.loras)
         # What has been proved need not be proved for every video; a refusal is not remembered.
         self._verify = cache(partial(verify_checkpoint, checkpoint))
         stored = None
@@ -171,8 +171,7 @@ class Pipeline(WithStreams):
         if (processes := current_processes()) is None:
             resolved = self.resolve(prompt, **settings)
         else:  # What the first resolves, a drawn seed among it, is for all.
-            decide = partial(self.resolve, prompt, **settings)
-            resolved, _ = share_request(processes, lambda: (decide(), {}))
+            resolved, _ = share_request(processes, lambda: (self.resolve(prompt, **settings), {}))
         store, clock = MemoryStore(), Clock(progress or NoProgress())
         frames = list(stream_frames(self._generator(resolved, store, clock)))
         about = settings_of(resolved)
@@ -202,7 +201,7 @@ class Pipeline(WithStreams):
         if memory is None:
             memory = self._residency.free_memory()
         resolved = resolve(request, self.checkpoint, memory=memory, loras=self.loras)
-        return replace(resolved, loras=named(self.loras)) if self.loras else resolved
+        return replace(resolved, loras=named(self.loras))
 
     def frames(
         self,
@@ -289,8 +288,7 @@ class Pipeline(WithStreams):
         """A hash of all that decides a video; without ``times``, the same on every machine."""
         layout = self.checkpoint.layout
         key = [] if layout.weights_key is None else [f"weights_key {layout.weights_key}"]
-        loras = identities(self.loras) if self.loras else ()
-        decided = self.dtype, *key, *self._chosen.quantized, *loras
+        decided = self.dtype, *key, *self._chosen.quantized, *identities(self.loras)
         return fingerprint(layout.deciding_files, *decided, times=times)
 
     def verify(self) -> None:

@@ -1,6 +1,7 @@
 """A training step against PyTorch: the loss and every gradient, through diffusers' transformer."""
 
 import copy
+import re
 from typing import Any
 
 import jax
@@ -23,9 +24,9 @@ LOSS_TOL = 1e-5  # relative; measured 9.8e-7
 # 6e-6, for i2v 9e-5; but 2.9e-4 for one bias there: its gradient is what 507 equal tokens of text
 # padding leave of each other, and PyTorch's own float32 is 6.1e-4 away.
 GRAD_TOL = 1e-4
-# Where PyTorch's own float32 is further away than that, sums in another order are too: on the
-# processors seen 3.7 times as far at most (that bias, 2.4e-3 and 6.5e-4).
-OF_OWN = 6
+# On one processor the keys of text are up to 3.7 times as far away as PyTorch's own float32 is
+# (that bias, 2.4e-3 and 6.5e-4): sums in another order. All else is at most as far as it.
+KEYS_OF_TEXT, OF_OWN = re.compile(r"attn2\.(to|norm)_k\."), 6
 
 
 def case(kind: str, per_frame: bool):
@@ -115,7 +116,8 @@ def test_the_loss_and_every_gradient_are_pytorchs(name: str, remat: bool):
     gaps = furthest(gradients, expected)
     single = by_torch(*given[1:])[1]
     own = furthest({name: single[name] for name in gaps}, expected)
-    bad = {name: gap for name, gap in gaps.items() if gap > max(GRAD_TOL, OF_OWN * own[name])}
+    times = {name: OF_OWN if KEYS_OF_TEXT.search(name) else 1 for name in gaps}
+    bad = {n: gap for n, gap in gaps.items() if gap > max(GRAD_TOL, times[n] * own[n])}
     assert not bad
 
 

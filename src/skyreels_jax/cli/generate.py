@@ -44,8 +44,6 @@ _MAKING: Final = (
     "lora",
     "mesh",
 )
-# Flags that say which processes make the video together.
-_JOINING: Final = ("distributed", "coordinator", "num_processes", "process_id", "stall_limit")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,13 +53,10 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("--dry-run plans a whole generation: leave --resume-latents out")
     if args.dry_run and args.mesh:
         raise RequestError("--dry-run counts the memory of one device: leave --mesh out")
-    given = (getattr(args, name) for name in _JOINING)
-    is_alone = all(value is None or value is False for value in given)
-    if not is_alone:
-        check_together(args, vars(args))
-        processes = join(args)
-        if processes is not None and not processes.first:
-            return follow(processes)
+    check_together(args, vars(args))
+    processes = join(args)
+    if processes is not None and not processes.first:
+        return follow(processes)
     products = _products(args)
     products.check(overwrite=args.overwrite)
     if args.dry_run:
@@ -86,8 +81,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"mesh: {pipeline.parallelism}", flush=True)
         request = resolve_and_print(args, pipeline)
         job = begin(args, pipeline, request, products)
-        if not is_alone:
-            lead(job)
+        lead(job)
         return go_on(pipeline, job)
 
 

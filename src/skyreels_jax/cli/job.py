@@ -78,7 +78,7 @@ def open_pipeline(options: Mapping[str, Any], *, keep: Keep = False) -> Pipeline
         vae_dtype=options["vae_dtype"],
         weights=options["weights"],
         offload=bool(options["offload"]),
-        loras=as_loras(options["lora"]) if options["lora"] else (),
+        loras=as_loras(options["lora"]),
         mesh=options["mesh"],
     )
 

@@ -158,8 +158,7 @@ class WindowGenerator:
         self._loaded: _Loaded | None = None
         # What the original's TeaCache takes over from one window into the next; only here.
         self._caches: tuple[CacheState, ...] | None = None
-        counted = request.cache.original_counter
-        self._takes_state = counted and any(takes_state(request, one) for one in request.windows)
+        self._takes_state = any(takes_state(request, window) for window in request.windows)
 
     @property
     def known(self) -> KnownFrames:
@@ -227,12 +226,11 @@ class WindowGenerator:
 
     def _sampling(self, guidance: Guidance, window: Window) -> Sampling:
         request = self.request
-        counter = call_counter(request, window) if request.cache.original_counter else None
         return Sampling(
             self._schedule,
             guidance,
             request.attention,
-            step_cache(request.cache, request.steps, counter),
+            step_cache(request.cache, request.steps, call_counter(request, window)),
             latents=request.latent_dtype,
             exact=request.exact_forcing,
         )
@@ -240,7 +238,7 @@ class WindowGenerator:
     def _note(self, denoised: Denoised, window: Window) -> None:
         """Count a window's calls, and keep what the next one's step cache takes over."""
         following = self.request.windows[window.number + 1 :][:1]
-        if self._takes_state and any(takes_state(self.request, after) for after in following):
+        if any(takes_state(self.request, after) for after in following):
             self._caches = denoised.caches
         self.clock.ran(
             denoised.step_seconds, denoised.computed, denoised.calls, denoised.block_counts

@@ -173,7 +173,7 @@ def _encoder(vae: WanVae) -> _Encode:
         found = moments(nnx.merge(graph, state), pixels).mean
         return jnp.moveaxis((found - mean) / std, -1, 1)
 
-    return lambda pixels: np.array(means(state, pixels))
+    return lambda pixels: np.asarray(means(state, pixels))
 
 
 def _scenes(source: ClipSource, rows: range) -> Iterator[tuple[Scene, int, np.random.Generator]]:
@@ -194,6 +194,8 @@ def _encode_chunk(encode: _Encode, source: ClipSource, rows: range) -> _Columns:
         learned_from.append(0 if change is None else change.first_learned)
     videos = np.stack(frames)
     latents = encode(pixels_of(videos))
+    if old:  # A computed array is not written to.
+        latents = latents.copy()
     for row, frame in old.items():
         # The encoder is causal: a first latent frame is of the first frame alone.
         latents[row, :, :1] = encode(pixels_of(frame[None]))[0]

@@ -113,8 +113,7 @@ def resolve(
         said = tuple(builder.warnings)
         resolved = ResolvedRequest(**values, sources=builder.sources, warnings=said)
         resolved = replace(resolved, prompts=prompts_by_window(prompts, resolved.windows))
-        problems = state_violations(resolved) if resolved.cache.original_counter else []
-        problems = [*problems, *_memory_violations(resolved, checkpoint, memory)]
+        problems = [*state_violations(resolved), *_memory_violations(resolved, checkpoint, memory)]
         if not problems:
             of_length = (*builder.length_warnings, *length_notes(request, resolved, checkpoint))
             said = (*resolved.warnings, *notes(request, resolved, checkpoint), *of_length)
