@@ -130,3 +130,14 @@ def test_the_fingerprint_changes_with_contents_name_and_settings(tmp_path: Path)
     assert fingerprint([changed], "bf16") != base
     file.write_bytes(bytes(50_000) + b"\1" + bytes(49_999))
     assert fingerprint([file], "bf16") != base
+
+
+def test_a_small_file_read_at_once_has_the_fingerprint_of_its_samples(tmp_path: Path, monkeypatch):
+    file = tmp_path / "a.bin"
+    content = np.random.default_rng(0).bytes(3 << 20)
+    file.write_bytes(content)
+    whole = fingerprint([file])
+    monkeypatch.setattr("skyreels_jax.hub._READ_WHOLE", 0)
+    assert fingerprint([file]) == whole
+    file.write_bytes(content[:-100] + bytes(100))
+    assert fingerprint([file]) != whole

@@ -1,7 +1,11 @@
 import re
 
 import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 from tests.weights.tiny import CONFIGS, I2V
 
 from skyreels_jax.models import transformer_config as presets
@@ -90,6 +94,17 @@ def test_released_sizes_have_the_published_tensors_and_parameters(config, tensor
         specs = export(model, transformer_rules(config), format).specs
         assert len(specs) == tensors
         assert sum(spec.size for spec in specs.values()) == count
+
+
+def test_shapes_are_the_callers_own_however_often_they_are_asked_for():
+    first, second = (TRANSFORMER.abstract(I2V) for _ in range(2))
+    before = jax.tree.leaves(nnx.state(second))
+    nnx.update(first, jax.tree.map(lambda leaf: np.zeros(leaf.shape), nnx.state(first)))
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(nnx.state(first)))
+    for model in (second, TRANSFORMER.abstract(I2V)):
+        assert jax.tree.leaves(nnx.state(model)) == before
+    half = jax.tree.leaves(nnx.state(TRANSFORMER.abstract(I2V, jnp.bfloat16)))
+    assert half != before and len(half) == len(before)
 
 
 def test_linear_weights_are_out_by_in_and_the_patch_convolution_is_out_in_time_height_width():
