@@ -28,6 +28,7 @@ from skyreels_jax.parity.verdict import (
     video_name,
     write_side_by_side,
 )
+from skyreels_jax.torch_side.modules import torch_device
 from skyreels_jax.weights.filling import usable_cores
 
 _PACKAGES: Final = ("skyreels-jax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers")
@@ -74,7 +75,11 @@ def validate(
 
     Raises:
         SideFailed: one side could not run.
+        UnsupportedError: PyTorch sees no such device.
+        RequestError: it knows none of that name.
     """
+    if plan.device not in ("cpu", "auto") and (only != "jax" or plan.reference == "hybrid"):
+        torch_device(plan.device)  # Refused before a side has run, not after.
     folder.mkdir(parents=True, exist_ok=True)
     plan.save(folder / "plan.json")
     (folder / "image.npy").unlink(missing_ok=True)
