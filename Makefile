@@ -17,9 +17,9 @@ test: $(STAMPS)-dev lint types
 	@git diff --quiet HEAD 2>/dev/null && test -z "$$(git status --porcelain)" \
 	  && git rev-parse HEAD > $(VENV)/.green || true
 
-# What make test leaves out, too; some of it takes Ray.
+# What make test leaves out, too, and all of it compiled as users' programs are; some of it takes Ray.
 test-all: $(STAMPS)-ray $(STAMPS)-compile lint types
-	$(BIN)/python -m pytest -n 2
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n 2
 
 # The committed example holds its plots and videos inside the page.
 EXAMPLE := docs/examples/validation

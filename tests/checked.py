@@ -3,18 +3,78 @@
 To make one takes beartype some thousandths of a second: as modules are imported that is a dozen
 seconds of each worker, most of it for functions that it never calls; and a function inside another
 would have its own made anew each time that the outer one runs.
+
+jaxtyping binds arguments and keeps sizes at each call, some hundredths of a millisecond: it does so
+for functions that have arrays. Others are checked by beartype alone, and not at all where they are
+inside another function: static checks see them.
 """
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
 from types import CodeType
-from typing import Any, Final
+from typing import Any, Final, get_args
 
+import jaxtyping
 from beartype import beartype
 
 # What jaxtyping asks to be checked of each function of the package, its arguments alone and with
 # its result: functions of its signature, without body. One inside another is here once.
 asked: Final[dict[tuple[str, str, CodeType], Callable]] = {}
 _made: Final[dict[tuple, Callable]] = {}
+
+
+_jaxtyped: Final = jaxtyping.jaxtyped
+
+
+def jaxtyped(*, typechecker: Callable) -> Callable:
+    """What jaxtyping's import hook decorates with: its own of that name, where there are arrays."""
+
+    def decorate(decorated: Any) -> Any:
+        if _has_arrays(_hints(decorated)):
+            return _jaxtyped(decorated, typechecker=typechecker)
+        if not inspect.isclass(decorated):
+            return _without_arrays(decorated)
+        if is_dataclass(decorated) and "__init__" in vars(decorated):
+            decorated.__init__ = _without_arrays(decorated.__init__)
+        return decorated
+
+    return decorate
+
+
+def _hints(decorated: Any) -> Iterable[object]:
+    """The annotations of a function, or of the fields of a dataclass."""
+    of = decorated
+    if inspect.isclass(decorated):
+        of = decorated.__init__ if is_dataclass(decorated) else None
+    return getattr(of, "__annotations__", {}).values()
+
+
+def _has_arrays(hints: Iterable[object]) -> bool:
+    """Whether one of the hints is jaxtyping's, or holds one; a string may be one."""
+    return any(
+        isinstance(hint, str)
+        or getattr(hint, "__module__", "").startswith("jaxtyping")
+        or _has_arrays(hint if isinstance(hint, list) else get_args(hint))
+        for hint in hints
+    )
+
+
+def _without_arrays(function: Callable) -> Callable:
+    asked[function.__module__, function.__qualname__, function.__code__] = function
+    if "<locals>" in function.__qualname__:
+        return function
+    checked = None
+
+    @functools.wraps(function)
+    def check(*args: Any, **kwargs: Any) -> Any:
+        nonlocal checked
+        if checked is None:
+            checked = beartype(function)
+        return checked(*args, **kwargs)
+
+    return check
 
 
 def on_call(signature: Callable) -> Callable:

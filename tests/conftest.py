@@ -20,11 +20,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="skyreels-jax-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Most of the time goes into machine code that runs once: `make test` has LLVM optimize little of it
+# (a quarter of the time of a test of causal sampling). `make test-all` compiles as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
+import jaxtyping
 import pytest
-import tests.checked  # noqa: F401 (the hook names it)
-from jaxtyping import install_import_hook
+import tests.checked
 
 # A shell's background jobs inherit that Ctrl-C is ignored; tests that send it would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,7 +35,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 _C = ctypes.CDLL(None)
 
 # Before anything of the package is imported: annotations become run-time checks.
-install_import_hook("skyreels_jax", "tests.checked.on_call")
+jaxtyping.jaxtyped = tests.checked.jaxtyped  # The hook's decorator.
+jaxtyping.install_import_hook("skyreels_jax", "tests.checked.on_call")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -46,6 +50,20 @@ def imported_modules_are_not_searched_for_garbage():
     """A collection takes a third of a second else, and there is one after each module."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimized_where_a_module_says_so(request: pytest.FixtureRequest):
+    """Modules that are marked `optimized` compile as users do, and so do programs they start."""
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,6 +11,7 @@ import pytest
 from tests.golden.named_requests import BY_NAME, REQUESTS, NamedRequest, Studio
 from tests.golden.record import differences, environment, made, read_table
 
+pytestmark = pytest.mark.optimized
 TABLE = read_table()
 EXACTLY = TABLE["environment"] == environment()
 
