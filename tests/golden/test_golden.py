@@ -19,7 +19,7 @@ EXACTLY = TABLE["environment"] == environment()
 # Those that take longest, and whose ways others of the table go too.
 _SLOW = {
     *("original-layout-vae-tiling-bfloat16", "t2v", "block-causal", "flf2v", "file-long", "file"),
-    *("long-by-pixels", "start-image-noised", "i2v"),
+    *("long-by-pixels", "start-image-noised", "i2v", "i2v-reference-exact"),
 }
 
 

@@ -13,6 +13,8 @@ from skyreels_jax.moving_shapes.judge import detect_things, judge_scene
 from skyreels_jax.moving_shapes.scene import DIRECTIONS, HELD_OUT, Combination, is_held_out
 from skyreels_jax.pipeline import Pipeline
 
+# Most of the time goes into running them.
+pytestmark = pytest.mark.optimized
 LIMIT = 34 * 2**20  # bytes, of all together
 FOR = {"mini": "df", "mini-i2v": "i2v", "mini-live": "df"}
 # A student has what depends on the model from the one that it is of.
