@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# Byte code is made as it is imported: most of what is installed never is.
+# Byte code is made as it is imported: most of what is installed never is. Where none may be written,
+# as in many containers, each of hundreds of processes would compile all of JAX and PyTorch again.
+unexport PYTHONDONTWRITEBYTECODE
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 STAMPS := $(VENV)/.installed
 
