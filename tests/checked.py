@@ -14,17 +14,16 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from types import CodeType
-from typing import Any, Final, get_args
+from typing import Any, Final, Literal, get_args, get_origin
 
 import jaxtyping
 from beartype import beartype
 
-# What jaxtyping asks to be checked of each function of the package, its arguments alone and with
-# its result: functions of its signature, without body. One inside another is here once.
+# What is to be checked of each function of the package: itself, or where it has arrays what
+# jaxtyping asks for, functions of its signature without body, one of its arguments alone and one
+# with its result. One inside another is here once.
 asked: Final[dict[tuple[str, str, CodeType], Callable]] = {}
 _made: Final[dict[tuple, Callable]] = {}
-
-
 _jaxtyped: Final = jaxtyping.jaxtyped
 
 
@@ -58,6 +57,7 @@ def _has_arrays(hints: Iterable[object]) -> bool:
         or getattr(hint, "__module__", "").startswith("jaxtyping")
         or _has_arrays(hint if isinstance(hint, list) else get_args(hint))
         for hint in hints
+        if get_origin(hint) is not Literal  # Its strings are values.
     )
 
 
@@ -65,28 +65,24 @@ def _without_arrays(function: Callable) -> Callable:
     asked[function.__module__, function.__qualname__, function.__code__] = function
     if "<locals>" in function.__qualname__:
         return function
-    checked = None
-
-    @functools.wraps(function)
-    def check(*args: Any, **kwargs: Any) -> Any:
-        nonlocal checked
-        if checked is None:
-            checked = beartype(function)
-        return checked(*args, **kwargs)
-
-    return check
+    return functools.wraps(function)(_made_when_called(lambda: beartype(function)))
 
 
 def on_call(signature: Callable) -> Callable:
     """``signature``, whose arguments and result are checked as ``beartype(signature)`` does."""
     asked[signature.__module__, signature.__qualname__, signature.__code__] = signature
-    checked = None
+    return _made_when_called(lambda: _check_of(signature))
+
+
+def _made_when_called(make: Callable[[], Callable]) -> Callable:
+    """What ``make`` gives, made at the first call and kept."""
+    made = None
 
     def check(*args: Any, **kwargs: Any) -> Any:
-        nonlocal checked
-        if checked is None:
-            checked = _check_of(signature)
-        return checked(*args, **kwargs)
+        nonlocal made
+        if made is None:
+            made = make()
+        return made(*args, **kwargs)
 
     return check
 

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from typing import Literal
 
 import beartype
 import jax.numpy as jnp
@@ -36,6 +37,11 @@ def twice(number: int) -> int | str:
 
 
 @decorate
+def chosen(one_of: Literal["a", "b"]) -> str:
+    return one_of
+
+
+@decorate
 @dataclass(frozen=True)
 class Pair:
     number: int
@@ -52,7 +58,7 @@ def test_what_has_no_arrays_is_checked_by_beartype():
     assert twice(2) == 4
     assert Plain(1) == Plain(number=1)
     assert Pair(1, jnp.ones(2)).number == 1
-    for wrong, argument in ((twice, "a"), (twice, 0), (Plain, "a")):
+    for wrong, argument in ((twice, "a"), (twice, 0), (Plain, "a"), (chosen, "c")):
         with pytest.raises(BeartypeCallHintViolation):
             wrong(argument)
     for arguments in (("a",), (1, jnp.ones(3))):

@@ -98,11 +98,10 @@ def seconds_of(*words: str) -> float:
 
     The first leaves byte code, as an installed program has it.
     """
-    found = []
+    found, run = [], [sys.executable, *words]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        run = [sys.executable, *words]
         subprocess.run(run, capture_output=True, check=True, env=environment)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         found.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)

@@ -133,6 +133,20 @@ def test_bad_settings_are_refused_with_the_rule(
     assert len(outcome.errors) == 1
 
 
+def test_a_refused_device_leaves_what_an_earlier_run_left(
+    command: Command, checkpoints: Checkpoints, out: Path
+):
+    left = out / "raw" / "jax" / "timings.json"
+    left.parent.mkdir(parents=True)
+    left.write_text("{}")
+    words = ("--model", checkpoints("df", "diffusers"), "--height", "32", "--width", "48")
+    words += ("--num_frames", "9", "--steps", "2", "--device", "cuda", "--output-dir", out)
+    outcome = command("validate", *words)
+    assert (outcome.code, len(outcome.errors)) == (2, 1)
+    assert "sees no CUDA device" in outcome.err
+    assert left.read_text() == "{}"
+
+
 def test_the_described_script_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch):
     seen = []
     monkeypatch.setattr("skyreels_jax.cli.main.program", seen.append)

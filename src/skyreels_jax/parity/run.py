@@ -78,8 +78,9 @@ def validate(
         UnsupportedError: PyTorch sees no such device.
         RequestError: it knows none of that name.
     """
-    if plan.device not in ("cpu", "auto") and (only != "jax" or plan.reference == "hybrid"):
-        torch_device(plan.device)  # Refused before a side has run, not after.
+    sides = side_names(plan, only)
+    if "reference" in sides and plan.device not in ("cpu", "auto"):
+        torch_device(plan.device)  # Refused while what an earlier run left is still there.
     folder.mkdir(parents=True, exist_ok=True)
     plan.save(folder / "plan.json")
     (folder / "image.npy").unlink(missing_ok=True)
@@ -87,7 +88,6 @@ def validate(
         np.save(folder / "image.npy", image, allow_pickle=False)
     for side in SIDE_NAMES:  # What an earlier run left would be read as this one's.
         shutil.rmtree(side_folder(folder, side), ignore_errors=True)
-    sides = side_names(plan, only)
     for side in sides:
         log(f"running the {side} side")
         run_side(side, folder)
