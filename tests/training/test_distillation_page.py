@@ -15,11 +15,12 @@ from skyreels_jax.training.distillation_recipe import STAGES_OF, Distillation
 
 PAGE = (documents.ROOT / "docs" / "training.md").read_text()
 SECTION = PAGE.partition("## A student of few steps\n")[2].partition("\n## ")[0]
+KEYS = SECTION.partition("\n| key | of stages |")[2].partition("\n\n")[0]
 # Key -> stages and default.
 ROWS = {
     key: (stages, default)
     for key, stages, default in re.findall(
-        r"^\| `(\w+)` \| ([^|]*) \| ([^|]*) \| [^|]* \|$", SECTION, re.MULTILINE
+        r"^\| `(\w+)` \| ([^|]*) \| ([^|]*) \| [^|]* \|$", KEYS, re.MULTILINE
     )
 }
 STAGES = re.findall(r"^\| `([\w-]+)` \| [^|]* \| [^|]* \|$", SECTION, re.MULTILINE)
