@@ -16,7 +16,7 @@ from tests.weights.tiny import DF, T2V, edit_json, random_state, save
 from skyreels_jax.causal_settings import CausalSettings, read_streaming, write_streaming
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.cli.main import build_parser
-from skyreels_jax.errors import WeightsError
+from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.generation.request.live import LiveRequest
 from skyreels_jax.generation.request.resolve_live import ResolvedLive, resolve_live
 from skyreels_jax.models.transformer_config import TransformerConfig
@@ -63,8 +63,9 @@ def resolved(folder: Path, **settings: Any) -> ResolvedLive:
         LEARNED,
         CausalSettings(shift=None, first_block=1, rule="euler", guidance_scale=None),
         CausalSettings(block=1, window=21, is_rolling=True, first_timesteps=None),
+        replace(LEARNED, context_noise=400.0, change_noise=950.0),
     ],
-    ids=["renoise", "euler", "rolling"],
+    ids=["renoise", "euler", "rolling", "noise"],
 )
 def test_what_is_written_is_read(learned: CausalSettings, tmp_path: Path):
     assert read_streaming(write_streaming(tmp_path, learned)) == learned
@@ -144,6 +145,17 @@ def test_a_flag_goes_before_what_it_learned(tmp_path: Path):
     assert stream.sources["window"] == "given"
 
 
+def test_noise_before_another_prompt_is_left_out_where_nothing_is_computed_again(tmp_path: Path):
+    folder = student(tmp_path / "student", learned=replace(LEARNED, change_noise=950.0))
+    learned = resolved(folder)
+    assert (learned.window.change_noise, learned.sources["change_noise"]) == (950, NAMED)
+    assert learned.settings()["live"]["change_noise"] == 950  # pyright: ignore
+    assert resolved(folder, recompute="never").window.change_noise is None
+    assert resolved(folder, change_noise=800).window.change_noise == 800
+    with pytest.raises(RequestError, match="change_noise 800 with recompute block"):
+        resolved(folder, change_noise=800, recompute="block")
+
+
 def test_guidance_that_it_did_not_learn_is_the_checkpoints(tmp_path: Path):
     folder = student(tmp_path / "student", learned=CausalSettings(block=1, guidance_scale=None))
     stream = resolved(folder)
@@ -218,7 +230,12 @@ def test_a_recipe_says_what_holds_its_streams():
     found = learned_settings(training(sink=1, context_noise=400.0))
     assert found is not None and (found.sink, found.context_noise) == (1, 400)
     assert found.attention_window().context_noise == 400
-    assert found.recompute == "never"
+    assert (found.recompute, found.change_noise) == ("never", None)
+    found = learned_settings(training(change_noise=900.0))
+    assert found is not None and (found.recompute, found.change_noise) == ("prompt", 900)
+    assert found.attention_window().change_noise == 900
+    with pytest.raises(ValueError, match="change_noise = -1"):
+        training(change_noise=-1.0)
     with pytest.raises(ValueError, match="at most 4"):
         training(sink=5)
     with pytest.raises(ValueError, match="context_noise = 1000"):

@@ -42,6 +42,7 @@ class CausalSettings:
         positions: rotary positions in the video, or relative to the window.
         recompute: when keys and values of earlier frames are computed anew.
         context_noise: timestep to which earlier frames are noised for their keys and values.
+        change_noise: the same where another prompt has them computed anew; None is no other.
         is_rolling: whether each block runs a step behind the one before, all in one call.
         guidance_scale: 1 for students that have it in them; None where it is the checkpoint's.
     """
@@ -57,6 +58,7 @@ class CausalSettings:
     positions: WindowPositions = "absolute"
     recompute: Recomputation = "never"
     context_noise: float = 0.0
+    change_noise: float | None = None
     is_rolling: bool = False
     guidance_scale: float | None = 1.0
 
@@ -77,7 +79,7 @@ class CausalSettings:
 
     def attention_window(self) -> CausalWindow:
         """What a block sees."""
-        kept = (self.positions, self.recompute, self.context_noise)
+        kept = (self.positions, self.recompute, self.context_noise, self.change_noise)
         return CausalWindow(self.window, self.sink, *kept)
 
 
@@ -102,7 +104,9 @@ def _one_of(kind: object) -> tuple[Callable[[object], bool], str]:
 _KINDS: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     **dict.fromkeys(("block", "first_block", "window", "sink"), (_is_whole, "a whole number")),
     **dict.fromkeys(("timesteps", "first_timesteps"), (_are_numbers, "a list of numbers")),
-    **dict.fromkeys(("shift", "guidance_scale", "context_noise"), (_is_number, "a number")),
+    **dict.fromkeys(
+        ("shift", "guidance_scale", "context_noise", "change_noise"), (_is_number, "a number")
+    ),
     "rule": _one_of(StepRule),
     "positions": _one_of(WindowPositions),
     "recompute": _one_of(Recomputation),

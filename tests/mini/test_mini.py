@@ -7,6 +7,7 @@ import pytest
 
 from skyreels_jax.built_in import BUILT_IN
 from skyreels_jax.checkpoints import Checkpoint
+from skyreels_jax.evaluation.live_scores import LARGEST_JUMP, WITHIN_BLOCKS, prompt_changes
 from skyreels_jax.evaluation.scores import first_frame, from_image, from_text, held_out_scenes
 from skyreels_jax.hub import ASSETS
 from skyreels_jax.moving_shapes.judge import detect_things, judge_scene
@@ -66,6 +67,17 @@ def test_they_do_what_captions_of_unseen_combinations_say(name: str, make):
         for v, s in zip(videos, scenes[1:] + scenes[:1], strict=True)
     ]
     assert sum(verdict.all for verdict in other) <= 1
+
+
+# What the noise does is tested exactly in tests/sampling; this is what it does to these weights.
+@pytest.mark.slow
+def test_another_prompt_shows_within_two_blocks_and_without_a_jump():
+    make_stream = Pipeline.from_pretrained("mini-live", dtype="float32").stream
+    within = f"within_{WITHIN_BLOCKS}", f"jump_within_{LARGEST_JUMP}"
+    found = prompt_changes(make_stream, 8).metrics
+    assert min(found[name] for name in within) >= 7 / 8  # measured 1 and 1
+    before = prompt_changes(make_stream, 8, recompute="never").metrics
+    assert before[within[0]] <= 4 / 8  # measured 0.25
 
 
 def test_unseen_means_unseen():

@@ -87,19 +87,32 @@ def layout(schedule: CausalSchedule, window: CausalWindow, blocks):
     return seen, [places(window, *both) for both in zip(seen, blocks, strict=True)]
 
 
-def as_seen(done: np.ndarray, window: CausalWindow) -> np.ndarray:
-    """Finished frames as those after them see them."""
-    if not window.context_noise or not done.shape[1]:
+def as_seen(done: np.ndarray, timesteps: list[float]) -> np.ndarray:
+    """Finished frames as those after them see them, each at its timestep."""
+    if not any(timesteps):
         return done
-    level = window.context_noise / 1000
+    level = np.array(timesteps)[:, None, None] / 1000
     noise = noise_of(3, 0, range(done.shape[1]), SIZE, context=True)
     return (1 - level) * done + level * noise
 
 
 def written_out(
-    sides, schedule, window, count, *, texts=None, scale=1.0, y=None, clip=None, done=None
+    sides,
+    schedule,
+    window,
+    count,
+    *,
+    texts=None,
+    scale=1.0,
+    y=None,
+    clip=None,
+    done=None,
+    noises=(),
 ):
-    """The latents of ``count`` blocks, every one of which computes all frames before it anew."""
+    """The latents of ``count`` blocks, every one of which computes all frames before it anew.
+
+    ``noises`` are the timesteps at which the first frames are seen, where they have their own.
+    """
     done = np.zeros((16, 0, *SIZE)) if done is None else done
     blocks = [(s.start, s.stop) for s in schedule.blocks_of(done.shape[1])]
     texts = [0] * (count + len(blocks)) if texts is None else texts
@@ -110,10 +123,11 @@ def written_out(
         frames = range(first, first + size)
         seen, positions = layout(schedule, window, blocks)
         at = np.minimum(np.arange(first + size), 10**6 if y is None else y.shape[1] - 1)
+        under = [*noises, *[window.context_noise] * first][:first]
 
         def velocity(x, timestep, said):
-            both = np.concatenate([as_seen(done, window), x], axis=1)  # noqa: B023
-            times = [window.context_noise] * first + [timestep] * size  # noqa: B023
+            both = np.concatenate([as_seen(done, under), x], axis=1)  # noqa: B023
+            times = under + [timestep] * size  # noqa: B023
             image = {} if y is None else {"y": y[:, at], "clip": clip}  # noqa: B023
             text = [TEXTS[n] for n in said]
             out = sides.plain.velocity(both, times, text, blocks, seen, positions, **image)  # noqa: B023
@@ -281,6 +295,37 @@ def test_finished_frames_are_seen_under_noise_of_their_own(sides):
         assert decibels(made(sides.sampler(schedule, clean), 5), got) < 60, other
     with pytest.raises(RequestError, match="below 1000"):
         CausalWindow(5, context_noise=1000)
+
+
+def test_frames_before_another_prompt_are_seen_under_more_noise(sides):
+    schedule = CausalSchedule(STEPS, 2)
+    window = CausalWindow(12, 0, "relative", "prompt", 300, 950)
+    sampler = sides.sampler(schedule, window)
+    before = made(sampler, 3)
+    sampler.change(sides.conditioning(1))
+    got = made(sampler, 2)
+
+    def expected(*noises):
+        after = {"texts": [1] * 5, "done": before.astype(np.float64), "noises": noises}
+        return written_out(sides, schedule, window, 2, **after)[:, 6:]
+
+    # Those after it are seen as usual.
+    assert decibels(got, expected(*[950] * 6)) > LEAST  # measured 112.4
+    for other in ([], [930] * 6, [950] * 8, [950] * 5):
+        assert decibels(got, expected(*other)) < 60, other  # measured 21 to 35
+    # A second one computes all of it again, from frames without noise.
+    sampler.change(sides.conditioning(0))
+    fresh = sides.sampler(schedule, dataclasses.replace(window, context_noise=950))
+    fresh.given(np.concatenate([before, got], axis=1)[None])
+    kept = (jax.tree.map(np.asarray, each._state.kv_cache) for each in (sampler, fresh))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=TOL), *kept)
+
+
+def test_noise_before_another_prompt_is_of_what_is_computed_again():
+    with pytest.raises(RequestError, match="change_noise 900 with recompute never"):
+        CausalWindow(5, change_noise=900)
+    with pytest.raises(RequestError, match="change_noise 1000: .* below 1000"):
+        CausalWindow(5, recompute="prompt", change_noise=1000)
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,9 @@ class CausalWindow:
         context_noise: timestep to which finished frames are noised before their keys and values are
             computed (Self-Forcing's ``context_noise``); what a model got wrong in them is then less
             of what it goes on from.
+        change_noise: the same for frames before another prompt, where that has them computed again;
+            ``None`` is as ``context_noise``. Near 1000 little more than where things were is left,
+            so that the next block shows what is told instead of going on with what was.
     """
 
     frames: int
@@ -155,13 +158,15 @@ class CausalWindow:
     positions: WindowPositions = "absolute"
     recompute: Recomputation = "never"
     context_noise: float | int = 0
+    change_noise: float | int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.context_noise < NUM_TRAIN_TIMESTEPS:
-            raise RequestError(
-                f"context_noise {self.context_noise:g}: a timestep of at least 0, below "
-                f"{NUM_TRAIN_TIMESTEPS}"
-            )
+        for name in ("context_noise", "change_noise"):
+            noise = getattr(self, name)
+            if noise is not None and not 0 <= noise < NUM_TRAIN_TIMESTEPS:
+                raise RequestError(
+                    f"{name} {noise:g}: a timestep of at least 0, below {NUM_TRAIN_TIMESTEPS}"
+                )
         if self.positions not in _POSITIONS:
             raise RequestError(
                 f"positions {self.positions!r}; there are {' and '.join(_POSITIONS)}"
@@ -169,6 +174,12 @@ class CausalWindow:
         if self.recompute not in _RECOMPUTATIONS:
             raise RequestError(
                 f"recompute {self.recompute!r}; there are {', '.join(_RECOMPUTATIONS)}"
+            )
+        if self.change_noise is not None and self.recompute != "prompt":
+            raise RequestError(
+                f"change_noise {self.change_noise:g} with recompute {self.recompute}: it is of "
+                "what is computed again for another prompt; set recompute to prompt, or leave it "
+                "out"
             )
         if self.sink < 0 or self.frames > ROPE_FRAMES:
             raise RequestError(

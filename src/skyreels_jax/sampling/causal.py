@@ -7,7 +7,7 @@ a block, two blocks later.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import jax
@@ -79,7 +79,7 @@ class CausalSampler:
         self._key = noise_key(self.seed, 0)
         self._step: CausalStep | None = None
         self._state: KeptWindow | None = None
-        self._programs: dict[tuple[str, int, int], jax.stages.Compiled] = {}
+        self._programs: dict[tuple[str, int, int, float], jax.stages.Compiled] = {}
 
     def change(self, conditioning: Conditioning) -> None:
         """Take another prompt (or the first one) from the next block on.
@@ -101,13 +101,16 @@ class CausalSampler:
             attention=self.attention,
             parallelism=self.denoiser.parallelism,
         )
-        noise = self.window.context_noise
-        # A key of its own: steps of blocks draw from the other.
-        key = noise_key(self.seed, 1) if noise else None
-        self._step = CausalStep(step, self.schedule.rule, noise, key)
+        self._step = self._seeing(CausalStep(step, self.schedule.rule), self.window.context_noise)
         self._programs = {}
         if self.window.recompute == "prompt":
-            self._recompute()
+            self._recompute(self.window.change_noise)
+
+    def _seeing(self, step: CausalStep, noise: float | int) -> CausalStep:
+        """The step, with finished frames seen under so much noise."""
+        # A key of its own: steps of blocks draw from the other.
+        key = noise_key(self.seed, 1) if noise else None
+        return replace(step, context_noise=noise, context_key=key)
 
     def given(self, latents: Latents | Float[np.ndarray, "B C F H W"]) -> None:
         """Frames that are there already: an image's latent, or a video's, to go on from.
@@ -247,17 +250,19 @@ class CausalSampler:
         self._starts = {frame: self._starts[frame] for frame in self._held.held}
         return BlockPlace(np.array(first, np.int32), count, slots, places)
 
-    def _keep(self, latents: Latents, first: int) -> None:
-        """Write finished frames into the window."""
+    def _keep(self, latents: Latents, first: int, noise: float | int | None = None) -> None:
+        """Write finished frames into the window; under other noise than usual where it is given."""
         step, state = self._started()
+        if noise is not None:
+            step = self._seeing(step, noise)
         shape = (self.batch, *latents.shape[1:])
         latents = self.denoiser.parallelism.place(jnp.broadcast_to(latents, shape))
         arguments = (step, state, self._next_block(first, shape[2]), latents)
         program = self._program(CausalStep.keep_block, arguments, shape[2], 0)
         self._state = program(*arguments)
 
-    def _recompute(self) -> None:
-        """Compute all that is kept again, in order of time."""
+    def _recompute(self, noise: float | int | None = None) -> None:
+        """Compute all that is kept again, in order of time; seen under such noise, or as usual."""
         if self._state is None or not self._held.held:
             return
         held, starts = self._held.in_order(), self._starts
@@ -266,14 +271,14 @@ class CausalSampler:
         self._starts = {}
         for piece in _runs([frame for frame, _ in held], starts):
             first, start = held[piece.start][0], starts[held[piece.start][0]]
-            self._keep(kept[:, :, piece], first)
+            self._keep(kept[:, :, piece], first, noise)
             self._starts |= {frame: start for frame, _ in held[piece]}
 
     def _program(
         self, function: Callable[..., object], arguments: tuple, size: int, steps: int
     ) -> jax.stages.Compiled:
         """The compiled program of a block of this size."""
-        key = (function.__name__, size, steps)
+        key = (function.__name__, size, steps, arguments[0].context_noise)
         if key not in self._programs:
             assert self.clock is not None
             compiled = self.denoiser.compiled(function, function, arguments, (1,), self.clock)

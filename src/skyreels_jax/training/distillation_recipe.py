@@ -57,6 +57,7 @@ class Distillation:
         sink: of the student's streams: how many of the first latent frames never leave its window.
         context_noise: of its streams: the timestep to which finished frames are noised where later
             ones see them.
+        change_noise: of its streams: the same for what is before another prompt.
         learn_context_noise: whether training sees them so too, and not clean.
     """
 
@@ -73,6 +74,7 @@ class Distillation:
     critic_rate: float = 0.2
     sink: int = 0
     context_noise: float = 0.0
+    change_noise: float | None = None
     learn_context_noise: bool = False
 
     def __post_init__(self):
@@ -90,6 +92,8 @@ class Distillation:
             check_at_least(self, 1, "first_block")
         check_at_least(self, 0, "sink")
         check_at_least(self, 0, "context_noise", most=NUM_TRAIN_TIMESTEPS - 1)
+        if self.change_noise is not None:
+            check_at_least(self, 0, "change_noise", most=NUM_TRAIN_TIMESTEPS - 1)
         if self.learn_context_noise and not self.context_noise:
             raise ValueError(
                 "learn_context_noise = true needs a context_noise, such as context_noise = 400.0"
@@ -207,9 +211,10 @@ def learned_settings(training: DistillTraining) -> CausalSettings | None:
         window=window,
         sink=distill.sink,
         positions="relative",
-        # What is before a change was seen with the text after it.
-        recompute="prompt" if changes else "never",
+        # What is before a change was seen with the text after it, or is to be seen through noise.
+        recompute="prompt" if changes or distill.change_noise is not None else "never",
         context_noise=distill.context_noise,
+        change_noise=distill.change_noise,
         # Teacher forcing learns from data, which has none in it.
         guidance_scale=None if distill.stage == "teacher-forcing" else 1.0,
     )

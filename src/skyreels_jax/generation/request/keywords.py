@@ -178,6 +178,9 @@ class StreamSettings(TypedDict, total=False):
     context_noise: float | None
     """Timestep to which finished frames are noised where later ones see them."""
 
+    change_noise: float | None
+    """The same for what is before another prompt, where recompute is prompt: more lets go of it."""
+
     rolling: bool | None
     """Each block runs a step behind the one before, as many at once as there are steps."""
 

@@ -112,6 +112,12 @@ class LiveSettings:
         LIVE,
         unset=f"{_LEARNED}, or 0",
     )
+    change_noise: float | None = setting(
+        Real(0.0, 999.0),
+        "the same for what is before another prompt, where recompute is prompt: more lets go of it",
+        LIVE,
+        unset=f"{_LEARNED}, or as context_noise",
+    )
     rolling: bool | None = setting(
         Switch(has_off=True),
         "each block runs a step behind the one before, as many at once as there are steps",

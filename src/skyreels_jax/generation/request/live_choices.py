@@ -91,11 +91,14 @@ class LiveChoices:
         positions = self.choose("positions", usual)
         usual = Default(learned.context_noise if learned else 0.0, source)
         noise = self.choose("context_noise", usual)
+        # What was learned for another prompt is of no use where nothing is computed again for it.
+        change = learned.change_noise if learned and recompute == "prompt" else None
+        none = source if change is not None else "as context_noise"
+        change = self.choose("change_noise", Default(change, none))
         if self.problems:
             return None
-        return self.try_to(
-            lambda: CausalWindow(frames, sink, positions, recompute, noise)  # pyright: ignore
-        )
+        kept = (positions, recompute, noise, change)
+        return self.try_to(lambda: CausalWindow(frames, sink, *kept))  # pyright: ignore
 
     def with_positions(self, window: CausalWindow, total: int | None) -> CausalWindow:
         """Positions that do not end before the last of ``total`` latent frames is made."""

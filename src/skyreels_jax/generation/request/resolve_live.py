@@ -74,6 +74,7 @@ class ResolvedLive:
             "positions": window.positions,
             "recompute": window.recompute,
             "context_noise": window.context_noise,
+            "change_noise": window.change_noise,
             "rolling": schedule.rolling,
             "first_block": schedule.first_block,
             "first_timesteps": schedule.first_timesteps and list(schedule.first_timesteps),
