@@ -142,6 +142,10 @@ def test_settings_of_students():
     assert resolved(student="krea-realtime").window.recompute == "block"
     assert resolved(student="krea-realtime", recompute="never").window.recompute == "never"
     assert resolved(student="causvid").schedule.timesteps == (1000.0, 757.0, 522.0)
+    # As many steps as it learned are those that it learned; another number's are even ones.
+    assert resolved(student="causvid", steps=3).schedule.timesteps == (1000.0, 757.0, 522.0)
+    assert resolved(student="krea-realtime", steps=4).schedule.timesteps[1:] == (937, 833, 625)
+    assert resolved(student="causvid", steps=2).schedule.timesteps == (1000.0, 500.0)
     two = resolved(student="causal-forcing++-2step").schedule
     assert (len(two.timesteps), len(two.first_timesteps or ())) == (2, 4)
     # Steps that somebody asks for are those of the first block too.

@@ -154,7 +154,9 @@ class LiveChoices:
         if request.timesteps is not None:
             given = self.choose("timesteps", Default((), ""))
             return self._warped(given) if request.shift is not None else given
-        if request.steps is None and learned is not None:
+        if learned is not None and request.steps in (None, len(learned.timesteps)):
+            if request.steps is not None:
+                self.sources["steps"] = GIVEN
             self.sources["timesteps"] = self.origin
             return self._warped(learned.timesteps)
         steps = self.choose("steps", Default(_STEPS, "enough with guidance"))
