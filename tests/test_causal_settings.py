@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
+from tests.documents import ROOT
 from tests.fabricate import Checkpoints
 from tests.weights.tiny import DF, T2V, edit_json, random_state, save
 
@@ -19,6 +20,8 @@ from skyreels_jax.cli.main import build_parser
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.generation.request.live import LiveRequest
 from skyreels_jax.generation.request.resolve_live import ResolvedLive, resolve_live
+from skyreels_jax.hub import ASSETS
+from skyreels_jax.mini.recipe import read_recipe
 from skyreels_jax.models.transformer_config import TransformerConfig
 from skyreels_jax.training.distillation_recipe import (
     Distillation,
@@ -226,6 +229,13 @@ def test_timesteps_of_a_recipe_are_taken_to_within_float32():
     assert found.rule == "renoise"
 
 
+@pytest.mark.parametrize("stage", ["consistency", "continuous"])
+def test_timesteps_of_a_student_that_learned_all_are_those_of_its_streams(stage: str):
+    found = learned_settings(training(stage=stage, timesteps=(1000.0, 833.333333333)))
+    assert found is not None and found.timesteps == (1000, 500)
+    assert found.schedule().timesteps == pytest.approx((1000, 2500 / 3), abs=1e-4)
+
+
 def test_a_recipe_says_what_holds_its_streams():
     found = learned_settings(training(sink=1, context_noise=400.0))
     assert found is not None and (found.sink, found.context_noise) == (1, 400)
@@ -240,6 +250,13 @@ def test_a_recipe_says_what_holds_its_streams():
         training(sink=5)
     with pytest.raises(ValueError, match="context_noise = 1000"):
         training(context_noise=1000.0)
+
+
+def test_the_packages_student_is_sampled_as_its_recipe_says():
+    recipe: Any = read_recipe(ROOT / "configs" / "mini" / "live.toml")
+    shipped = read_streaming(ASSETS / "mini-live" / "transformer" / STREAMING)
+    assert shipped == learned_settings(recipe.tables)
+    assert (len(shipped.timesteps), shipped.change_noise) == (2, 950)
 
 
 def test_a_student_that_saw_other_scenes_before_computes_them_again_for_a_new_prompt():

@@ -87,7 +87,6 @@ def of_stage(tmp_path: Path, name: str, stage: str) -> Recipe:
         ("block = 1", "guidance = 0.5", "at least 1, which is the teacher without"),
         ("block = 1", "timesteps = [625, 1000]", "should fall, from at most 1000 to above 0"),
         ('"guidance"', '"dmd"', "timesteps must be given for stage 'dmd'"),
-        ('"guidance"', '"continuous"\ntimesteps = [1000]', "which learns all of them"),
         ('"guidance"', '"teacher-forcing"\nguidance = 3.0', "not of 'teacher-forcing'"),
         ("block = 1", "learn_context_noise = true", "needs a context_noise, such as"),
         ('"guidance"', '"dmd"\nlearn_context_noise = true', "not of 'dmd'; leave it out"),

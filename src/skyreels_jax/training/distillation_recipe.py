@@ -47,7 +47,8 @@ class Distillation:
         block: latent frames that are made at once; as many as the video has leave nothing causal.
         first_block: of the first block, where it has its own number.
         timesteps: the student's, noisiest first, of 1000; of ``guidance`` and ``teacher-forcing``
-            what sigmas are drawn from (the table ``objective`` where empty), of ``dmd`` its steps.
+            what sigmas are drawn from (the table ``objective`` where empty), of ``dmd`` its steps;
+            consistency learns all of them, and they are of its streams alone.
         shift: towards noise, of the sigmas of consistency and of those that critic and teacher are
             asked at.
         sigmas: how many steps the teacher's flow is cut into.
@@ -117,11 +118,6 @@ class Distillation:
             raise ValueError(
                 "timesteps must be given for stage 'dmd': those of the student's steps, such as "
                 "[1000, 937.5, 833.3, 625]"
-            )
-        if self.timesteps and self.stage in ("consistency", "continuous"):
-            raise ValueError(
-                f"timesteps = {list(self.timesteps)} are not of stage {self.stage!r}, which learns "
-                "all of them; leave them out"
             )
 
 
