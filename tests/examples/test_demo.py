@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image, ImageSequence
 
 from skyreels_jax.media import read_settings, read_video
@@ -13,17 +12,11 @@ from skyreels_jax.moving_shapes.judge import detect_things
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 
 
-# How many steps are taken in place of the demo's own, which take half a minute.
-@pytest.mark.parametrize("steps", [10, pytest.param(None, marks=pytest.mark.slow)])
-def test_the_demo_makes_a_video_without_pytorch(tmp_path: Path, steps: int | None):
-    fewer = {} if steps is None else {"steps": steps}
+def test_the_demo_makes_a_video_without_pytorch(tmp_path: Path):
     # A module that is None cannot be imported: as if it were not installed.
     code = (
         "import runpy, sys\n"
         "sys.modules |= {'torch': None, 'diffusers': None, 'transformers': None}\n"
-        "from skyreels_jax import Pipeline\n"
-        "call = Pipeline.__call__\n"
-        f"Pipeline.__call__ = lambda self, *a, **given: call(self, *a, **given, **{fewer!r})\n"
         f"sys.argv = ['demo.py', '--output', {str(tmp_path / 'demo.mp4')!r}]\n"
         f"runpy.run_path({str(DEMO)!r}, run_name='__main__')\n"
     )
