@@ -114,11 +114,17 @@ def is_cheap(words: list[str]) -> bool:
     return words[:2] in ([["skyreels-jax", verb] for verb in ("doctor", "batch")])
 
 
-# A stream compiles what no other command does.
 SLOW = pytest.mark.slow
+
+
+def is_slow(words: list[str]) -> bool:
+    """A stream compiles what no other command does; a batch has the same few steps in any case."""
+    return words[1] == "live" or (words[1] == "batch" and "--steps" in words)
+
+
 CHECKED_PAGES = ("batch", "live", "long_video", "quality", "training")
 COMMANDS = [
-    pytest.param(words, id=" ".join(words[:6]), marks=SLOW if words[1] == "live" else ())
+    pytest.param(words, id=" ".join(words[:6]), marks=SLOW if is_slow(words) else ())
     for name in ("README.md", *(f"docs/{page}.md" for page in CHECKED_PAGES))
     for words in documents.commands(PAGES[name])
     if is_cheap(words)

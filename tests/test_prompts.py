@@ -1,5 +1,6 @@
 """Prompts to ids, against transformers' tokenizers and diffusers' cleaning."""
 
+import bisect
 import json
 import logging
 import random
@@ -232,7 +233,12 @@ def test_a_cut_keeps_the_end_token_and_is_reported(folder: Path, caplog: pytest.
 def test_a_prompt_of_exactly_512_tokens_is_whole(folder: Path, caplog: pytest.LogCaptureFixture):
     tokenizer = Tokenizer.from_folder(folder)
     words = (WORDS * 30)[:600]
-    fits = max(n for n in range(600) if tokenizer.encode([" ".join(words[:n])]).lengths[0] <= 512)
+
+    def length(count: int) -> int:
+        return tokenizer.encode([" ".join(words[:count])]).lengths[0]
+
+    fits = bisect.bisect_right(range(600), 512, key=length) - 1
+    assert length(fits) <= 512 < length(fits + 1)
     caplog.clear()
     assert tokenizer.encode([" ".join(words[:fits])]).truncated == ()
     assert caplog.records == []

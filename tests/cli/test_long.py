@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tests.cli.commands import Command
+from tests.cli.conftest import jax_settings
 from tests.fabricate import Checkpoints
 
 from skyreels_jax import media
+from skyreels_jax.cli.main import main
 
 # Seconds from the start of the work within which a kill falls; most of the work is in the first.
 SPAN = 2.5
@@ -48,10 +50,9 @@ def until_it_works(process: subprocess.Popen[str]) -> None:
 def undisturbed(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory, cache_folder):
     """Frames of a run that nothing interrupts; it also fills the compilation cache."""
     out = tmp_path_factory.mktemp("undisturbed")
-    os.environ["SKYREELS_JAX_CACHE"] = str(cache_folder)
-    process = start(words(checkpoints, out))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    with pytest.MonkeyPatch.context() as patch, jax_settings():
+        patch.setenv("SKYREELS_JAX_CACHE", str(cache_folder))
+        assert main(words(checkpoints, out)) == 0
     assert sorted(path.name for path in out.iterdir()) == ["x.mp4"]
     return media.read_video(out / "x.mp4")[0]
 
@@ -93,7 +94,7 @@ def test_kills_at_random_moments_lose_nothing(checkpoints, out: Path, undisturbe
 )
 def test_asked_to_stop_it_leaves_a_file_that_plays(checkpoints, out: Path, undisturbed, number):
     # So many steps that the second window is under way when the signal comes.
-    process = start(words(checkpoints, out, "--steps", "400"))
+    process = start(words(checkpoints, out, "--steps", "150"))
     until_it_works(process)
     while not (out / "x.job" / "window-0000.safetensors").is_file():
         assert process.poll() is None

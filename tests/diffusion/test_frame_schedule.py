@@ -37,9 +37,10 @@ def random_legal_setting(rng: np.random.Generator) -> tuple[int, int, int, int, 
     return blocks * block, steps, ar_step, ready * block, block
 
 
-def test_tables_equal_the_references_on_2000_random_legal_settings():
+@pytest.mark.parametrize("times", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_tables_equal_the_references_on_random_legal_settings(times: int):
     rng = np.random.default_rng(0)
-    for _ in range(2000):
+    for _ in range(times):
         setting = random_legal_setting(rng)
         frames, steps, ar_step, prefix, block = setting
         plan = plan_blocks(frames, block, prefix=prefix)

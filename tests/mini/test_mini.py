@@ -43,21 +43,23 @@ def test_they_are_small_and_say_how_they_were_made():
         assert "%" in (ASSETS / name / "README.md").read_text()
 
 
+# A video takes ten seconds: half of them in every run.
 @pytest.mark.parametrize(
-    ("name", "make"),
+    ("name", "make", "count"),
     [
-        ("mini", from_text),
-        pytest.param("mini-i2v", from_image, marks=pytest.mark.slow),
+        ("mini", from_text, 4),
+        pytest.param("mini", from_text, 8, marks=pytest.mark.slow),
+        pytest.param("mini-i2v", from_image, 8, marks=pytest.mark.slow),
     ],
 )
-def test_they_do_what_captions_of_unseen_combinations_say(name: str, make):
+def test_they_do_what_captions_of_unseen_combinations_say(name: str, make, count: int):
     pipeline = Pipeline.from_pretrained(name, dtype="float32", keep=True)
-    scenes = held_out_scenes(8, seed=9)
+    scenes = held_out_scenes(8, seed=9)[:count]
     videos = [make(pipeline, scene, seed) for seed, scene in enumerate(scenes)]
     right = [judge_scene(detect_things(v, 16), s) for v, s in zip(videos, scenes, strict=True)]
     # The tables of their cards say how often exactly; guessing colour, shape and motion is right
     # once in 24 * 10 times. Measured: 8 of both models; one may fall to another machine's rounding.
-    assert sum(verdict.all for verdict in right) >= 7
+    assert sum(verdict.all for verdict in right) >= count - 1
     if name == "mini-i2v":
         for scene, video in zip(scenes, videos, strict=True):
             distance = np.abs(video[0].astype(int) - first_frame(scene)).mean()

@@ -20,14 +20,15 @@ TOL = 5e-6
 def random_model(config, **options) -> WanModel:
     """Random in every parameter; a fresh model's head is zero, as the original's."""
     options = {"dtype": jnp.float32, "param_dtype": jnp.float32, **options}
-    model = WanModel(config, rngs=nnx.Rngs(0), **options)
+    # Drawn by NumPy: to JAX each shape would be a program to compile.
+    model = nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0), **options))
     leaves, tree = jax.tree.flatten(nnx.state(model))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
-        for key, leaf in zip(keys, leaves, strict=True)
+    rng = np.random.default_rng(1)
+    drawn = [
+        jnp.asarray(rng.standard_normal(leaf.shape) / max(2, leaf.shape[-2:][0]) ** 0.5, leaf.dtype)
+        for leaf in leaves
     ]
-    nnx.update(model, jax.tree.unflatten(tree, noisy))
+    nnx.update(model, jax.tree.unflatten(tree, drawn))
     return model
 
 

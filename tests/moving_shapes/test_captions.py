@@ -32,7 +32,7 @@ from skyreels_jax.moving_shapes.scene import (
     draw_scene,
 )
 
-DRAWS = 2000
+DRAWS = 1000
 
 
 class Said(NamedTuple):

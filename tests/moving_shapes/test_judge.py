@@ -45,7 +45,9 @@ def right(scenes: list[Scene], frames: list[np.ndarray], fps: int) -> dict[str, 
     return {name: float(np.mean([getattr(v, name) for v in verdicts])) for name in names}
 
 
-@pytest.mark.parametrize(("fps", "held"), [(16, False), (24, False), (16, True)])
+@pytest.mark.parametrize(
+    ("fps", "held"), [(16, False), pytest.param(24, False, marks=pytest.mark.slow), (16, True)]
+)
 def test_one_thing_is_told_without_an_error(fps: int, held: bool):
     scenes = drawn(60, fps, 1, held)
     assert right(scenes, [video(s, fps) for s in scenes], fps) == {

@@ -34,7 +34,7 @@ from skyreels_jax.moving_shapes.scene import (
 )
 
 SECONDS = 17 / 16
-DRAWS = 4000
+DRAWS = 3000
 RIGHT = Thing("circle", "red", "move", "right", "fast", 0.5, 0.5, 0.2)
 
 

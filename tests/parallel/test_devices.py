@@ -34,7 +34,9 @@ PLANS = [str(plan) for plan in all_plans(8) if HEADS % plan.ulysses == 0]
 
 def lines_of(program: str, *words: str) -> list[list]:
     """What a program of this folder prints on a CPU of eight devices."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    given = os.environ.get("XLA_FLAGS", "")
+    eight = f"{given} --xla_force_host_platform_device_count=8"
+    flags = {"XLA_FLAGS": eight, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", f"tests.parallel.{program}", *words]
     done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

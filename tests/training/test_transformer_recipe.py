@@ -26,7 +26,8 @@ def test_shares_are_those_of_videos():
 
 def test_given_frames_are_known_and_nearly_clean_ones_are_not():
     objective = Objective(frames=0.5, continued=0.5)
-    drawn = draw_sigmas(objective.distribution(), jax.random.key(0), 8000, 5)
+    asked = jax.random.key(0), 2000, 5
+    drawn = draw_sigmas(objective.distribution(), *asked)
     sigma, known = map(np.asarray, drawn)
     assert np.all(sigma[known] == np.float32(KNOWN_FRAME_SIGMA))
     assert abs(np.mean(known.any(axis=1)) - 0.5) < 0.022
@@ -35,9 +36,7 @@ def test_given_frames_are_known_and_nearly_clean_ones_are_not():
     nearly_clean = ~known.any(axis=1) & (sigma[:, 0] <= KNOWN_FRAME_SIGMA)
     assert nearly_clean.mean() > 0.02
     # The same sigmas as ever follow from a key.
-    few = jax.random.key(0), 200, 5
-    again = objective.distribution().sample(*few)
-    np.testing.assert_array_equal(draw_sigmas(objective.distribution(), *few).sigma, again)
+    np.testing.assert_array_equal(sigma, objective.distribution().sample(*asked))
     assert not draw_sigmas(LogitNormal(), jax.random.key(0), 3, 5).known.any()
 
 

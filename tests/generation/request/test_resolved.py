@@ -41,7 +41,7 @@ def test_windows_are_the_originals(frames: int, at_once: int, lengths: list[int]
 lengths = st.integers(1, 400)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(total=lengths, size=st.integers(1, 60), overlap=st.integers(1, 20), data=st.data())
 def test_every_frame_is_made_exactly_once_and_windows_join(total, size, overlap, data):
     overlap = min(overlap, size - 1)

@@ -573,7 +573,7 @@ def code_fault_is_found(cases, monkeypatch: pytest.MonkeyPatch, folder: Path, na
 IN_EVERY_RUN = (
     *("rope axes swapped", "a mask between frames", "epsilon of the layer norms", "no gate"),
     *("scale without one", "the other GELU", "text padding masked", "image not attended to"),
-    *("CLIP tokens misplaced", "VAE mean and std exchanged", "wrong guidance"),
+    *("rows and columns of patches", "VAE mean and std exchanged", "wrong guidance"),
 )
 
 
