@@ -25,8 +25,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Most of the time goes into machine code that runs once: `make test` has LLVM optimize little of it
 # (a quarter of the time of a test of causal sampling). `make test-all` compiles as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# And XLA emits it the older way, which takes a third to a half of the time of the newer one. JAX 0.11
-# has the newer alone, and ends where a flag is unknown.
+# And XLA emits it the older way, which takes a third to a half of the time of the newer one. JAX
+# 0.11 has the newer alone, and ends where a flag is unknown.
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0" and version("jaxlib").startswith("0.10."):
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_use_fusion_emitters" not in flags:
