@@ -25,7 +25,7 @@ from transformers import CLIPImageProcessorPil
 
 from skyreels_jax.components import encoders
 from skyreels_jax.components.clip_preprocessing import centre_crop, squash
-from skyreels_jax.components.encoders import ClipImageEncoder, Umt5TextEncoder
+from skyreels_jax.components.encoders import ClipImageEncoder, Umt5TextEncoder, padding_rows
 from skyreels_jax.components.protocols import ImageCondition
 from skyreels_jax.errors import WeightsError
 from skyreels_jax.prompts import Tokenizer
@@ -134,3 +134,16 @@ def test_bfloat16_encoders_return_float32():
     assert Umt5TextEncoder(model, tokenizer()).encode(["a"]).dtype == jnp.float32
     tower = clip_from(CLIP, tensors_of(clip_oracle(CLIP)), "bfloat16")
     assert ClipImageEncoder(tower).encode(condition(64, 64)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("used", "kept"), [(0, 64), (1, 64), (64, 64), (65, 128), (256, 256), (257, 512), (512, 512)]
+)
+def test_rows_of_zeros_are_left_to_one_where_tokens_are_few(used: int, kept: int):
+    states = np.zeros((1, 512, 8), np.float32)
+    states[0, :used, 3] = 1
+    states[0, used // 2] = 0  # Zeros before the last word are none of the end.
+    states[0, max(used - 1, 0), 3] = used > 0
+    assert padding_rows([states, None], 511) == 512 - kept
+    assert padding_rows([np.zeros_like(states), states], 511) == 512 - kept
+    assert padding_rows([states], 512) == 0

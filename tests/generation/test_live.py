@@ -15,15 +15,17 @@ import pytest
 from tests import standins
 from tests.fabricate import Checkpoints
 
-from skyreels_jax.components.encoders import to_frames
+from skyreels_jax.components.encoders import padding_rows, to_frames
 from skyreels_jax.components.protocols import Components
 from skyreels_jax.diffusion.few_steps import CausalSchedule
 from skyreels_jax.errors import NumericsError, RequestError
+from skyreels_jax.generation import live
 from skyreels_jax.generation.live import LiveStream
 from skyreels_jax.generation.request.live import LiveRequest
 from skyreels_jax.generation.request.resolve_live import ResolvedLive, resolve_live
 from skyreels_jax.generation.streaming import in_known_words
 from skyreels_jax.media import VideoWriter
+from skyreels_jax.models import transformer
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.sampling.step import Conditioning
@@ -370,3 +372,31 @@ def test_memory_does_not_grow_over_2000_frames(checkpoints: Checkpoints):
             growth.append(resident() - before)
     assert growth[0] < 3, growth
     assert growth[1] > 3, growth
+
+
+def test_padding_of_a_text_is_counted_where_a_block_is_small(monkeypatch: pytest.MonkeyPatch):
+    """Sixteen tokens a block attend to 65 rows, not to 512; frames are those of all rows."""
+
+    def frames() -> np.ndarray:
+        # Programs of its own: what is planted would not be in those of another.
+        pipe = Pipeline.from_pretrained("mini-live", dtype="float32")
+        with pipe.stream("a red star moves left", seed=1, seconds=0.5) as stream:
+            return np.concatenate(list(stream)).astype(np.int32)
+
+    counts: list[int] = []
+    condition = Denoiser.condition
+
+    def counted(self: Denoiser, *texts: Any, padding: int = 0, **how: Any) -> Conditioning:
+        counts.append(padding)
+        return condition(self, *texts, padding=padding, **how)
+
+    monkeypatch.setattr(Denoiser, "condition", counted)
+    got = frames()
+    monkeypatch.setattr(live, "padding_rows", lambda texts, tokens: 0)
+    whole = frames()
+    assert counts == [448, 0]
+    # Of 255; measured 1, and 2.7e-5 in the mean: a value between two is rounded otherwise.
+    assert np.max(np.abs(got - whole)) <= 1
+    monkeypatch.setattr(transformer, "last_counts", lambda states, count: states)
+    monkeypatch.setattr(live, "padding_rows", padding_rows)
+    assert np.mean(np.abs(frames() - whole)) > 10  # Counted as one: measured 65.

@@ -34,11 +34,13 @@ from skyreels_jax.models.vae import WanVae
 from skyreels_jax.models.vae_runs import ON_ONE_DEVICE, WHOLE, FrameDevices, Tiling
 from skyreels_jax.models.vae_tiling import Tiles
 from skyreels_jax.prompts import TEXT_LEN, Tokenizer
-from skyreels_jax.shapes import Frames, HostLatents, Pixels
+from skyreels_jax.shapes import Context, Frames, HostLatents, Pixels
 
 # Prompts are encoded at the least of these that holds them. A prompt's states do not depend on its
 # padding, so this only saves time; that there are three bounds how often anything is compiled.
 LENGTHS: Final = (128, 256, TEXT_LEN)
+# Rows of states that are kept where those behind them, zeros, are computed as one.
+_KEPT: Final = (64, 128, 256)
 # Whether the VAE cuts frames into tiles: always, never, or where memory would not hold a whole one.
 VaeTiling = Literal["auto", "on", "off"]
 VAE_TILINGS: Final = get_args(VaeTiling)
@@ -53,6 +55,20 @@ EncoderCall = Callable[..., Array]
 def encode_here(graph: nnx.GraphDef[nnx.Module], state: nnx.State, *inputs: Array) -> Array:
     """An encoder on the default device."""
     return nnx.merge(graph, state)(*inputs)  # pyright: ignore[reportCallIssue]
+
+
+def padding_rows(texts: Sequence[Context | None], tokens: int) -> int:
+    """How many rows of zeros at the end of all texts' states ``[B, S, D]`` are left to one of them.
+
+    A few less than there are, so that a program for so many is there for the next prompt too; none
+    for as many ``tokens`` as rows or more, of whose work they are a small part.
+    """
+    given = [np.asarray(text) for text in texts if text is not None]
+    rows = given[0].shape[1]
+    if tokens >= rows:
+        return 0
+    used = max(int(np.any(text, axis=(0, 2)).nonzero()[0].max(initial=-1)) + 1 for text in given)
+    return rows - min((kept for kept in _KEPT if used <= kept < rows), default=rows)
 
 
 class Umt5TextEncoder:

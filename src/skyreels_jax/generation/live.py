@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from skyreels_jax.components.encoders import to_frames
+from skyreels_jax.components.encoders import padding_rows, to_frames
 from skyreels_jax.components.lazy import loaded_vae
 from skyreels_jax.components.protocols import Components
 from skyreels_jax.diffusion.guidance import Guidance, guidance_of
@@ -246,8 +246,12 @@ class LiveStream:
 
     def _condition(self, begun: _Begun, positive: Context) -> Conditioning:
         fps = jnp.array([fps_entry(self.request.fps)], jnp.int32)
-        denoiser, clock = begun.denoiser, self.clock
-        return denoiser.condition(begun.guidance, positive, begun.negative, fps=fps, clock=clock)
+        texts = positive, begun.negative
+        height, width = self.request.size
+        tokens = self.request.schedule.at_once * (height // 16) * (width // 16)
+        padding = padding_rows(texts, tokens)
+        how = {"fps": fps, "padding": padding, "clock": self.clock}
+        return begun.denoiser.condition(begun.guidance, *texts, **how)
 
     def _next(self, begun: _Begun) -> Frames:
         """Wait for a block's frames; hand an accelerator the next block behind them.
