@@ -144,6 +144,7 @@ def test_rows_of_zeros_are_left_to_one_where_tokens_are_few(used: int, kept: int
     states[0, :used, 3] = 1
     states[0, used // 2] = 0  # Zeros before the last word are none of the end.
     states[0, max(used - 1, 0), 3] = used > 0
-    assert padding_rows([states, None], 511) == 512 - kept
-    assert padding_rows([np.zeros_like(states), states], 511) == 512 - kept
-    assert padding_rows([states], 512) == 0
+    text, empty = jnp.asarray(states), jnp.zeros(states.shape)
+    assert padding_rows([text, None], 511) == 512 - kept
+    assert padding_rows([empty, text], 511) == 512 - kept
+    assert padding_rows([text], 512) == 0
