@@ -63,11 +63,12 @@ def padding_rows(texts: Sequence[Context | None], tokens: int) -> int:
     A few less than there are, so that a program for so many is there for the next prompt too; none
     for as many ``tokens`` as rows or more, of whose work they are a small part.
     """
-    given = [np.asarray(text) for text in texts if text is not None]
+    given = [text for text in texts if text is not None]
     rows = given[0].shape[1]
     if tokens >= rows:
-        return 0
-    used = max(int(np.any(text, axis=(0, 2)).nonzero()[0].max(initial=-1)) + 1 for text in given)
+        return 0  # Before anything comes from the device.
+    is_used = np.any([np.any(np.asarray(text), axis=(0, 2)) for text in given], axis=0)
+    used = int(is_used.nonzero()[0].max(initial=-1)) + 1
     return rows - min((kept for kept in _KEPT if used <= kept < rows), default=rows)
 
 

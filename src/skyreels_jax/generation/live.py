@@ -247,9 +247,8 @@ class LiveStream:
     def _condition(self, begun: _Begun, positive: Context) -> Conditioning:
         fps = jnp.array([fps_entry(self.request.fps)], jnp.int32)
         texts = positive, begun.negative
-        height, width = self.request.size
-        tokens = self.request.schedule.at_once * (height // 16) * (width // 16)
-        padding = padding_rows(texts, tokens)
+        height, width = (side // PIXELS_PER_LATENT // 2 for side in self.request.size)  # Patches.
+        padding = padding_rows(texts, self.request.schedule.at_once * height * width)
         how = {"fps": fps, "padding": padding, "clock": self.clock}
         return begun.denoiser.condition(begun.guidance, *texts, **how)
 
