@@ -149,8 +149,8 @@ class CausalWindow:
             computed (Self-Forcing's ``context_noise``); what a model got wrong in them is then less
             of what it goes on from.
         change_noise: the same for frames before another prompt, where that has them computed again;
-            ``None`` is as ``context_noise``. Near 1000 little more than where things were is left,
-            so that the next block shows what is told instead of going on with what was.
+            ``None`` is as ``context_noise``. The nearer to 1000, the sooner blocks show what is told
+            instead of going on with what was, and the less things stay where they were.
     """
 
     frames: int
