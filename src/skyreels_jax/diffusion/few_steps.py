@@ -148,9 +148,9 @@ class CausalWindow:
         context_noise: timestep to which finished frames are noised before their keys and values are
             computed (Self-Forcing's ``context_noise``); what a model got wrong in them is then less
             of what it goes on from.
-        change_noise: the same for frames before another prompt, where that has them computed again;
-            ``None`` is as ``context_noise``. The nearer to 1000, the sooner blocks show what is told
-            instead of going on with what was, and the less things stay where they were.
+        change_noise: the same for frames before another prompt, where those are computed again
+            (``None``: as ``context_noise``). The nearer to 1000, the sooner blocks show what is
+            told instead of going on with what was, and the less things stay where they were.
     """
 
     frames: int
