@@ -23,7 +23,7 @@ from skyreels_jax.evaluation.quality import table, write_cards
 from skyreels_jax.evaluation.scores import FPS, MINI_SIZE, held_out_scenes, lasting_scenes
 from skyreels_jax.moving_shapes.captions import foreign_caption, plain_caption
 from skyreels_jax.moving_shapes.render import render
-from skyreels_jax.moving_shapes.scene import Scene
+from skyreels_jax.moving_shapes.scene import Motion, Scene
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.shapes import Frames
 
@@ -141,10 +141,12 @@ def test_a_change_that_never_comes_is_seen_in_no_block():
     assert blocks_until(blocks, scene) == 1
 
 
-def test_changes_are_of_colour_or_shape_alone():
-    for number, (scene, other) in enumerate(changed_scenes(6)):
+@pytest.mark.parametrize("motion", ["still", "bounce"])
+def test_changes_are_of_colour_or_shape_alone(motion: Motion):
+    for number, (scene, other) in enumerate(changed_scenes(6, motion)):
         (a,), (b,) = scene.things, other.things
         assert a != b
+        assert a.motion == b.motion == motion
         assert replace(b, **({"kind": a.kind} if number % 2 else {"colour": a.colour})) == a
 
 
@@ -167,12 +169,13 @@ def test_a_jump_at_a_change_is_held_against_the_largest_within_a_block(
 
 
 def test_rows_and_where_they_go(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    learn(*held_out_scenes(1, seed=5), *lasting_scenes(1, seed=2, motions=("still",)))
-    learn(*(scene for pair in changed_scenes(1) for scene in pair))
+    learn(*held_out_scenes(1), *lasting_scenes(1, seed=2, motions=("still",)))
+    for motion in ("still", "bounce"):
+        learn(*(scene for pair in changed_scenes(1, motion) for scene in pair))
     rows = dict(live_rows(Drawn, (1, 1, 1, 100), lambda line: None))  # pyright: ignore
     assert list(rows) == [
         *("4 steps", "2 steps", "1 step", "other wordings", "other sentences"),
-        *("100 frames", "changes"),
+        *("100 frames", "changes", "changes, moving"),
     ]
     assert all(one.share("all").right == 1 for one in rows.values())
     folders = {kind: tmp_path / kind for kind in ("df", "live")}

@@ -5,7 +5,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Final, Protocol, runtime_checkable
@@ -27,7 +27,7 @@ from skyreels_jax.generation.live import BlockSampler, LiveStream
 from skyreels_jax.media import contact_sheet
 from skyreels_jax.moving_shapes.captions import caption, foreign_caption, plain_caption
 from skyreels_jax.moving_shapes.judge import DetectedThing, detect_things, judge_scene
-from skyreels_jax.moving_shapes.scene import COLOURS, SHAPE_KINDS, Scene
+from skyreels_jax.moving_shapes.scene import COLOURS, SHAPE_KINDS, Motion, Scene
 from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.sampling.step import Conditioning
 from skyreels_jax.shapes import Frames, Latents
@@ -41,6 +41,8 @@ LARGEST_JUMP: Final = 1.5
 # Blocks before a change and after it.
 _BEFORE: Final = 6
 _AFTER: Final = 8
+# What things do whose colour or shape changes, by row.
+_CHANGES: Final[Mapping[str, Motion]] = {"changes": "still", "changes, moving": "bounce"}
 # Frames that all of them have room in, and absolute positions too.
 _ENOUGH: Final = 1024
 # Frames that the judge sees at a time where things stand still; of 255, a jump that nobody sees.
@@ -203,10 +205,10 @@ def long_runs(
     return found
 
 
-def changed_scenes(count: int) -> list[tuple[Scene, Scene]]:
-    """Things that stand, and the same ones in the next colour or, every other time, shape."""
+def changed_scenes(count: int, motion: Motion = "still") -> list[tuple[Scene, Scene]]:
+    """Things that last, and the same ones in the next colour or, every other time, shape."""
     pairs = []
-    for number, scene in enumerate(lasting_scenes(count, seed=3, motions=("still",))):
+    for number, scene in enumerate(lasting_scenes(count, seed=3, motions=(motion,))):
         thing = scene.things[0]
         if number % 2:
             shape = SHAPE_KINDS[(SHAPE_KINDS.index(thing.kind) + 1) % len(SHAPE_KINDS)]
@@ -262,6 +264,7 @@ def prompt_changes(
     make_stream: Streamer,
     count: int,
     *,
+    motion: Motion = "still",
     log: Callable[[str], None] = lambda line: None,
     **settings: object,
 ) -> Score:
@@ -274,12 +277,13 @@ def prompt_changes(
     Args:
         make_stream: makes them.
         count: of streams.
+        motion: of the things.
         log: told of each.
         settings: of the streams.
     """
     found, until, jumps = Score(), [], []
     started = time.perf_counter()
-    for number, (scene, other) in enumerate(changed_scenes(count)):
+    for number, (scene, other) in enumerate(changed_scenes(count, motion)):
         blocks: list[Frames] = []
         with _started(make_stream, plain_caption(scene), number, _ENOUGH, **settings) as stream:
             for block in stream:
@@ -329,4 +333,6 @@ def live_rows(
     for name, wording in (("other wordings", drawn_wording), ("other sentences", foreign_caption)):
         yield name, live_clips(make_stream, clips, wording=wording, log=log, guidance_scale=off)
     yield f"{frames} frames", long_runs(make_stream, runs, frames, log=log, guidance_scale=off)
-    yield "changes", prompt_changes(make_stream, changes, log=log, guidance_scale=off)
+    for name, motion in _CHANGES.items():
+        changed = prompt_changes(make_stream, changes, motion=motion, log=log, guidance_scale=off)
+        yield name, changed
