@@ -124,6 +124,11 @@ def _nearest(length: float) -> int:
     return max(1, round(length / SIZE_MULTIPLE)) * SIZE_MULTIPLE
 
 
+def fps_entry(fps: int | Fraction) -> int:
+    """A frame rate as fps embeddings know it: 16 is their first entry, every other the second."""
+    return int(fps != 16)
+
+
 def frames_in(seconds: float, fps: int | Fraction) -> int:
     """The legal number of frames nearest to ``seconds``: ``4 k + 1``."""
     return max(0, round((seconds * fps - 1) / FRAMES_PER_LATENT)) * FRAMES_PER_LATENT + 1

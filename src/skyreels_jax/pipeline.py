@@ -173,7 +173,8 @@ class Pipeline(WithStreams):
         else:  # What the first resolves, a drawn seed among it, is for all.
             resolved, _ = share_request(processes, lambda: (self.resolve(prompt, **settings), {}))
         store, clock = MemoryStore(), Clock(progress or NoProgress())
-        frames = list(stream_frames(self._generator(resolved, store, clock)))
+        generator = self._generator(resolved, store, clock)
+        frames = list(stream_frames(generator, generator.make(resolved.windows[0])))
         about = settings_of(resolved)
         made = (np.concatenate(frames), resolved.fps, about, store.latents, clock.timings)
         return Video(*made, resolved.sound)

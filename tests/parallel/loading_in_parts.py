@@ -48,14 +48,19 @@ def main(port: str, process: str, folder: str) -> None:
     initialize(f"localhost:{port}", 2, int(process))
     stored = stored_transformer(read_layout(Path(folder)))
     devices = MeshTransformer.of("auto", stored.config)
-    fill_all, read, over = engine.fill_all, [], threading.Event()
+    fill_all, fill_in_pieces = engine.fill_all, engine.fill_in_pieces
+    read, over = [], threading.Event()
 
     def counting(threads, outs):
         outs = list(outs)
         read.extend(out.size for out, _, _ in outs)
         fill_all(threads, outs)
 
-    engine.fill_all = counting
+    def counting_pieces(threads, out, values, where):
+        read.append(out.size)
+        fill_in_pieces(threads, out, values, where)
+
+    engine.fill_all, engine.fill_in_pieces = counting, counting_pieces
     before = anonymous()
     peaks = [before]
 

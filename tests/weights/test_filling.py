@@ -10,6 +10,7 @@ from skyreels_jax.weights.filling import (
     all_finite,
     fill,
     fill_all,
+    fill_in_pieces,
     pieces,
     pool,
     rounded,
@@ -73,7 +74,7 @@ def test_a_large_tensor_is_cut_for_the_threads_and_nothing_is_left_out(monkeypat
     parts = list(pieces(out, values))
     assert len(parts) == 9
     with pool() as threads:
-        fill_all(threads, [(out, lambda: values, "x")])
+        fill_in_pieces(threads, out, values, "x")
     np.testing.assert_array_equal(out, values)
 
 

@@ -128,7 +128,7 @@ def record_changes(pipeline: Pipeline, requests: Iterable[Mapping[str, Any]]) ->
     for given in requests:
         request = resolve(Request(dtype=pipeline.dtype, **given), pipeline.checkpoint)
         generator = WindowGenerator(pipeline.components, lambda: recording, request)
-        generator.make(request.windows[0], generator.known.prefix)
+        generator.make(request.windows[0])
         jax.effects_barrier()
     return Changes(*np.array(found).T)
 

@@ -23,8 +23,8 @@ from skyreels_jax.diffusion.guidance import Guidance, guidance_of
 from skyreels_jax.errors import NumericsError, RequestError
 from skyreels_jax.generation.live_times import LiveTimes, Pacemaker
 from skyreels_jax.generation.request.resolve_live import ResolvedLive
-from skyreels_jax.generation.window_generator import encode_inputs, encode_known_frames, fps_entry
-from skyreels_jax.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, pixel_frames
+from skyreels_jax.generation.window_generator import encode_inputs, encode_known_frames
+from skyreels_jax.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, fps_entry, pixel_frames
 from skyreels_jax.memory import refused_in_words
 from skyreels_jax.sampling.causal import CausalSampler
 from skyreels_jax.sampling.denoiser import Denoiser

@@ -25,17 +25,13 @@ from skyreels_jax.diffusion.unipc import FlowSchedule
 from skyreels_jax.errors import NumericsError, Stopped
 from skyreels_jax.generation.request.resolved import ResolvedRequest, Window
 from skyreels_jax.generation.store import MemoryStore
-from skyreels_jax.generation.window_generator import WindowGenerator
+from skyreels_jax.generation.window_generator import SMALLER_WINDOWS, WindowGenerator
 from skyreels_jax.geometry import pixel_frames
 from skyreels_jax.memory import refused_in_words
 from skyreels_jax.sampling.denoiser import Denoiser
 from skyreels_jax.sampling.progress import Clock, NoProgress, Progress, Timings
 from skyreels_jax.shapes import Frames, HostLatents, Latents, Pixels
 
-_SMALLER_VIDEO: Final = "use fewer frames, a smaller size or a smaller dtype"
-_SMALLER_WINDOWS: Final = (
-    "use shorter windows (`base_num_frames`), a smaller size or `dtype` bfloat16"
-)
 _SMALLER_DECODE: Final = "decode with `vae_tiling` on, or make a smaller size"
 # Of an MP4 that a notebook holds in itself.
 _MAX_SHOWN_BYTES: Final = 16 * 2**20
@@ -141,11 +137,15 @@ def settings_of(request: ResolvedRequest) -> dict[str, Any]:
     }
 
 
-def stream_frames(generator: WindowGenerator) -> Iterator[Frames]:
+def stream_frames(generator: WindowGenerator, first: HostLatents | None = None) -> Iterator[Frames]:
     """All frames of a request's video in order: those of a video to continue, then new ones.
 
     The first window is made before the VAE is loaded. If it is the only one, the transformer has
     left memory by then; else both stay until the last window is made.
+
+    Args:
+        generator: of the windows.
+        first: the latents of the first, where they are made already.
 
     Raises:
         NumericsError: something was not finite; says what and where.
@@ -159,9 +159,9 @@ def stream_frames(generator: WindowGenerator) -> Iterator[Frames]:
         overlap = request.forcing.overlap_history
         yield from _frames_of_file(request)
     alone = len(windows) == 1
-    with refused_in_words(_SMALLER_VIDEO if alone else _SMALLER_WINDOWS):
-        first = generator.make(windows[0], generator.known.prefix)
-    with refused_in_words(_SMALLER_DECODE if alone else _SMALLER_WINDOWS):
+    if first is None:
+        first = generator.make(windows[0])
+    with refused_in_words(_SMALLER_DECODE if alone else SMALLER_WINDOWS):
         vae = loaded_vae(generator.components.vae)
         continue_from = request.forcing.continuation if request.forcing else "latents"
         pixels = _CONTINUATIONS[continue_from](generator, vae, first)

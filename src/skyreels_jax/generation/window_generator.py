@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Final
 
 import jax
@@ -52,6 +53,10 @@ _CONDITIONING_STREAM: Final = 2**31
 logger = logging.getLogger(__name__)
 
 _SMALLER_MODEL: Final = "use `dtype` bfloat16, a smaller checkpoint or more memory"
+_SMALLER_VIDEO: Final = "use fewer frames, a smaller size or a smaller dtype"
+SMALLER_WINDOWS: Final = (
+    "use shorter windows (`base_num_frames`), a smaller size or `dtype` bfloat16"
+)
 # What takes less memory, by stage.
 _LESS: Final[Mapping[Stage, str]] = {
     "text": f"encoding the prompt: {_SMALLER_MODEL}",
@@ -106,7 +111,7 @@ class _Loaded:
                 self.inputs.negative,
                 clip_fea=self.inputs.clip_fea,
                 y=self.inputs.y,
-                fps=jnp.array([fps_entry(fps)], jnp.int32),
+                fps=jnp.array([geometry.fps_entry(fps)], jnp.int32),
                 clock=clock,
             )
             self.prompt = prompt
@@ -154,32 +159,31 @@ class WindowGenerator:
         self._load = load
         self._noise = noise or (lambda window: starting_noise(request, window))
         self._schedule = schedule or flow_sigmas(request.steps, request.shift)
-        self._known: KnownFrames | None = None
         self._loaded: _Loaded | None = None
         # What the original's TeaCache takes over from one window into the next; only here.
         self._caches: tuple[CacheState, ...] | None = None
         self._takes_state = any(takes_state(request, window) for window in request.windows)
 
-    @property
+    @cached_property
     def known(self) -> KnownFrames:
         """Frames that the request gives: an image or the end of a video, and an end frame."""
-        if self._known is None:
-            self._known = encode_known_frames(self.components, self.request, self.clock)
-        return self._known
+        return encode_known_frames(self.components, self.request, self.clock)
 
-    def make(self, window: Window, prefix: KnownLatents | None) -> HostLatents:
+    def make(self, window: Window, prefix: KnownLatents | None = None) -> HostLatents:
         """The latents of a window, known frames included: ``[16, F, H, W]``.
 
         Args:
             window: the windows of a request come in their order.
-            prefix: its known frames.
+            prefix: its known frames; those of the first are the request's.
 
         Raises:
             NumericsError: a prediction was not finite; says in which step.
             Stopped: somebody asked the clock to.
+            UnsupportedError: the memory is not enough.
             ValueError: the noise has another shape than the window's latents.
         """
         request = self.request
+        prefix = prefix if window.number else self.known.prefix
         latents = self.store.load(window) if self._may_load() else None
         if latents is None:
             if self._loaded is None:
@@ -191,17 +195,18 @@ class WindowGenerator:
                     denoiser = replace(denoiser, block_length=request.forcing.causal_attention)
                 self._loaded = _Loaded(denoiser, inputs, guidance)
             loaded, caches, self._caches = self._loaded, self._caches, None
-            denoised = loaded.denoiser.run(
-                self._start(window, prefix),
-                loaded.condition(request.prompts[window.number], request.fps, self.clock),
-                self._sampling(loaded.guidance, window),
-                frame_schedule=frame_schedule_for(request, self._schedule, window),
-                conditioning_noise=conditioning_noise(request, window),
-                caches=caches,
-                clock=self.clock,
-            )
-            self._note(denoised, window)
-            latents = np.asarray(denoised.latents[0, :, : window.frames])
+            with refused_in_words(_SMALLER_VIDEO if len(request.windows) == 1 else SMALLER_WINDOWS):
+                denoised = loaded.denoiser.run(
+                    self._start(window, prefix),
+                    loaded.condition(request.prompts[window.number], request.fps, self.clock),
+                    self._sampling(loaded.guidance, window),
+                    frame_schedule=frame_schedule_for(request, self._schedule, window),
+                    conditioning_noise=conditioning_noise(request, window),
+                    caches=caches,
+                    clock=self.clock,
+                )
+                self._note(denoised, window)
+                latents = np.asarray(denoised.latents[0, :, : window.frames])
             self.store.save(window, latents)
         if window == self.request.windows[-1]:
             self._loaded = None
@@ -243,11 +248,6 @@ class WindowGenerator:
         self.clock.ran(
             denoised.step_seconds, denoised.computed, denoised.calls, denoised.block_counts
         )
-
-
-def fps_entry(fps: int | Fraction) -> int:
-    """A frame rate as fps embeddings know it: 16 is their first entry, every other the second."""
-    return int(fps != 16)
 
 
 def starting_noise(request: ResolvedRequest, window: Window | None = None) -> Latents:

@@ -5,7 +5,6 @@ Models call the hooks and know of no device; :mod:`skyreels_jax.parallel` has th
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -58,12 +57,43 @@ class LayerInputs(NamedTuple):
     past: FrameKeyValues | None
 
 
-# One block: self-attention (``None`` is one device's), tokens, its inputs and the shared ones to
-# tokens and, perhaps, their keys and values.
-LayerFunction = Callable[
-    [AttentionFunction | None, FrameTokens, LayerInputs, SharedInputs],
-    tuple[FrameTokens, FrameKeyValues | None],
-]
+@runtime_checkable
+class LayerFunction(Protocol):
+    """One block."""
+
+    def __call__(
+        self,
+        tokens: FrameTokens,
+        given: LayerInputs,
+        shared: SharedInputs,
+        attend: AttentionFunction | None = None,
+        /,
+    ) -> tuple[FrameTokens, FrameKeyValues | None]:
+        """Tokens and, perhaps, their keys and values; ``attend`` for other than one device's."""
+        ...
+
+
+def rematerialized(layer: LayerFunction, remat: Remat | None) -> LayerFunction:
+    """The block; with ``remat``, the backward pass computes again what that does not keep."""
+    if remat is None:
+        return layer
+    policy = REMAT_POLICIES[remat]
+
+    def again(
+        tokens: FrameTokens,
+        given: LayerInputs,
+        shared: SharedInputs,
+        attend: AttentionFunction | None = None,
+        /,
+    ) -> tuple[FrameTokens, FrameKeyValues | None]:
+        def attending(
+            tokens: FrameTokens, given: LayerInputs, shared: SharedInputs
+        ) -> tuple[FrameTokens, FrameKeyValues | None]:
+            return layer(tokens, given, shared, attend)
+
+        return jax.checkpoint(attending, prevent_cse=False, policy=policy)(tokens, given, shared)
+
+    return again
 
 
 @runtime_checkable
@@ -93,7 +123,12 @@ class Parallelism(Protocol):
         ...
 
     def run_layers(
-        self, layer: LayerFunction, tokens: FrameTokens, layers: LayerInputs, shared: SharedInputs
+        self,
+        layer: LayerFunction,
+        tokens: FrameTokens,
+        layers: LayerInputs,
+        shared: SharedInputs,
+        /,
     ) -> tuple[FrameTokens, FrameKeyValues | None]:
         """Run ``layer`` for each of ``layers`` in order; the second results are stacked."""
         ...
@@ -161,11 +196,8 @@ class SingleDevice:
         """As they are."""
         return tree
 
-    def run_layers(
-        self, layer: LayerFunction, tokens: FrameTokens, layers: LayerInputs, shared: SharedInputs
-    ) -> tuple[FrameTokens, FrameKeyValues | None]:
-        """One after the other."""
-        return scan_layers(partial(layer, None), tokens, layers, shared)
+    # One after the other.
+    run_layers = staticmethod(scan_layers)
 
     def map_layers(
         self,

@@ -1,7 +1,5 @@
 """The SkyReels-V2 transformer: Wan 2.1 with a timestep for every latent frame."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,12 +18,12 @@ from skyreels_jax.models.layers import (
     silu,
 )
 from skyreels_jax.models.parallelism import (
-    REMAT_POLICIES,
     SINGLE_DEVICE,
     LayerInputs,
     Parallelism,
     Remat,
     SharedInputs,
+    rematerialized,
 )
 from skyreels_jax.models.transformer_attention import (
     AttentionFunction,
@@ -232,10 +230,10 @@ class WanModel(nnx.Module):
         stacked = None if past is None else FrameKeyValues(past.key, past.value)
 
         def layer(
-            attend: AttentionFunction | None,
             x: FrameTokens,
             given: LayerInputs,
             shared: SharedInputs,
+            attend: AttentionFunction | None = None,
         ) -> tuple[FrameTokens, FrameKeyValues | None]:
             past = None
             if given.past is not None and shared.past_frames is not None:
@@ -249,13 +247,9 @@ class WanModel(nnx.Module):
             by_frame = (*x.shape[:3], *own.key.shape[2:])
             return x, FrameKeyValues(own.key.reshape(by_frame), own.value.reshape(by_frame))
 
-        if self.remat:
-            policy = REMAT_POLICIES[self.remat]
-            layer = partial(jax.checkpoint, prevent_cse=False, static_argnums=0, policy=policy)(
-                layer
-            )
         layers = LayerInputs(parameters, context, stacked)
-        return self.parallelism.run_layers(layer, tokens, layers, shared)
+        run = rematerialized(layer, self.remat)
+        return self.parallelism.run_layers(run, tokens, layers, shared)
 
     def embed_time(
         self, t: Timesteps, fps: Int[Array, " B"] | None

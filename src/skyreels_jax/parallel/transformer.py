@@ -166,7 +166,7 @@ class MeshTransformer:
                 parameters, context = jax.tree.unflatten(structure, current)
                 own_past = None if past is None else layer_at(past, index)
                 of_layer = LayerInputs(parameters, context, own_past)
-                tokens, states = layer(attend, tokens, of_layer, given)
+                tokens, states = layer(tokens, of_layer, given, attend)
                 return (tokens, following), states
 
             first = (tokens, put_together(jnp.int32(0)))

@@ -119,7 +119,7 @@ class LayersInParts(SingleDevice):
             tokens: FrameTokens, given: LayerInputs
         ) -> tuple[FrameTokens, FrameKeyValues | None]:
             whole = given._replace(parameters=self._whole(given.parameters, STACKED))
-            return layer(attend, tokens, whole, shared)
+            return layer(tokens, whole, shared, attend)
 
         return jax.lax.scan(self._again(turn), tokens, layers)
 

@@ -20,7 +20,6 @@ from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
 from skyreels_jax.models.parallelism import LayerFunction, LayerInputs, SharedInputs, SingleDevice
 from skyreels_jax.models.transformer import WanModel, unpatchify
 from skyreels_jax.models.transformer_attention import (
-    AttentionFunction,
     CrossContext,
     FrameKeyValues,
 )
@@ -100,13 +99,9 @@ class _DetachedContext(SingleDevice):
         """One after the other, with :meth:`_attend` for self-attention."""
 
         def attending(
-            attend: AttentionFunction | None,
-            tokens: FrameTokens,
-            given: LayerInputs,
-            shared: SharedInputs,
+            tokens: FrameTokens, given: LayerInputs, shared: SharedInputs
         ) -> tuple[FrameTokens, FrameKeyValues | None]:
-            del attend
-            return layer(self._attend, tokens, given, shared)
+            return layer(tokens, given, shared, self._attend)
 
         return super().run_layers(attending, tokens, layers, shared)
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from skyreels_jax.errors import WeightsError
-from skyreels_jax.weights.filling import aligned_empty, fill_all, pool, rounded
+from skyreels_jax.weights.filling import aligned_empty, fill_all, fill_in_pieces, pool, rounded
 from skyreels_jax.weights.plan import (
     Format,
     Plan,
@@ -181,6 +181,10 @@ def load_into(
                 quantize_all(threads, (unfilled(value, slot) for slot in slots), scale)
                 placed = jax.block_until_ready(placement(scales[target], scale))
                 filled[scales[target]] = variables[scales[target]].replace(placed)
+            elif len(slots) == 1:
+                value = aligned_empty(shapes[target], dtype)
+                out, read, where = unfilled(value, slots[0])
+                fill_in_pieces(threads, out, read(), where)
             else:
                 value = aligned_empty(shapes[target], dtype)
                 fill_all(threads, (unfilled(value, slot) for slot in slots))
@@ -198,7 +202,7 @@ def _filled(
 ) -> np.ndarray:
     """A part of a tensor, rounded and proved finite."""
     out = aligned_empty(values.shape, dtype)
-    fill_all(threads, [(out, lambda: values, where)])
+    fill_in_pieces(threads, out, values, where)
     return out
 
 

@@ -157,6 +157,13 @@ def all_finite(values: np.ndarray) -> bool:
     return bool(((values.view(np.uint16) & np.uint16(exponent)) != exponent).all())
 
 
+def fill_in_pieces(
+    threads: ThreadPoolExecutor, out: np.ndarray, values: np.ndarray, where: str
+) -> None:
+    """As :func:`fill`, side by side in pieces of a large tensor."""
+    list(threads.map(lambda piece: fill(piece[0], piece[1], where), pieces(out, values)))
+
+
 def fill_all(
     threads: ThreadPoolExecutor,
     outs: Iterable[tuple[np.ndarray, Callable[[], np.ndarray], str]],
@@ -170,10 +177,4 @@ def fill_all(
     Raises:
         WeightsError: a file refuses, or a value is not finite; the first in the order given.
     """
-    outs = list(outs)
-    if len(outs) == 1:
-        ((out, read, where),) = outs
-        parts = pieces(out, read())
-        list(threads.map(lambda part: fill(part[0], part[1], where), parts))
-        return
     list(threads.map(lambda one: fill(one[0], one[1](), one[2]), outs))
