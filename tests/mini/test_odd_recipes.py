@@ -81,6 +81,8 @@ ODD: list[tuple[dict[str, str], str]] = [
     ({"output": "['out']"}, "should be a folder's name"),
     ({"output": "''"}, "should be a folder's name"),
     ({"output": f"'{__file__}'"}, "is a file; name a folder"),
+    ({"output": f"'{'a' * 300}'"}, "File name too long; name a folder"),
+    ({"output": "'~nobody-of-this-name/out'"}, "home directory"),
     ({"run": "3", "run.steps": ""}, "run = 3 should be a table"),
     ({"data.vea": "'mini'"}, "vea is unknown; did you mean vae"),
     ({"data.batch": "[" * 3000 + "]" * 3000}, "nested too deeply"),

@@ -154,8 +154,12 @@ def _source(tables: Mapping[str, object], where: str) -> str:
 def _output(value: object, where: str) -> Path:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise RequestError(f"{where}: output = {value!r} should be a folder's name")
-    output = Path(value).expanduser()
-    for path in (output, *output.parents):
-        if path.exists() and not path.is_dir():
-            raise RequestError(f"{where}: output = {value!r}: {path} is a file; name a folder")
+    try:
+        output = Path(value).expanduser()
+        files = [path for path in (output, *output.parents) if path.exists() and not path.is_dir()]
+    except (OSError, RuntimeError) as error:  # A name that is too long; a home that is not there.
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RequestError(f"{where}: output = {value!r:.60}: {why}; name a folder") from error
+    if files:
+        raise RequestError(f"{where}: output = {value!r}: {files[0]} is a file; name a folder")
     return output
