@@ -17,5 +17,6 @@ def test_from_python_nothing_is_further_away_than_the_aims():
 
 @pytest.mark.slow
 def test_from_the_command_line_it_is_further():
+    # The other way round: on a longer way the same comparison fails.
     found = depths(measure("generate"))
     assert all(found[end] > most for end, most in DEPTH_TARGET.items()), found

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from skyreels_jax import geometry
 from skyreels_jax.components.encoders import padding_rows, to_frames
 from skyreels_jax.components.lazy import loaded_vae
 from skyreels_jax.components.protocols import Components
@@ -24,7 +25,6 @@ from skyreels_jax.errors import NumericsError, RequestError
 from skyreels_jax.generation.live_times import LiveTimes, Pacemaker
 from skyreels_jax.generation.request.resolve_live import ResolvedLive
 from skyreels_jax.generation.window_generator import encode_inputs, encode_known_frames
-from skyreels_jax.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, fps_entry, pixel_frames
 from skyreels_jax.memory import refused_in_words
 from skyreels_jax.sampling.causal import CausalSampler
 from skyreels_jax.sampling.denoiser import Denoiser
@@ -245,9 +245,9 @@ class LiveStream:
         return begun
 
     def _condition(self, begun: _Begun, positive: Context) -> Conditioning:
-        fps = jnp.array([fps_entry(self.request.fps)], jnp.int32)
+        fps = jnp.array([geometry.fps_entry(self.request.fps)], jnp.int32)
         texts = positive, begun.negative
-        height, width = (side // PIXELS_PER_LATENT // 2 for side in self.request.size)  # Patches.
+        height, width = (side // geometry.SIZE_MULTIPLE for side in self.request.size)  # Patches.
         padding = padding_rows(texts, self.request.schedule.at_once * height * width)
         how = {"fps": fps, "padding": padding, "clock": self.clock}
         return begun.denoiser.condition(begun.guidance, *texts, **how)
@@ -287,7 +287,7 @@ class LiveStream:
                 states = self._encoded(self._prompt)
             begun.sampler.change(self._condition(begun, states))
         latents = begun.sampler.next()
-        made = FRAMES_PER_LATENT * latents.shape[2]
+        made = geometry.FRAMES_PER_LATENT * latents.shape[2]
         self._submitted += made if self._submitted else self._first_frames(begun, made)[0]
         return latents
 
@@ -297,8 +297,8 @@ class LiveStream:
         An image is the first frame of this video; one that is continued was seen before.
         """
         if begun.given is None:
-            return made - FRAMES_PER_LATENT + 1, 0
-        known = pixel_frames(begun.given.shape[1])
+            return made - geometry.FRAMES_PER_LATENT + 1, 0
+        known = geometry.pixel_frames(begun.given.shape[1])
         return (made + known, 0) if self.request.video.video is None else (made, known)
 
     def _decoded(self, begun: _Begun, latents: Latents) -> list[Pixels]:
@@ -310,7 +310,7 @@ class LiveStream:
                 f"the latents from second {second:.1f} on hold NaN or infinity: the weights do, or "
                 "a value overflowed; try `dtype` float32"
             )
-        missing, skipped = FRAMES_PER_LATENT * block.shape[1], 0
+        missing, skipped = geometry.FRAMES_PER_LATENT * block.shape[1], 0
         if not self.times.frames:
             missing, skipped = self._first_frames(begun, missing)
             missing += skipped
@@ -339,7 +339,7 @@ def causal_sampler(stream: LiveStream, denoiser: Denoiser, guidance: Guidance) -
         request.schedule,
         request.window,
         guidance=guidance,
-        latent_size=(height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT),
+        latent_size=(height // geometry.PIXELS_PER_LATENT, width // geometry.PIXELS_PER_LATENT),
         seed=request.video.seed,
         attention=request.video.attention,
         clock=stream.clock,

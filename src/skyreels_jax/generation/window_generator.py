@@ -174,7 +174,7 @@ class WindowGenerator:
 
         Args:
             window: the windows of a request come in their order.
-            prefix: its known frames; those of the first are the request's.
+            prefix: its known frames; of the first those of the request, if no others are given.
 
         Raises:
             NumericsError: a prediction was not finite; says in which step.
@@ -183,7 +183,8 @@ class WindowGenerator:
             ValueError: the noise has another shape than the window's latents.
         """
         request = self.request
-        prefix = prefix if window.number else self.known.prefix
+        if prefix is None and not window.number:
+            prefix = self.known.prefix
         latents = self.store.load(window) if self._may_load() else None
         if latents is None:
             if self._loaded is None:

@@ -78,22 +78,9 @@ def rematerialized(layer: LayerFunction, remat: Remat | None) -> LayerFunction:
     if remat is None:
         return layer
     policy = REMAT_POLICIES[remat]
-
-    def again(
-        tokens: FrameTokens,
-        given: LayerInputs,
-        shared: SharedInputs,
-        attend: AttentionFunction | None = None,
-        /,
-    ) -> tuple[FrameTokens, FrameKeyValues | None]:
-        def attending(
-            tokens: FrameTokens, given: LayerInputs, shared: SharedInputs
-        ) -> tuple[FrameTokens, FrameKeyValues | None]:
-            return layer(tokens, given, shared, attend)
-
-        return jax.checkpoint(attending, prevent_cse=False, policy=policy)(tokens, given, shared)
-
-    return again
+    again = jax.checkpoint(layer, prevent_cse=False, static_argnums=3, policy=policy)
+    # What is static must be given.
+    return lambda tokens, given, shared, attend=None: again(tokens, given, shared, attend)
 
 
 @runtime_checkable

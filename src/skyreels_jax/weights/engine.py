@@ -185,6 +185,7 @@ def load_into(
                 value = aligned_empty(shapes[target], dtype)
                 out, read, where = unfilled(value, slots[0])
                 fill_in_pieces(threads, out, read(), where)
+                del out  # A view: the values would outlive `del value`.
             else:
                 value = aligned_empty(shapes[target], dtype)
                 fill_all(threads, (unfilled(value, slot) for slot in slots))
