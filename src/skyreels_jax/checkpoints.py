@@ -14,6 +14,7 @@ from skyreels_jax.errors import WeightsError
 from skyreels_jax.hub import COMPONENTS_VARIABLE, NEEDED_COMPONENTS, locate
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.outputs import path_of
 from skyreels_jax.presets import PIPELINE_OF_TASK, PRESETS, WAN_PIPELINE_OF_TASK, Family, Task
 from skyreels_jax.recognition import (
     Guess,
@@ -269,7 +270,7 @@ def _completed(
 ) -> Layout:
     """The layout with the components that were given, and a default's for what it lacks then."""
     paths: dict[ComponentName, Path] = {
-        name: Path(path).expanduser() for name, path in given.items() if path is not None
+        name: path_of(path, name) for name, path in given.items() if path is not None
     }
     if components is not None:
         found = components_in(locate(components, needed=NEEDED_COMPONENTS).folder)

@@ -36,6 +36,7 @@ from huggingface_hub.errors import (
 
 from skyreels_jax.built_in import BUILT_IN
 from skyreels_jax.errors import RequestError
+from skyreels_jax.outputs import path_of
 
 # Everything that either layout needs, and nothing else: the repositories also hold a tokenizer of
 # CLIP's unused text encoder, and pictures. `*` matches slashes here.
@@ -112,7 +113,7 @@ def locate(
     text = str(path_or_id)
     if not text.strip():
         raise RequestError("no checkpoint was given: expected a folder or a Hugging Face id")
-    folder = Path(text).expanduser()
+    folder = path_of(text, "checkpoint")
     if folder.is_dir():
         if revision is not None:
             raise RequestError(

@@ -1,4 +1,4 @@
-"""Where output goes: whether its name, its folder and the disk allow it, and who works on it.
+"""Paths that users give; whether their names, folders and disk allow output, and who works on it.
 
 All of this is asked before any work is done for it, so that what took hours is not lost to a name.
 """
@@ -18,8 +18,49 @@ from skyreels_jax.files import LATENTS_SUFFIX, reason_of, require_regular, tempo
 
 # Most bytes of a file's name, on every file system that is common.
 _MAX_NAME_BYTES: Final = 255
+# Characters of a path in a message that cannot say more about it.
+_SHOWN: Final = 200
 # How long a lock is waited for.
 LOCK_SECONDS: Final = 0.2
+
+
+def path_of(given: str | Path, what: str) -> Path:
+    """The path that a user gave, with ``~`` written out; nothing needs to be there.
+
+    Raises:
+        RequestError: nothing can have this name, or what is there cannot be looked at. Python would
+            say so with an error of its own wherever the path is used first.
+    """
+    try:
+        path = Path(given).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except RuntimeError as error:
+        raise RequestError(f"{what} {_short(given)}: there is no such home folder") from error
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{what} {_short(given)}: {reason_of(error)}") from error
+    return path
+
+
+def make_folder(given: str | Path, what: str) -> Path:
+    """Make a folder that a user named, and those above it, unless it is there.
+
+    Raises:
+        RequestError: it cannot be made, or a file is where it or one above it belongs.
+    """
+    folder = path_of(given, what)
+    if files := [path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()]:
+        raise RequestError(f"{what} {folder}: {files[0]} is a file; name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{what} {folder} cannot be made: {reason_of(error)}") from error
+    return folder
+
+
+def _short(given: str | Path) -> str:
+    text = str(given)
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
 
 
 def check_names(paths: Iterable[Path]) -> None:

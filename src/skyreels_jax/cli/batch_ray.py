@@ -17,6 +17,7 @@ from skyreels_jax.cli.flags import quietly
 from skyreels_jax.cli.job import absolute_paths
 from skyreels_jax.errors import UnsupportedError, WeightsError
 from skyreels_jax.generation.batch_rows import BatchRow
+from skyreels_jax.outputs import path_of
 
 # How often a row is handed on when its worker dies, before it counts as failed.
 _DEATHS = 25
@@ -77,7 +78,11 @@ def cluster_of(
     if not ray.is_initialized():
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     everywhere = argparse.Namespace(
-        **{**vars(args), **absolute_paths(args), "folder": args.folder.expanduser().absolute()}
+        **{
+            **vars(args),
+            **absolute_paths(args),
+            "folder": path_of(args.folder, "folder").absolute(),
+        }
     )
     return partial(_make_on_ray, everywhere)
 

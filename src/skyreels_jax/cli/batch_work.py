@@ -18,7 +18,7 @@ from skyreels_jax.cli.job import begin, check_how, finish, open_pipeline
 from skyreels_jax.cli.products import JOB_SUFFIX, Products, is_ours
 from skyreels_jax.components.lazy import fingerprint
 from skyreels_jax.errors import RequestError, SkyReelsError, Stopped, WeightsError
-from skyreels_jax.files import TEMPORARY_PREFIX, json_text, read_json, reason_of
+from skyreels_jax.files import TEMPORARY_PREFIX, json_text, read_json
 from skyreels_jax.generation.batch_rows import BatchRow, differing
 from skyreels_jax.generation.job_folder import RECORD, FolderStore, remove_unrecorded
 from skyreels_jax.generation.job_record import IMAGES, to_json
@@ -27,7 +27,15 @@ from skyreels_jax.generation.request.kinds import File, Picture
 from skyreels_jax.generation.request.resolved import ResolvedRequest
 from skyreels_jax.generation.request.settings import keywords
 from skyreels_jax.generation.video import settings_of
-from skyreels_jax.outputs import LOCK_SECONDS, check_names, check_place, locked, state_of
+from skyreels_jax.outputs import (
+    LOCK_SECONDS,
+    check_names,
+    check_place,
+    locked,
+    make_folder,
+    path_of,
+    state_of,
+)
 
 # What decides a video beside its settings and weights, of the flags.
 _FLAGS: Final = ("backend", "vae_tiling", "vae_dtype")
@@ -79,7 +87,7 @@ class RowWorker:
         """
         self.pipeline = open_pipeline(vars(args), keep="auto")
         self._args, self._patience, self._elsewhere = args, patience, elsewhere
-        self._folder = args.folder.expanduser().absolute()
+        self._folder = path_of(args.folder, "folder").absolute()
         self._said: set[str] = set()
 
     @staticmethod
@@ -123,10 +131,7 @@ class RowWorker:
             RequestError: the folder cannot be made or written to.
         """
         self.pipeline.verify()
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RequestError(f"{self._folder} cannot be made: {reason_of(error)}") from error
+        make_folder(self._folder, "folder")
         check_place(self._folder / "x.mp4")
         for left in self._folder.glob(f"{TEMPORARY_PREFIX}*"):
             state = state_of(left)

@@ -108,9 +108,8 @@ def _run_shapes(args: argparse.Namespace) -> int:
     if args.seed < 0:
         raise RequestError(f"seed {args.seed}: it must not be negative; nearest: 0")
     check_clip(args.frames, args.fps, args.size)
-    # Resolved: "." has no name of its own that the unfinished folder's could be made from.
     with (
-        new_folder(args.output.resolve()) as folder,
+        new_folder(args.output) as folder,
         (folder / METADATA).open("w", encoding="utf-8") as metadata,
     ):
         for index in range(args.count):

@@ -30,7 +30,7 @@ from skyreels_jax.generation.video import settings_of, write_mp4
 from skyreels_jax.hub import enable_compilation_cache, prompt_cache_folder
 from skyreels_jax.interrupt import StopRequest, deferred, stop_requested
 from skyreels_jax.media import write_settings
-from skyreels_jax.outputs import fallback_folders, free_name, state_of
+from skyreels_jax.outputs import fallback_folders, free_name, path_of, state_of
 from skyreels_jax.pipeline import Pipeline
 from skyreels_jax.sampling.progress import Clock, Timings
 from skyreels_jax.weights.lora.stack import as_loras
@@ -123,7 +123,7 @@ def absolute_paths(args: argparse.Namespace) -> dict[str, str | None]:
     """Flags that may name files or folders: those that do as absolute paths, others as given."""
     given: dict[str, str | None] = {name: getattr(args, name) for name in _PATHS}
     for name, value in given.items():
-        if value is not None and (path := Path(value).expanduser()).exists():
+        if value is not None and (path := path_of(value, name)).exists():
             given[name] = str(path.resolve())
     return given
 

@@ -8,7 +8,7 @@ from skyreels_jax.cli.together import check_together, follow, join, lead
 from skyreels_jax.errors import RequestError
 from skyreels_jax.generation.job_folder import FolderStore, require_job
 from skyreels_jax.media import check_output
-from skyreels_jax.outputs import locked, state_of
+from skyreels_jax.outputs import locked, path_of, state_of
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,9 +21,10 @@ def run(args: argparse.Namespace) -> int:
     processes = join(args)
     if processes is not None and not processes.first:
         return follow(processes)
-    require_job(args.job)
-    with locked(args.job, "job"):
-        job = FolderStore.open(args.job)
+    folder = path_of(args.job, "job folder")
+    require_job(folder)
+    with locked(folder, "job"):
+        job = FolderStore.open(folder)
         check_how(job)
         check_together(args, job.how)
         output = args.output or output_of(job)

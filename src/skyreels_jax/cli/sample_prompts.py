@@ -15,6 +15,7 @@ from skyreels_jax.files import read_text
 from skyreels_jax.generation.request.keywords import VideoSettings
 from skyreels_jax.generation.request.settings import MAX_SEEDS, Request, violation
 from skyreels_jax.media import read_image
+from skyreels_jax.outputs import path_of
 from skyreels_jax.training.footprint import largest_clips
 from skyreels_jax.training.transformer_recipe import ClipsData, VideoTraining
 from skyreels_jax.training.videos.recipe import FolderData
@@ -97,7 +98,7 @@ def _read_line(
             raise RequestError(f"--{key} gives {name} a second time")
         if not (value := value.strip()) and name != "negative_prompt":
             raise RequestError(f"--{key} has no value")
-        given[name] = folder / Path(value).expanduser() if name in _PICTURES else value
+        given[name] = folder / path_of(value, f"--{key}") if name in _PICTURES else value
     if ("width" in given) != ("height" in given):
         raise RequestError("--w and --h go together; one of them is missing")
     if training.model.model_type == "i2v" and "image" not in given:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from skyreels_jax.cli.flags import add_process_flags
 from skyreels_jax.cli.plan import ACCELERATOR_NAMES
 from skyreels_jax.errors import RequestError
+from skyreels_jax.outputs import make_folder, path_of
 
 if TYPE_CHECKING:
     from skyreels_jax.generation.request.keywords import VideoSettings
@@ -84,10 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
     join(args)
     enable_compilation_cache()
-    try:
-        recipe.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"output {recipe.output} cannot be made: {error.strerror}") from error
+    make_folder(recipe.output, "output")
     with encoding_progress() as on_encoded:
         task = recipe.task(on_encoded)
     if isinstance(task, VideoTask):
@@ -122,7 +120,9 @@ def _sample_prompts(recipe: "Recipe") -> "list[tuple[str, VideoSettings]]":
         raise RequestError(f"run.sample_prompts is of train = 'video', not of {recipe.kind!r}")
     from skyreels_jax.cli.sample_prompts import read_sample_prompts
 
-    return read_sample_prompts(Path(recipe.run.sample_prompts).expanduser(), recipe.tables)
+    return read_sample_prompts(
+        path_of(recipe.run.sample_prompts, "run.sample_prompts"), recipe.tables
+    )
 
 
 def _dry_run(recipe: "Recipe", device: str | None) -> int:

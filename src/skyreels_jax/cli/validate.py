@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from skyreels_jax.errors import RequestError, SkyReelsError
+from skyreels_jax.outputs import path_of
 
 if TYPE_CHECKING:
     from skyreels_jax.parity.recording import JsonObject
@@ -134,6 +135,7 @@ def _pipelines(args: argparse.Namespace) -> int:
     from skyreels_jax.torch_side.modules import require_torch
 
     require_torch()
+    output = path_of(args.output_dir, "--output-dir")
     names = ("height", "width", "num_frames", "steps", "guidance_scale", "shift")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     image = None if args.image is None else read_image(args.image)
@@ -153,10 +155,10 @@ def _pipelines(args: argparse.Namespace) -> int:
             if args.model is None
             else settings,
         )
-        report = validate(plan, args.output_dir, image=image, only=args.only, log=print)
+        report = validate(plan, output, image=image, only=args.only, log=print)
     for line in _summary(report):
         print(line)
-    print(f"report: {args.output_dir / 'report.html'}")
+    print(f"report: {output / 'report.html'}")
     return _DIFFERENT if report["verdict"] == "fail" else 0
 
 

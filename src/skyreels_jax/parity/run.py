@@ -17,6 +17,7 @@ import numpy as np
 from skyreels_jax.errors import SkyReelsError
 from skyreels_jax.files import write_text
 from skyreels_jax.media import RgbImage, write_video
+from skyreels_jax.outputs import make_folder
 from skyreels_jax.parity import plots
 from skyreels_jax.parity.plan import SIDE_NAMES, ParityPlan, side_names
 from skyreels_jax.parity.recording import JsonObject, arrays, result_file, side_folder
@@ -81,7 +82,7 @@ def validate(
     sides = side_names(plan, only)
     if "reference" in sides and plan.device not in ("cpu", "auto"):
         torch_device(plan.device)  # Refused while what an earlier run left is still there.
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "output folder")
     plan.save(folder / "plan.json")
     (folder / "image.npy").unlink(missing_ok=True)
     if image is not None:

@@ -7,7 +7,6 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jaxtyping import Float, UInt8
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.moving_shapes.captions import plain_caption
+from skyreels_jax.outputs import path_of
 from skyreels_jax.training.clip_source import ClipSource
 from skyreels_jax.training.dataset import (
     WORDINGS,
@@ -126,7 +126,7 @@ class MovingShapes:
         vae = stored_vae(sources.vae).load(jnp.float32)
         self._clips, self._held = (
             encode_clips(
-                Path(data.encoded),
+                path_of(data.encoded, "data.encoded"),
                 vae,
                 dataclasses.replace(source, held=held),
                 count,

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from skyreels_jax.errors import RequestError
 from skyreels_jax.models.transformer import WanModel
 from skyreels_jax.models.transformer_config import TransformerConfig
+from skyreels_jax.outputs import path_of
 from skyreels_jax.weights.components.clip import image_processor_json, stored_image_encoder
 from skyreels_jax.weights.components.stored import StoredComponent
 from skyreels_jax.weights.components.umt5 import stored_text_encoder
@@ -72,7 +73,7 @@ def convert_folder(
     """
     if weights == "comfy-fp8" and format != "original":
         raise RequestError("ComfyUI reads the original's names: add --format original")
-    config = stored.config
+    config, target = stored.config, path_of(target, "folder to write to")
     _check_apart(source.folder, target)
     alone = source.transformer == source.folder and not source.components
     nested = format == "diffusers" and not alone

@@ -16,7 +16,7 @@ import numpy as np
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.files import read_json, temporary_beside, whole_file, write_json, write_text
 from skyreels_jax.interrupt import deferred
-from skyreels_jax.outputs import free_name
+from skyreels_jax.outputs import free_name, path_of
 from skyreels_jax.weights.engine import TensorStream
 from skyreels_jax.weights.safetensors_file import DTYPES, TensorSpec
 
@@ -44,6 +44,7 @@ def new_folder(folder: Path, *, overwrite: bool = False, marked: bool = False) -
             while the new one was made stays, and the new one gets a free name.
         WeightsError: if the file system refuses a write.
     """
+    folder = path_of(folder, "folder to write to")
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file; give a folder to write to")
     _check_replaceable(folder, overwrite, marked)

@@ -31,6 +31,7 @@ from skyreels_jax.models.vae import WanVae, encode_pixels
 from skyreels_jax.models.vae_layers import FRAME_STRIDE
 from skyreels_jax.models.vae_runs import WHOLE, Tiling
 from skyreels_jax.models.vae_tiling import Tiles
+from skyreels_jax.outputs import path_of
 from skyreels_jax.prompts import TEXT_LEN, clean
 from skyreels_jax.shapes import Frames
 from skyreels_jax.training.dataset import (
@@ -79,7 +80,7 @@ class EncodedFiles:
     @classmethod
     def of(cls, data: FolderData, sources: TrainingSources) -> "EncodedFiles":
         """Those of a recipe's data."""
-        folder = Path(data.encoded).expanduser()
+        folder = path_of(data.encoded, "data.encoded")
         return cls(folder, sources, data.text_dtype, data.vae_tiling)
 
     @cached_property

@@ -9,6 +9,7 @@ from typing import Final
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.files import TEMPORARY_PREFIX, parse_json, read_text
+from skyreels_jax.outputs import path_of
 from skyreels_jax.training.videos.recipe import FolderData, FolderDataset
 
 VIDEO_SUFFIXES: Final = frozenset(
@@ -76,8 +77,8 @@ def list_media(data: FolderData) -> Listing:
     found = Listing()
     for number, dataset in enumerate(map(data.filled, data.datasets)):
         before = len(found.files)
-        source = Path(dataset.source).expanduser()
         where = f"data.datasets[{number}]"
+        source = path_of(dataset.source, where)
         if dataset.is_listed:
             _from_table(source, f"{where}: {source}", number, dataset, found)
         elif not source.is_dir():
@@ -135,7 +136,11 @@ def _from_table(
         if name is None:
             found.problems.append(FileNote(file, f"line {line} has no {keys[0]}"))
             continue
-        path = file.parent / Path(name).expanduser()
+        try:
+            path = path_of(file.parent / path_of(name, "file"), "file")
+        except RequestError as error:
+            found.problems.append(FileNote(file, f"line {line}: {error}"))
+            continue
         if not path.exists() and Path(name).exists():
             path = Path(name)
         if not path.is_file():

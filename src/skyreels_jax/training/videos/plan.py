@@ -10,6 +10,7 @@ from typing import Final
 
 from skyreels_jax.errors import RequestError
 from skyreels_jax.geometry import frame_rate
+from skyreels_jax.outputs import path_of
 from skyreels_jax.prompts import TEXT_LEN, Tokenizer
 from skyreels_jax.training.videos.buckets import (
     Bucket,
@@ -128,7 +129,7 @@ def plan_clips(
     listing = list_media(data)
     plan = DataPlan(problems=listing.problems, notes=listing.notes)
     paths = sorted({file.path for file in listing.files})
-    surveys = survey_media(paths, Path(data.encoded).expanduser() / "surveys", on_surveyed)
+    surveys = survey_media(paths, path_of(data.encoded, "data.encoded") / "surveys", on_surveyed)
     lengths = _token_counts(listing.files, tokenizer)
     usable: list[tuple[MediaFile, MediaSurvey]] = []
     for path, survey in surveys.items():
