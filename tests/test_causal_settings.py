@@ -17,6 +17,7 @@ from tests.weights.tiny import DF, T2V, edit_json, random_state, save
 from skyreels_jax.causal_settings import CausalSettings, read_streaming, write_streaming
 from skyreels_jax.checkpoints import Checkpoint
 from skyreels_jax.cli.main import build_parser
+from skyreels_jax.diffusion.few_steps import warp
 from skyreels_jax.errors import RequestError, WeightsError
 from skyreels_jax.generation.request.live import LiveRequest
 from skyreels_jax.generation.request.resolve_live import ResolvedLive, resolve_live
@@ -67,8 +68,9 @@ def resolved(folder: Path, **settings: Any) -> ResolvedLive:
         CausalSettings(shift=None, first_block=1, rule="euler", guidance_scale=None),
         CausalSettings(block=1, window=21, is_rolling=True, first_timesteps=None),
         replace(LEARNED, context_noise=400.0, change_noise=950.0),
+        replace(LEARNED, schedules=((1000.0,), (1000.0, 300.0, 40.0))),
     ],
-    ids=["renoise", "euler", "rolling", "noise"],
+    ids=["renoise", "euler", "rolling", "noise", "schedules"],
 )
 def test_what_is_written_is_read(learned: CausalSettings, tmp_path: Path):
     assert read_streaming(write_streaming(tmp_path, learned)) == learned
@@ -86,6 +88,12 @@ def test_what_is_written_is_read(learned: CausalSettings, tmp_path: Path):
         ({"timesteps": [1000, "500"]}, "should be a list of numbers"),
         ({"timesteps": [500, 1000]}, "falling, each above 0"),
         ({"timesteps": []}, "at least one"),
+        ({"schedules": [1000, 500]}, "should be a list of lists of numbers"),
+        ({"schedules": [[1000, "500"]]}, "should be a list of lists of numbers"),
+        ({"schedules": [[500, 700, 600]]}, "falling, each above 0"),
+        ({"schedules": [[]]}, "at least one"),
+        ({"schedules": [[1000], [900]]}, "schedules: 1 steps have two lists"),
+        ({"schedules": [[900, 800]]}, "schedules: 2 steps have two lists"),
         ({"shift": -1}, "must be positive"),
         ({"rule": "heun"}, "rule = 'heun' should be one of renoise, euler"),
         ({"positions": "none"}, "positions = 'none' should be one of absolute, relative"),
@@ -234,6 +242,31 @@ def test_timesteps_of_a_student_that_learned_all_are_those_of_its_streams(stage:
     found = learned_settings(training(stage=stage, timesteps=(1000.0, 833.333333333)))
     assert found is not None and found.timesteps == (1000, 500)
     assert found.schedule().timesteps == pytest.approx((1000, 2500 / 3), abs=1e-4)
+
+
+def test_other_numbers_of_steps_have_the_timesteps_that_a_student_says(tmp_path: Path):
+    given = (1000.0, 750.0, 200.0, 100.0, 50.0)
+    learned = learned_settings(training(schedules=(given,)))
+    assert learned is not None
+    folder = student(tmp_path / "student", learned=learned)
+    five, even, usual = (resolved(folder, steps=n) for n in (5, 3, None))
+    # Measured 6e-7.
+    assert five.schedule.timesteps == pytest.approx(given, abs=4e-6)
+    assert five.sources["timesteps"] == NAMED
+    assert even.schedule.timesteps == pytest.approx(warp([1000, 2000 / 3, 1000 / 3], 5))
+    assert usual.schedule.timesteps == learned.schedule().timesteps
+    with pytest.raises(ValueError, match=r"schedules = \[100.0, 200.0\] should fall"):
+        training(schedules=((100.0, 200.0),))
+    with pytest.raises(ValueError, match=r"schedules = \[\] should fall"):
+        training(schedules=((),))
+    with pytest.raises(ValueError, match="schedules: 4 steps have two lists"):
+        training(schedules=((1000.0, 750.0, 200.0, 100.0),))
+
+
+def test_what_has_no_schedules_can_be_read_by_packages_before_them(tmp_path: Path):
+    for schedules, stands in (((), False), (((1000.0, 500.0),), True)):
+        file = write_streaming(tmp_path, replace(LEARNED, schedules=schedules))
+        assert ("schedules" in json.loads(file.read_text())) is stands
 
 
 def test_a_recipe_says_what_holds_its_streams():

@@ -34,7 +34,8 @@ class CausalSettings:
         block: frames that are made at once.
         first_block: frames of the first block, where it has its own number.
         timesteps: of a block, noisiest first, in (0, 1000], before ``shift``.
-        shift: by which they are warped; None where they are taken as they stand.
+        schedules: timesteps for other numbers of steps, where even ones are not the best.
+        shift: by which all of them are warped; None where they are taken as they stand.
         first_timesteps: of the first block, where they are others.
         rule: from one timestep to the next.
         window: frames that attention sees, the block included.
@@ -50,6 +51,7 @@ class CausalSettings:
     block: int = 3
     first_block: int | None = None
     timesteps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    schedules: tuple[tuple[float, ...], ...] = ()
     shift: float | None = 5.0
     first_timesteps: tuple[float, ...] | None = None
     rule: StepRule = "renoise"
@@ -74,6 +76,11 @@ class CausalSettings:
             rolling=self.is_rolling,
         )
 
+    def timesteps_of(self, steps: int | None) -> tuple[float, ...] | None:
+        """Those of so many steps, or the usual ones, before ``shift``; None where even ones do."""
+        known = {len(timesteps): timesteps for timesteps in (self.timesteps, *self.schedules)}
+        return self.timesteps if steps is None else known.get(steps)
+
     def _warped(self, timesteps: tuple[float, ...]) -> tuple[float, ...]:
         return timesteps if self.shift is None else warp(timesteps, self.shift)
 
@@ -95,6 +102,10 @@ def _are_numbers(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_number, value))
 
 
+def _are_lists(value: object) -> bool:
+    return isinstance(value, list) and all(map(_are_numbers, value))
+
+
 def _one_of(kind: object) -> tuple[Callable[[object], bool], str]:
     names = get_args(kind)
     return (lambda value: value in names), f"one of {', '.join(names)}"
@@ -104,6 +115,7 @@ def _one_of(kind: object) -> tuple[Callable[[object], bool], str]:
 _KINDS: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     **dict.fromkeys(("block", "first_block", "window", "sink"), (_is_whole, "a whole number")),
     **dict.fromkeys(("timesteps", "first_timesteps"), (_are_numbers, "a list of numbers")),
+    "schedules": (_are_lists, "a list of lists of numbers"),
     **dict.fromkeys(
         ("shift", "guidance_scale", "context_noise", "change_noise"), (_is_number, "a number")
     ),
@@ -131,7 +143,9 @@ def read_streaming(file: Path) -> CausalSettings:
         if value is not None and not fits(value):
             raise WeightsError(f"{file}: {name} = {value!r:.80} should be {what}")
         if isinstance(value, list):
-            given[name] = tuple(map(float, value))
+            given[name] = tuple(
+                tuple(map(float, one)) if isinstance(one, list) else float(one) for one in value
+            )
         elif fits is _is_number and value is not None:
             given[name] = float(value)
     optional = ("first_block", "first_timesteps", "shift", "guidance_scale")
@@ -139,7 +153,10 @@ def read_streaming(file: Path) -> CausalSettings:
     # Not those of published students: a trainer writes what it means.
     settings = CausalSettings(**{"shift": None, **values})
     try:
+        check_schedules(settings.timesteps, settings.schedules)
         settings.attention_window().slots(settings.schedule().at_once)
+        for timesteps in settings.schedules:
+            dataclasses.replace(settings, timesteps=timesteps).schedule()
     except RequestError as error:
         raise WeightsError(f"{file}: {error}") from error
     if settings.guidance_scale is not None and not 1 <= settings.guidance_scale <= 100:
@@ -149,8 +166,19 @@ def read_streaming(file: Path) -> CausalSettings:
     return settings
 
 
+def check_schedules(timesteps: tuple[float, ...], schedules: tuple[tuple[float, ...], ...]) -> None:
+    """Refuse two lists of timesteps for one number of steps by a RequestError."""
+    counts = [len(one) for one in (timesteps, *schedules)]
+    if twice := next((count for count in counts if counts.count(count) > 1), None):
+        raise RequestError(
+            f"schedules: {twice} steps have two lists of timesteps; `timesteps` is one of them"
+        )
+
+
 def write_streaming(folder: Path, settings: CausalSettings) -> Path:
     """Write what the student in a transformer's ``folder`` learned; returns the file."""
     file = folder / STREAMING
-    write_config(file, dataclasses.asdict(settings))
+    fields = dataclasses.asdict(settings)
+    # Packages before this key refuse it.
+    write_config(file, {name: value for name, value in fields.items() if value != ()})
     return file

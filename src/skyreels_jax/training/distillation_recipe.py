@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal
 
-from skyreels_jax.causal_settings import CausalSettings
+from skyreels_jax.causal_settings import CausalSettings, check_schedules
 from skyreels_jax.diffusion.few_steps import are_timesteps, warp
 from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
+from skyreels_jax.errors import RequestError
 from skyreels_jax.geometry import latent_frames
 from skyreels_jax.training.config import check_at_least
 from skyreels_jax.training.footprint import largest_clips
@@ -49,6 +50,8 @@ class Distillation:
         timesteps: the student's, noisiest first, of 1000; of ``guidance`` and ``teacher-forcing``
             what sigmas are drawn from (the table ``objective`` where empty), of ``dmd`` its steps;
             consistency learns all of them, and they are of its streams alone.
+        schedules: of its streams: timesteps for other numbers of steps, where even ones are not the
+            best.
         shift: towards noise, of the sigmas of consistency and of those that critic and teacher are
             asked at.
         sigmas: how many steps the teacher's flow is cut into.
@@ -68,6 +71,7 @@ class Distillation:
     block: int = 3
     first_block: int | None = None
     timesteps: tuple[float, ...] = ()
+    schedules: tuple[tuple[float, ...], ...] = ()
     shift: float = 5.0
     sigmas: int = 48
     warmup: int = 1000
@@ -109,11 +113,17 @@ class Distillation:
         self._check_timesteps()
 
     def _check_timesteps(self) -> None:
-        if not are_timesteps(self.timesteps):
-            raise ValueError(
-                f"timesteps = {list(self.timesteps)} should fall, from at most 1000 to above 0, "
-                "such as [1000, 937.5, 833.3, 625]"
-            )
+        named = [("timesteps", self.timesteps), *(("schedules", one) for one in self.schedules)]
+        for name, timesteps in named:
+            if not are_timesteps(timesteps) or (name == "schedules" and not timesteps):
+                raise ValueError(
+                    f"{name} = {list(timesteps)} should fall, from at most 1000 to above 0, "
+                    "such as [1000, 937.5, 833.3, 625]"
+                )
+        try:
+            check_schedules(self.timesteps or CausalSettings.timesteps, self.schedules)
+        except RequestError as error:
+            raise ValueError(str(error)) from error
         if self.stage == "dmd" and not self.timesteps:
             raise ValueError(
                 "timesteps must be given for stage 'dmd': those of the student's steps, such as "
@@ -194,14 +204,16 @@ def learned_settings(training: DistillTraining) -> CausalSettings | None:
     if distill.block >= window:
         return None
     changes = isinstance(training.data, ClipsData) and training.data.changes > 0
-    timesteps = CausalSettings.timesteps
-    if distill.timesteps:
-        # Unwarped, so that another number of steps is warped too; 6 digits are below float32's.
-        timesteps = tuple(round(t, 6) for t in warp(distill.timesteps, 1 / distill.shift))
+
+    def unwarped(timesteps: tuple[float, ...]) -> tuple[float, ...]:
+        # So that another number of steps is warped too; 6 digits are below float32's.
+        return tuple(round(t, 6) for t in warp(timesteps, 1 / distill.shift))
+
     return CausalSettings(
         block=distill.block,
         first_block=distill.first_block,
-        timesteps=timesteps,
+        timesteps=unwarped(distill.timesteps) or CausalSettings.timesteps,
+        schedules=tuple(map(unwarped, distill.schedules)),
         shift=distill.shift,
         rule="euler" if distill.stage in _FOLLOWED else "renoise",
         window=window,

@@ -240,8 +240,10 @@ def _kept(jaxpr: Jaxpr) -> int:
         if equation.primitive.name != "scan":
             total += sum(map(_kept, bodies(equation.params)))
         elif not equation.params["reverse"]:
-            stacked = equation.outvars[equation.params["num_carry"] :]
-            total += sum(_bytes(variable) for variable in stacked)
+            # JAX 0.10 and 0.11 count carries differently; what is stacked has an axis more outside.
+            (body,) = bodies(equation.params)
+            pairs = zip(equation.outvars, body.outvars, strict=True)
+            total += sum(_bytes(out) for out, of in pairs if _value(out).ndim > _value(of).ndim)
     return total
 
 
@@ -294,6 +296,10 @@ def _collectives(jaxpr: Jaxpr, times: int = 1) -> Iterator[tuple[JaxprEqn, int]]
 
 
 def _bytes(variable: Var | Literal) -> int:
-    value = variable.aval
-    assert isinstance(value, ShapedArray)
+    value = _value(variable)
     return math.prod(value.shape) * value.dtype.itemsize
+
+
+def _value(variable: Var | Literal) -> ShapedArray:
+    assert isinstance(variable.aval, ShapedArray)
+    return variable.aval

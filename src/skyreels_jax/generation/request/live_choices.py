@@ -147,18 +147,18 @@ class LiveChoices:
         return self.request.timesteps is not None or self.request.steps is not None
 
     def _timesteps(self) -> tuple[float, ...]:
-        """Given as they stand, the preset's, or even ones; the latter two warped."""
+        """Given as they stand, the student's, or even ones; the latter two warped."""
         request, learned = self.request, self.learned
         if request.timesteps is not None and request.steps is not None:
             self.problems.append("`timesteps` and `steps` exclude each other: give one")
         if request.timesteps is not None:
             given = self.choose("timesteps", Default((), ""))
             return self._warped(given) if request.shift is not None else given
-        if learned is not None and request.steps in (None, len(learned.timesteps)):
+        if learned is not None and (known := learned.timesteps_of(request.steps)) is not None:
             if request.steps is not None:
                 self.sources["steps"] = GIVEN
             self.sources["timesteps"] = self.origin
-            return self._warped(learned.timesteps)
+            return self._warped(known)
         steps = self.choose("steps", Default(_STEPS, "enough with guidance"))
         self.sources["timesteps"] = f"{steps} even steps, warped"
         if self.problems:
