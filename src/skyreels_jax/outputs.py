@@ -42,15 +42,26 @@ def path_of(given: str | Path, what: str) -> Path:
     return path
 
 
+def folder_of(given: str | Path, what: str) -> Path:
+    """The same of a folder.
+
+    Raises:
+        RequestError: as :func:`path_of`, or a file is where the folder or one above it belongs.
+    """
+    folder = path_of(given, what)
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise RequestError(f"{what} {_short(given)}: {path} is a file; name a folder")
+    return folder
+
+
 def make_folder(given: str | Path, what: str) -> Path:
     """Make a folder that a user named, and those above it, unless it is there.
 
     Raises:
-        RequestError: it cannot be made, or a file is where it or one above it belongs.
+        RequestError: as :func:`folder_of`, or it cannot be made.
     """
-    folder = path_of(given, what)
-    if files := [path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()]:
-        raise RequestError(f"{what} {folder}: {files[0]} is a file; name a folder")
+    folder = folder_of(given, what)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

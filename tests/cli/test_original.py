@@ -48,6 +48,20 @@ def test_a_video_is_where_the_original_writes_it(
     assert media.read_video(file)[0].shape == (9, 32, 48, 3)
 
 
+@pytest.mark.parametrize(
+    ("outdir", "says"), [("a" * 300, "File name too long"), ("file", "is a file; name a folder")]
+)
+def test_a_folder_that_cannot_be_made_is_said_in_a_line(
+    outdir: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result" / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        translate("generate_video", ["--prompt", "a", "--outdir", outdir])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (stop.value.code, says in line) == (2, True)
+
+
 DF_DEFAULTS = {
     "--num_frames": "97",
     "--guidance_scale": "6.0",

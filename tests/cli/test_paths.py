@@ -24,8 +24,7 @@ WHERE = (
         for name in ("components", "vae", "text-encoder", "image-encoder")
     ),
     *(
-        f"{verb} {flag} @"
-        for verb in ("generate --model mini --prompt a --output o.mp4",)
+        f"generate --model mini --prompt a --output o.mp4 {flag} @"
         for flag in ("--lora", "--image", "--last-image", "--video", "--resume-latents", "--job")
     ),
     *(f"live --model mini-live --prompt a --seconds 1 {flag} @" for flag in ("--lora", "--image")),

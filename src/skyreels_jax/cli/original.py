@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from skyreels_jax.cli.main import Parser
+from skyreels_jax.errors import RequestError
 from skyreels_jax.geometry import FRAMES_PER_LATENT
+from skyreels_jax.outputs import make_folder
 
 PROMPT_LETTERS: Final = 100
 _NOT_NEEDED: Final = "not needed: each part leaves memory before the next one comes"
@@ -75,7 +77,7 @@ def translate(script: str, argv: Sequence[str]) -> list[str]:
 
     Returns:
         arguments of :func:`skyreels_jax.cli.main.main`. Exits with 2 after one line where the
-        original did something that this package does not do.
+        original did something that this package does not do, or its folder cannot be made.
     """
     if {"-h", "--help"} & set(argv):
         return ["generate", "--help"]
@@ -90,7 +92,10 @@ def translate(script: str, argv: Sequence[str]) -> list[str]:
     words = ["generate", "--model", known.model_id, "--prompt", known.prompt, "--seed", str(seed)]
     words += _settings(known, rest)
     if not _names(rest, "--output"):
-        words += ["--output", str(_output(known.outdir, known.prompt, seed))]
+        try:
+            words += ["--output", str(_output(known.outdir, known.prompt, seed))]
+        except RequestError as error:
+            parser.error(str(error))
     return [*words, *rest]
 
 
@@ -181,7 +186,6 @@ def _names(words: Sequence[str], flag: str) -> bool:
 
 def _output(outdir: str, prompt: str, seed: int) -> Path:
     """The original's name, in a folder that is there afterwards."""
-    folder = Path("result") / outdir
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(Path("result") / outdir, "--outdir")
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     return folder / f"{prompt[:PROMPT_LETTERS].replace('/', '')}_{seed}_{stamp}.mp4"

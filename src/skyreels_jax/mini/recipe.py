@@ -9,7 +9,7 @@ from typing import Any, Final
 from skyreels_jax.errors import RequestError
 from skyreels_jax.mini.tasks import EncoderTraining, ImageTask, TextTask
 from skyreels_jax.mini.vae_task import VaeTask, VaeTraining
-from skyreels_jax.outputs import path_of
+from skyreels_jax.outputs import folder_of
 from skyreels_jax.parallel.plan import AUTO, MeshPlan
 from skyreels_jax.training.checkpointing import RunSettings
 from skyreels_jax.training.config import from_table, read_toml
@@ -155,7 +155,4 @@ def _source(tables: Mapping[str, object], where: str) -> str:
 def _output(value: object, where: str) -> Path:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise RequestError(f"{where}: output = {value!r} should be a folder's name")
-    output = path_of(value, f"{where}: output")
-    if files := [path for path in (output, *output.parents) if path.exists() and not path.is_dir()]:
-        raise RequestError(f"{where}: output = {value!r}: {files[0]} is a file; name a folder")
-    return output
+    return folder_of(value, f"{where}: output")

@@ -8,7 +8,6 @@ from typing import ClassVar, Final, Literal
 from skyreels_jax.causal_settings import CausalSettings, check_schedules
 from skyreels_jax.diffusion.few_steps import are_timesteps, warp
 from skyreels_jax.diffusion.unipc import NUM_TRAIN_TIMESTEPS
-from skyreels_jax.errors import RequestError
 from skyreels_jax.geometry import latent_frames
 from skyreels_jax.training.config import check_at_least
 from skyreels_jax.training.footprint import largest_clips
@@ -120,10 +119,7 @@ class Distillation:
                     f"{name} = {list(timesteps)} should fall, from at most 1000 to above 0, "
                     "such as [1000, 937.5, 833.3, 625]"
                 )
-        try:
-            check_schedules(self.timesteps or CausalSettings.timesteps, self.schedules)
-        except RequestError as error:
-            raise ValueError(str(error)) from error
+        check_schedules(self.timesteps or CausalSettings.timesteps, self.schedules)
         if self.stage == "dmd" and not self.timesteps:
             raise ValueError(
                 "timesteps must be given for stage 'dmd': those of the student's steps, such as "
